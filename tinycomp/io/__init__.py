@@ -1,0 +1,18 @@
+"""Reading models, writing results, and keeping unfinished work: load, save, journal, provenance."""
+
+from __future__ import annotations
+
+from tinycomp.io.journal import Journal
+from tinycomp.io.load import default_model, load_model
+from tinycomp.io.provenance import fingerprint, model_fingerprint
+from tinycomp.io.save import check_output_dir, save_model
+
+__all__ = [
+    "Journal",
+    "check_output_dir",
+    "default_model",
+    "fingerprint",
+    "load_model",
+    "model_fingerprint",
+    "save_model",
+]
