@@ -1,0 +1,322 @@
+"""The one registration mechanism: contracts in a table, backends chosen in Python, gradients outside the dispatcher.
+
+An op is an `Op` in `tinycomp/ops/<op>.py`, passed to `define`, which gives the callable that the rest of the library
+uses. Its schema is registered once, here; `csrc/cpu/<op>.cpp` adds a CPU kernel to the same dispatcher entry, and a
+file of `triton_kernels` adds a launcher with `register`. What is available is asked of the dispatcher, not listed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The whole policy: for each device, backends in the order in which they are tried.
+ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+_DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+
+OPS: dict[str, Op] = {}
+_LAUNCHERS: dict[tuple[str, str], _Launcher] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+# Why an op has no kernel under a dispatch key; None where it has one. Filled by `load_native`.
+_MISSING: dict[tuple[str, str], str | None] = {}
+_library = torch.library.Library("tinycomp", "FRAGMENT")
+_forced: str | None = None
+
+
+class Cost(NamedTuple):
+    """Floating-point operations (a multiply-add counts 2) and bytes that must move at least once."""
+
+    flops: int
+    bytes: int
+
+
+class Sample(NamedTuple):
+    """One call of the generic tests: a readable id and the positional arguments."""
+
+    id: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """The contract of one op; `reference` is its specification.
+
+    Args:
+        name: name under `torch.ops.tinycomp` and `tinycomp.ops`.
+        schema: argument list and returns in the dispatcher's language, without the name.
+        check: raises ValueError or TypeError for arguments the contract does not allow; reads shapes, dtypes and
+            devices, and index contents where those are concrete.
+        reference: plain torch, traceable, runs on any device.
+        fake: outputs with the right shapes and dtypes, no computation.
+        cost: Cost of one call.
+        samples: dtype -> calls for the generic tests, awkward shapes included.
+        backward: (args, needs_input_grad, *output_grads) -> one gradient or None per argument; None where the op
+            has no gradient.
+        autocast: positions of the tensors that follow the autocast dtype, as those of `F.linear` do.
+        dtypes: floating dtypes the op accepts.
+    """
+
+    name: str
+    schema: str
+    check: Callable[..., None]
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cost: Callable[..., Cost]
+    samples: Callable[[torch.dtype], Iterator[Sample]]
+    backward: Callable[..., Sequence[Tensor | None]] | None = None
+    autocast: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Launcher(NamedTuple):
+    call: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+def define(op: Op) -> Callable[..., Any]:
+    """Register the contract with torch and return the callable that chooses a backend.
+
+    Extra cost over the bare native op on the inference path: three flag reads and one Python call.
+    """
+    if op.name in OPS:
+        raise ValueError(f"ops.define: op {op.name!r} is already defined; each op has one contract file")
+    _library.define(op.name + op.schema)
+    schema = getattr(torch.ops.tinycomp, op.name).default._schema
+    defaults = tuple(a.default_value for a in schema.arguments)
+
+    # The dispatcher leaves out trailing arguments that equal their defaults.
+    def reference(*args: Any) -> Any:
+        args += defaults[len(args) :]
+        op.check(*args)
+        return op.reference(*args)
+
+    def fake(*args: Any) -> Any:
+        args += defaults[len(args) :]
+        op.check(*args)
+        return op.fake(*args)
+
+    _library.impl(op.name, reference, "CompositeExplicitAutograd")
+
+    torch.library.register_fake(f"tinycomp::{op.name}", fake, lib=_library)
+    OPS[op.name] = op
+    if op.backward is not None:
+        _FUNCTIONS[op.name] = _make_function(op.backward)
+    return _make_call(op)
+
+
+def register(name: str, backend: str, why_not: Callable[..., str | None] = lambda *args: None) -> Callable[..., Any]:
+    """Decorator that adds a Python launcher (Triton); `why_not(*args)` gives None or the reason it cannot run."""
+    if name not in OPS:
+        raise ValueError(f"ops.register: unknown op {name!r}, allowed {sorted(OPS)}; write its contract first")
+    if backend not in BACKENDS or backend in _DISPATCH_KEY or backend == "torch":
+        raise ValueError(
+            f"ops.register: backend {backend!r}, allowed 'triton'; C++ kernels register with the dispatcher"
+        )
+
+    def add(launch: Callable[..., Any]) -> Callable[..., Any]:
+        _LAUNCHERS[name, backend] = _Launcher(launch, why_not)
+        return launch
+
+    return add
+
+
+def _make_call(op: Op) -> Callable[..., Any]:
+    bare = getattr(getattr(torch.ops.tinycomp, op.name), "default")  # noqa: B009  (a name unknown to type checkers)
+    grad_enabled, autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+
+    def call(*args: Any) -> Any:
+        # Inference on CPU with a native kernel: anything else takes the general way. Only a failed call pays for
+        # checks written in Python, because the kernel refuses bad arguments by itself.
+        if op.name in _native_cpu and not grad_enabled() and not autocast_enabled():
+            try:
+                return bare(*args)
+            except (RuntimeError, NotImplementedError):
+                _explain(op, args)
+                raise
+        return _call_general(op, bare, args)
+
+    return call
+
+
+# Ops whose CPU kernel may be called without asking further; emptied while a backend is forced.
+_native_cpu: frozenset[str] = frozenset()
+
+
+def _explain(op: Op, args: tuple[Any, ...]) -> None:
+    """Raise the contract's own error, if the arguments break it."""
+    op.check(*args)
+
+
+def _call_general(op: Op, bare: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if op.autocast:
+        args = _autocast(op.autocast, args)
+    backend = select(op, args)
+    if backend == "torch":
+        op.check(*args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and op.backward is not None):
+            return op.reference(*args)
+    launch = _LAUNCHERS[op.name, backend].call if (op.name, backend) in _LAUNCHERS else bare
+    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    try:
+        if not needs_grad:
+            return launch(*args)
+        if op.backward is None:
+            with torch.no_grad():
+                return launch(*args)
+        return _FUNCTIONS[op.name].apply(launch, *args)
+    except (RuntimeError, NotImplementedError):
+        _explain(op, args)
+        raise
+
+
+def _autocast(positions: tuple[int, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return args
+    dtype = torch.get_autocast_dtype(device)
+    cast = [i for i in positions if isinstance(args[i], Tensor) and args[i].dtype != torch.float64]
+    return tuple(a.to(dtype) if i in cast else a for i, a in enumerate(args))
+
+
+def _make_function(gradient: Callable[..., Sequence[Tensor | None]]) -> type[torch.autograd.Function]:
+    """The autograd.Function around an op; the launcher is its first argument."""
+
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(launch: Callable[..., Any], *args: Any) -> Any:
+            return launch(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            args = inputs[1:]
+            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
+            ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if other is None else other[0] for other in ctx.others]
+            return (None, *gradient(args, ctx.needs_input_grad[1:], *grads))
+
+    return OpFunction
+
+
+def why_not(op: Op, backend: str, args: tuple[Any, ...] = ()) -> str | None:
+    """None if `backend` can run `op` (on `args`, when given), else the reason in one phrase."""
+    if backend == "torch":
+        return None
+    if backend in _DISPATCH_KEY:
+        device = args[0].device.type if args else backend
+        return _MISSING[op.name, backend] if device == backend else f"{op.name} got a tensor on {device}"
+    launcher = _LAUNCHERS.get((op.name, backend))
+    if launcher is None:
+        return f"no {backend} kernel is registered for {op.name}"
+    return launcher.why_not(*args) if args else None
+
+
+def select(op: Op, args: tuple[Any, ...]) -> str:
+    """The backend that will run this call.
+
+    Raises:
+        RuntimeError: the forced backend cannot run it.
+    """
+    if _forced is None:
+        candidates = ORDER.get(args[0].device.type, ("torch",))
+        return next(backend for backend in candidates if why_not(op, backend, args) is None)
+    if why_not(op, _forced, args) is None:
+        return _forced
+    device = args[0].device.type
+    reasons = "; ".join(
+        f"{b}: {why_not(op, b, args) or 'can run'}" for b in dict.fromkeys((_forced, *ORDER.get(device, ("torch",))))
+    )
+    raise RuntimeError(
+        f"ops.{op.name}: backend {_forced!r} is forced and cannot run on {device}. {reasons}. "
+        "Unset TINYCOMP_BACKEND, leave use_backend, or choose one that can run."
+    )
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op inside the block, in this process: `with use_backend("torch"):`.
+
+    Raises:
+        ValueError: the name is unknown. A backend that is known and cannot run raises RuntimeError at the call.
+    """
+    previous = _forced
+    _force(name, "use_backend")
+    try:
+        yield
+    finally:
+        _force(previous, "use_backend")
+
+
+def _force(name: str | None, where: str) -> None:
+    global _forced, _native_cpu
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where}: got {name!r}, allowed {', '.join(BACKENDS)}; choose one of these")
+    _forced = name
+    usable = name in (None, "cpu")
+    _native_cpu = frozenset(n for n, op in OPS.items() if why_not(op, "cpu") is None) if usable else frozenset()
+
+
+def status() -> list[dict[str, Any]]:
+    """One row per op and backend: {op, backend, available, active, reason}.
+
+    `active` marks what a call on the backend's device runs now; `reason` is empty where the backend is available.
+    """
+    rows = []
+    for op in OPS.values():
+        for backend in BACKENDS:
+            reason = why_not(op, backend)
+            home = "cpu" if backend in ("cpu", "torch") else "cuda"
+            chosen = _forced or next(b for b in ORDER[home] if why_not(op, b) is None)
+            row = {"op": op.name, "backend": backend, "available": reason is None}
+            rows.append(row | {"active": reason is None and chosen == backend, "reason": reason or ""})
+    return rows
+
+
+def load_native() -> None:
+    """Load the native library, check it against the contracts, and read TINYCOMP_BACKEND.
+
+    Raises:
+        RuntimeError: a kernel was registered for an op that has no contract, or with another signature.
+        ValueError: TINYCOMP_BACKEND names no backend.
+    """
+    not_loaded = dict.fromkeys(_DISPATCH_KEY, "")
+    try:
+        native = importlib.import_module("tinycomp._C")
+    except ImportError as error:
+        not_loaded["cpu"] = f"the native library is not loaded ({error})"
+    else:
+        _check_signatures(native.signatures())
+    not_loaded["cuda"] = "this version has no CUDA library"
+    for name in OPS:
+        for backend, key in _DISPATCH_KEY.items():
+            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinycomp::{name}", key)
+            reason = not_loaded[backend] or f"the native library has no {key} kernel for {name}"
+            _MISSING[name, backend] = None if found else reason
+    _force(os.environ.get("TINYCOMP_BACKEND") or None, "TINYCOMP_BACKEND")
+
+
+def _check_signatures(signatures: dict[str, str]) -> None:
+    for name, got in signatures.items():
+        if name not in OPS:
+            raise RuntimeError(
+                f"tinycomp._C: it has a kernel for {name!r}, the contracts are {sorted(OPS)}; "
+                "rebuild the library, or write tinycomp/ops/" + name + ".py"
+            )
+        schema = getattr(torch.ops.tinycomp, name).default._schema
+        inputs = ", ".join(str(a.type) for a in schema.arguments)
+        wanted = f"({inputs}) -> ({', '.join(str(r.type) for r in schema.returns)})"
+        if got != wanted:
+            raise RuntimeError(
+                f"tinycomp._C: {name} has signature {got}, the contract says {wanted}; rebuild the library"
+            )
