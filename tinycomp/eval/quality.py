@@ -173,8 +173,8 @@ def _ids_and_content(source: Any, protocol: Protocol, text: str | None) -> tuple
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding, or None where the model does not say."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(embedding, "num_embeddings", None)
+    get: Any = getattr(model, "get_input_embeddings", None)
+    return getattr(get(), "num_embeddings", None) if get is not None else None
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def _negative_log_likelihood(model: nn.Module, window: Tensor, skip: int) -> flo
 
 
 def linear_probe(
-    features_train: Tensor, labels_train: Tensor, features_test: Tensor, labels_test: Tensor, ridge: float = 1e-2
+    features_train: Tensor, labels_train: Tensor, features_test: Tensor, labels_test: Tensor, ridge: float = 0.1
 ) -> float:
     """Test accuracy of a linear classifier fitted in closed form.
 

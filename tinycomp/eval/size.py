@@ -1,0 +1,266 @@
+"""Sizes: parameters, bytes in memory and on disk, FLOPs per token, and which bytes a compression touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tinycomp import ops
+from tinycomp.models import is_linear, spec_of
+
+ENCODER_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model occupies and what one token costs.
+
+    parameters: stored numbers, shared ones once: floating-point parameters, and the codes of quantised layers (an
+        int4 weight of n x k counts n k); index and scale buffers are bytes but no parameters.
+    linear_parameters: those of `parameters` in the linear layers, dense or compressed, of the repeated blocks, biases
+        left out: what `ratio` is a fraction of by default.
+    bytes_memory: parameters and persistent buffers, each byte of each storage once.
+    bytes_disk: of the folder's safetensors files; None without a folder.
+    flops_per_token: a multiply-add counts 2; None where it was not asked for.
+    """
+
+    parameters: int
+    linear_parameters: int
+    bytes_memory: int
+    bytes_disk: int | None = None
+    flops_per_token: int | None = None
+
+    def to_dict(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+def size_of(model: nn.Module, folder: str | Path | None = None, *, flops: bool = True) -> Size:
+    """Measure a model, also one on meta (then without FLOPs).
+
+    Args:
+        model: dense or compressed.
+        folder: where it is saved; adds `bytes_disk`.
+        flops: run one forward to count `flops_per_token`.
+    """
+    return Size(
+        parameters=_numbers(_owned(model)),
+        linear_parameters=_numbers(
+            (owner, name, tensor)
+            for path, layer in _block_linears(model)
+            for owner, name, tensor in _owned(layer)
+            if not (owner is layer and name == "bias")
+        ),
+        bytes_memory=bytes_in_memory(tensor for _, _, tensor in _owned(model)),
+        bytes_disk=None if folder is None else bytes_on_disk(folder),
+        flops_per_token=flops_per_token(model) if flops else None,
+    )
+
+
+def bytes_on_disk(folder: str | Path) -> int:
+    """Total size of the safetensors files in `folder`. Raises FileNotFoundError when there are none."""
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"size: no *.safetensors in {str(folder)!r}; pass the folder that save_pretrained wrote"
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def bytes_in_memory(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors cover: ties, overlapping views and views into one mapped file count once."""
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = int(tensor.storage_offset()) * tensor.element_size()
+            end = begin + (last + 1) * tensor.element_size()
+            ranges.setdefault(tensor.untyped_storage()._cdata, []).append((begin, end))
+    total = 0
+    for spans in ranges.values():
+        reached = 0
+        for begin, end in sorted(spans):
+            total += max(0, end - max(begin, reached))
+            reached = max(reached, end)
+    return total
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that decoding one token must read: all but embedding tables that are not also a head."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    return bytes_in_memory(t for _, _, t in _owned(model) if id(t) not in tables - multiplied)
+
+
+def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> int:
+    """FLOPs of one forward divided by its tokens; matrix products, convolutions, attention and tinycomp's ops count.
+
+    A decoder runs on one token, an encoder-decoder on one each side, an encoder of text on 128, one of images on one
+    image, whose patches are its tokens.
+
+    Args:
+        model: runs where it is; not on meta.
+        batch: inputs to use instead; its tokens are the product of the first two dimensions of `input_ids`, or of the
+            output where there are none.
+
+    Raises:
+        ValueError: no batch was given and the config says neither vocabulary nor image size.
+    """
+    inputs = dict(batch) if batch is not None else _one_input(model)
+    mapping = {getattr(torch.ops.tinycomp, name): _op_flops(op) for name, op in ops.OPS.items()}
+    mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention_flops
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            output = model(**inputs)
+    finally:
+        model.train(training)
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if ids is None:
+        ids = output[0] if not isinstance(output, Tensor) else output
+        tokens = ids.shape[0] * (ids.shape[1] if ids.dim() == 3 else 1)
+    else:
+        tokens = ids.numel()
+    return counter.get_total_flops() // max(tokens, 1)
+
+
+def coverage(model: nn.Module, touched: Iterable[str] = ()) -> dict[str, Any]:
+    """How many bytes of the model a compression touched, per module class.
+
+    Args:
+        model: the compressed model.
+        touched: paths of modules that were changed; tinycomp's own layers count without being named.
+
+    Returns:
+        `touched_bytes`, `untouched_bytes` and `classes`: rows `{module, touched, modules, bytes}`, largest first.
+        Shared tensors count once, where they are met first.
+    """
+    names = set(touched)
+    rows: dict[tuple[str, bool], list[int]] = {}
+    seen: set[tuple[int, int]] = set()
+    for path, module in _outer_modules(model):
+        whole = _compressed(module)
+        own = [t for _, _, t in _owned(module)] if whole else list(_own_tensors(module).values())
+        new = [tensor for tensor in own if _where(tensor) not in seen]
+        if not new:
+            continue
+        seen.update(_where(tensor) for tensor in new)
+        row = rows.setdefault((type(module).__name__, whole or path in names), [0, 0])
+        row[0] += 1
+        row[1] += bytes_in_memory(new)
+    classes = [
+        {"module": name, "touched": hit, "modules": modules, "bytes": size}
+        for (name, hit), (modules, size) in sorted(rows.items(), key=lambda item: -item[1][1])
+    ]
+    hits = sum(size for (_, hit), (_, size) in rows.items() if hit)
+    total = sum(size for _, size in rows.values())
+    return {"touched_bytes": hits, "untouched_bytes": total - hits, "classes": classes}
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """Storage and offset: equal for tied tensors, also on meta."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
+def _compressed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_tinycomp_layer", False))
+
+
+def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, without the insides of compressed layers."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        yield path, module
+        if _compressed(module):
+            inside += (f"{path}.",)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers that belong to the module itself."""
+    own: dict[str, Tensor] = {name: p for name, p in module._parameters.items() if p is not None}
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            own[name] = buffer
+    return own
+
+
+def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers, dense or compressed, of the repeated blocks."""
+    blocks = tuple(f"{block.path}." for stack in spec_of(model).stacks for block in stack.blocks)
+    for path, module in _outer_modules(model):
+        if path.startswith(blocks) and (is_linear(module) or _compressed(module)):
+            yield path, module
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for owner in module.modules():
+        for name, tensor in _own_tensors(owner).items():
+            yield owner, name, tensor
+
+
+def _numbers(tensors: Iterable[tuple[nn.Module, str, Tensor]]) -> int:
+    """Stored numbers, tensors that share their memory once."""
+    counted: dict[tuple[int, int], int] = {}
+    for owner, name, tensor in tensors:
+        numbers = 0
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            numbers = tensor.numel()
+        elif name in ("qweight", "values"):  # codes of a quantised or masked layer
+            numbers = tensor.numel() * 8 // _code_bits(owner, tensor)
+            whole = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
+            if isinstance(whole[0], int) and isinstance(whole[1], int):  # rows of an odd length are padded
+                numbers = min(numbers, whole[0] * whole[1])
+        if numbers:
+            key = _where(tensor)
+            counted[key] = max(counted.get(key, 0), numbers)
+    return sum(counted.values())
+
+
+def _code_bits(owner: nn.Module, codes: Tensor) -> int:
+    """Bits of one number when the tensor holds packed codes, else those of its own element."""
+    packed = getattr(owner, "bits", None) or getattr(owner, "value_bits", None)
+    return packed if isinstance(packed, int) and codes.dtype in (torch.int8, torch.uint8) else 8
+
+
+def _op_flops(op: ops.Op) -> Any:
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return op.cost(*args, **kwargs).flops
+
+    count._get_raw = True  # type: ignore[attr-defined]  # flop_counter: pass tensors, not their shapes
+    return count
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _one_input(model: nn.Module) -> dict[str, Tensor]:
+    config = getattr(model, "config", None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if getattr(config, "is_encoder_decoder", False):
+        one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return {"input_ids": one, "decoder_input_ids": one}
+    image = getattr(config, "image_size", None)
+    if image is not None and not hasattr(config, "vocab_size"):
+        height, width = image if isinstance(image, list | tuple) else (image, image)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype, device=device)}
+    if not hasattr(config, "vocab_size"):
+        raise ValueError("size: the config has no vocab_size or image_size; pass batch= to flops_per_token")
+    tokens = 1 if is_causal(model) else min(ENCODER_TOKENS, getattr(config, "max_position_embeddings", ENCODER_TOKENS))
+    return {"input_ids": torch.zeros(1, tokens, dtype=torch.int64, device=device)}
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model generates left to right on its own: transformers' `can_generate`, encoder-decoders excepted."""
+    can = getattr(model, "can_generate", None)
+    return bool(can and can()) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
