@@ -1,0 +1,19 @@
+"""Compressed linear layers: thin modules over `tinycomp.ops`, named in plans by their key in `LAYERS`."""
+
+from torch import nn
+
+from tinycomp.layers._base import CompressedLinear
+from tinycomp.layers.elastic import ElasticLinear
+from tinycomp.layers.low_rank import CURLinear, LowRankLinear
+from tinycomp.layers.quant import QuantLinear
+from tinycomp.layers.swsc import SWSCLinear
+
+LAYERS: dict[str, type[nn.Module]] = {
+    "LowRankLinear": LowRankLinear,
+    "CURLinear": CURLinear,
+    "SWSCLinear": SWSCLinear,
+    "QuantLinear": QuantLinear,
+    "ElasticLinear": ElasticLinear,
+}
+
+__all__ = ["LAYERS", "CURLinear", "CompressedLinear", "ElasticLinear", "LowRankLinear", "QuantLinear", "SWSCLinear"]
