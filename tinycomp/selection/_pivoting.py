@@ -119,12 +119,13 @@ def uniform_rrqr(a: Tensor, rank: int, options: Options) -> Tensor:
     generator = torch.Generator().manual_seed(options.seed)
     columns = torch.randperm(a.shape[1], generator=generator)[:count].to(a.device)
     rows = ops.select_pivots(a[:, columns].contiguous(), rank, "qr")
-    columns = _dominant_start(a[rows].T)
-    return _dominant_start(a[:, columns])
+    columns = _strong_rows(a[rows].T)
+    return _strong_rows(a[:, columns])
 
 
-def _dominant_start(a: Tensor) -> Tensor:
-    """Strong rank-revealing selection of as many rows as tall `a` has columns; QR first, so that rank deficit is harmless."""
+def _strong_rows(a: Tensor) -> Tensor:
+    """Strong rank-revealing choice of as many rows as tall `a` has columns."""
+    # On an orthonormal basis: the same T, and harmless when `a` is rank deficient.
     basis = torch.linalg.qr(a.double())[0]
     return dominant_rows(basis, ops.select_pivots(basis, a.shape[1], "qr"), 2.0)
 

@@ -24,7 +24,7 @@ Strategy = Callable[[Tensor, int, Options], Tensor]
 
 
 def oversampling(rank: int) -> int:
-    """Extra sketch columns: a quarter of the rank, at least 8; measured, it brings sketched pivoting to DEIM's error."""
+    """Extra sketch columns, a quarter of the rank: measured, that brings sketched pivoting to DEIM's error."""
     return max(8, rank // 4)
 
 
