@@ -105,13 +105,13 @@ def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None)
 
     Args:
         model: runs where it is; not on meta.
-        batch: inputs to use instead; its tokens are the product of the first two dimensions of `input_ids`, or of the
-            output where there are none.
+        batch: inputs to use instead; `tokens_of` says how many tokens they are.
 
     Raises:
         ValueError: no batch was given and the config says neither vocabulary nor image size.
     """
-    inputs = dict(batch) if batch is not None else _one_input(model)
+    single = is_causal(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    inputs = dict(example_inputs(model, 1 if single else encoder_tokens(model)) if batch is None else batch)
     mapping = {getattr(torch.ops.tinycomp, name): _op_flops(op) for name, op in ops.OPS.items()}
     mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention_flops
     training = model.training
@@ -121,13 +121,21 @@ def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None)
             output = model(**inputs)
     finally:
         model.train(training)
-    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if ids is None:
-        ids = output[0] if not isinstance(output, Tensor) else output
-        tokens = ids.shape[0] * (ids.shape[1] if ids.dim() == 3 else 1)
-    else:
-        tokens = ids.numel()
-    return counter.get_total_flops() // max(tokens, 1)
+    return counter.get_total_flops() // max(tokens_of(inputs, output), 1)
+
+
+def tokens_of(inputs: Mapping[str, Any], output: Any) -> int:
+    """Tokens of one forward: ids on the input side, or rows of the output (patches) where there are no ids."""
+    ids = inputs.get("input_ids")
+    if ids is not None:
+        return ids.numel()
+    rows = output if isinstance(output, Tensor) else output[0]
+    return rows.shape[0] * (rows.shape[1] if rows.dim() == 3 else 1)
+
+
+def encoder_tokens(model: nn.Module) -> int:
+    """Length on which encoders of text are measured: 128, or all positions of a model that has fewer."""
+    return min(ENCODER_TOKENS, getattr(getattr(model, "config", None), "max_position_embeddings", ENCODER_TOKENS))
 
 
 def coverage(model: nn.Module, touched: Iterable[str] = ()) -> dict[str, Any]:
@@ -242,22 +250,28 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
     return sdpa_flop_count(query, key, value)
 
 
-def _one_input(model: nn.Module) -> dict[str, Tensor]:
-    config = getattr(model, "config", None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if getattr(config, "is_encoder_decoder", False):
-        one = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        return {"input_ids": one, "decoder_input_ids": one}
-    image = getattr(config, "image_size", None)
-    if image is not None and not hasattr(config, "vocab_size"):
-        height, width = image if isinstance(image, list | tuple) else (image, image)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype, device=device)}
+def example_inputs(model: nn.Module, tokens: int) -> dict[str, Tensor]:
+    """Inputs for one forward: `tokens` ids, or one blank image of the size the config names.
+
+    Raises:
+        ValueError: the config says neither vocabulary nor image size.
+    """
+    config: Any = getattr(model, "config", None)
+    first = next(model.parameters(), torch.empty(0))
     if not hasattr(config, "vocab_size"):
-        raise ValueError("size: the config has no vocab_size or image_size; pass batch= to flops_per_token")
-    tokens = 1 if is_causal(model) else min(ENCODER_TOKENS, getattr(config, "max_position_embeddings", ENCODER_TOKENS))
-    return {"input_ids": torch.zeros(1, tokens, dtype=torch.int64, device=device)}
+        image = getattr(config, "image_size", None)
+        if image is None:
+            raise ValueError(
+                f"example inputs: the config of {type(model).__name__} has no vocab_size or image_size; "
+                "pass batch= to flops_per_token"
+            )
+        height, width = image if isinstance(image, list | tuple) else (image, image)
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": torch.zeros(shape, dtype=first.dtype, device=first.device)}
+    ids = torch.arange(tokens, device=first.device)[None] % config.vocab_size
+    if getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": ids}
 
 
 def is_causal(model: nn.Module) -> bool:
