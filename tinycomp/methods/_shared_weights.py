@@ -1,0 +1,253 @@
+"""The maths of SWSC: what a shared-weight matrix stores, and how it is fitted.
+
+Everything works on channels as rows: X = W with output channels (axis 0), X = Wt with input channels (axis 1). The
+error E of X costs tr(C E D Et)/2, where D is the second moment along a channel and C couples the channels with one
+another: inputs S and output gradients G take these roles as (D, C) = (S, G) for axis 0 and (G, S) for axis 1; a missing
+one is the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tinycomp import linalg
+from tinycomp.methods._kmeans import Clusters, Lloyd, cluster, descend_labels, means
+
+REFINE_STEPS = 5
+
+
+def stored_numbers(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False) -> int:
+    """Centroids, labels, scales and the two factors of an (m, n) matrix, each label counted as one number."""
+    channels, length = (m, n) if axis == 0 else (n, m)
+    return k * length + channels * (2 if scaled else 1) + r * (m + n)
+
+
+def stored_bits(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False, number_bits: int = 16) -> int:
+    """Bits on disk: numbers in the matrix's own dtype, labels as uint8 up to 256 clusters and int32 above."""
+    channels = m if axis == 0 else n
+    label_bits = 8 if k <= 256 else 32
+    numbers = stored_numbers(m, n, k, r, axis=axis, scaled=scaled) - channels
+    return numbers * number_bits + channels * label_bits
+
+
+def average_bits(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False) -> float:
+    """The paper's average bits of one matrix: every stored number, labels included, at 16 bits, per weight.
+
+    16 (k n + m + r (m + n)) / (m n); 16 (k + 1 + 2r) / m for a square matrix.
+    """
+    return 16 * stored_numbers(m, n, k, r, axis=axis, scaled=scaled) / (m * n)
+
+
+def model_average_bits(matrices: list[tuple[int, float]], other_parameters: int, other_bits: float = 16.0) -> float:
+    """Average bits per weight of a whole model, which "2 bits" of two projections is not.
+
+    Args:
+        matrices: (weights of the original matrix, its average bits after compression), one per compressed matrix.
+        other_parameters: all parameters that were not compressed.
+        other_bits: bits of each of those.
+    """
+    weights = sum(count for count, _ in matrices) + other_parameters
+    return (sum(count * bits for count, bits in matrices) + other_parameters * other_bits) / weights
+
+
+def paper_split(m: int, n: int, number_budget: float, *, axis: int = 0) -> tuple[int, int]:
+    """(k, r) that give half of a nominal budget to centroids and half to the factors; labels are not counted."""
+    channels, length = (m, n) if axis == 0 else (n, m)
+    k = min(max(int(number_budget / 2 / length), 1), channels)
+    r = min(max(int((number_budget - k * length) / (m + n)), 0), min(m, n))
+    return k, r
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Where errors are measured: `along` is the lower Cholesky factor of D, `across` that of C, `coupling` C itself."""
+
+    along: Tensor | None = None
+    across: Tensor | None = None
+    coupling: Tensor | None = None
+
+    @classmethod
+    def of(cls, gram: Tensor | None, output_gram: Tensor | None, axis: int, damping: float) -> Metric:
+        """From S (n, n) and G (m, m), damped by a fraction (at least 1e-6) of their mean diagonal."""
+        damping = max(damping, 1e-6)
+        along, across = (gram, output_gram) if axis == 0 else (output_gram, gram)
+        coupling = None if across is None else linalg.damped(across, damping).float()
+        factors = [None if s is None else linalg.cholesky(s, damping).float() for s in (along, across)]
+        return cls(*factors, coupling)
+
+    def whiten_along(self, x: Tensor) -> Tensor:
+        return x if self.along is None else x @ self.along
+
+    def restore_along(self, x: Tensor) -> Tensor:
+        """In float64: the triangular factor may be ill-conditioned."""
+        if self.along is None:
+            return x
+        return torch.linalg.solve_triangular(self.along.double(), x.double(), upper=False, left=False).float()
+
+    def whiten_across(self, x: Tensor) -> Tensor:
+        return x if self.across is None else self.across.T @ x
+
+    def restore_across(self, x: Tensor) -> Tensor:
+        if self.across is None:
+            return x
+        return torch.linalg.solve_triangular(self.across.double().T, x.double(), upper=True).float()
+
+
+@dataclass
+class Factors:
+    """W' = shared + a b. labels int32; centroids (k, n) or, axis 1, (m, k); scales or None; a (m, r), b (r, n)."""
+
+    labels: Tensor
+    centroids: Tensor
+    scales: Tensor | None
+    a: Tensor
+    b: Tensor
+    axis: int
+
+    def dense(self) -> Tensor:
+        """W' (m, n)."""
+        index = self.labels.long()
+        rows = self.centroids[index] if self.axis == 0 else self.centroids[:, index].T
+        rows = rows if self.scales is None else self.scales[:, None] * rows
+        return (rows if self.axis == 0 else rows.T) + self.a @ self.b
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        scales = None if self.scales is None else self.scales.to(dtype)
+        return Factors(self.labels, self.centroids.to(dtype), scales, self.a.to(dtype), self.b.to(dtype), self.axis)
+
+
+def fit(
+    weight: Tensor,
+    k: int,
+    r: int,
+    *,
+    axis: int = 0,
+    metric: Metric | None = None,
+    iterations: int = 2,
+    lloyd: Lloyd | None = None,
+) -> tuple[Factors, list[float]]:
+    """Factors of an (m, n) fp32 weight, and the weighted |W - W'| after every half-step (never rising).
+
+    Args:
+        weight: (m, n).
+        k: clusters.
+        r: rank of the correction.
+        axis: 0 clusters output channels (rows), 1 input channels (columns).
+        metric: of that axis; the plain Frobenius norm when None.
+        lloyd: settings of the first k-means; refinements take at most five steps from where they are.
+        iterations: rounds of k-means on W - A B, then the low-rank step on W minus the shared part, after the first.
+
+    Raises:
+        ValueError: more clusters than channels, or a rank above min(m, n).
+    """
+    require_fits(weight.shape[0], weight.shape[1], k, r, axis)
+    metric, lloyd = metric or Metric(), lloyd or Lloyd()
+    target = metric.whiten_along((weight if axis == 0 else weight.T).float())
+    clusters = cluster_step(target, k, metric, lloyd)
+    a, b = _correct(target - clusters.expand(), r, metric)
+    history = [_norm(target - clusters.expand() - a @ b, metric)]
+    for _ in range(iterations if r > 0 else 0):
+        clusters = cluster_step(target - a @ b, k, metric, replace(lloyd, steps=REFINE_STEPS), clusters)
+        residual = target - clusters.expand()
+        history.append(_norm(residual - a @ b, metric))
+        a, b = _correct(residual, r, metric)
+        history.append(_norm(residual - a @ b, metric))
+        if history[-3] - history[-1] <= lloyd.tolerance * history[-1]:
+            break
+    centroids, b = metric.restore_along(clusters.centroids), metric.restore_along(b)
+    if axis == 0:
+        return Factors(clusters.labels, centroids, clusters.scales, a, b, axis), history
+    return Factors(clusters.labels, centroids.T, clusters.scales, b.T, a.T, axis), history
+
+
+def require_fits(m: int, n: int, k: int, r: int, axis: int) -> None:
+    """Raise ValueError unless 1 <= k <= channels and 0 <= r <= min(m, n)."""
+    channels = m if axis == 0 else n
+    if not 1 <= k <= channels or not 0 <= r <= min(m, n):
+        raise ValueError(
+            f"SWSC: got clusters={k}, rank={r} for a {m} x {n} matrix; allowed 1..{channels} clusters and ranks "
+            f"0..{min(m, n)}: lower them, give a ratio instead, or put this matrix in ignore"
+        )
+
+
+def _norm(error: Tensor, metric: Metric) -> float:
+    return float(metric.whiten_across(error).norm())
+
+
+def _correct(residual: Tensor, r: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    a, b = low_rank(metric.whiten_across(residual), r)
+    return metric.restore_across(a), b
+
+
+def low_rank(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r a b of `residual`, singular values split evenly: a = P S^(1/2), b = S^(1/2) Qt.
+
+    Through the eigenvectors of the smaller Gram matrix and one exact projection onto them, several times faster than
+    an SVD; the projection keeps the error optimal for the subspace found.
+    """
+    m, n = residual.shape
+    if m < n:
+        b, a = low_rank(residual.T, r)
+        return a.T, b.T
+    basis = right_vectors(residual)[:, :r]
+    a = residual @ basis
+    root = a.norm(dim=0).sqrt()
+    return a / root.clamp_min(1e-20), root[:, None] * basis.T
+
+
+def right_vectors(tall: Tensor) -> Tensor:
+    """Right singular vectors of a tall matrix as columns, the largest singular value first."""
+    return torch.linalg.eigh(tall.double().T @ tall.double())[1].flip(1).to(tall.dtype)
+
+
+def squared_tail(target: Tensor, clusters: Clusters, metric: Metric) -> Tensor:
+    """Weighted squared error left after the shared part and a correction of rank 0..min(m, n)."""
+    residual = metric.whiten_across(target - clusters.expand())
+    tall = residual if residual.shape[0] >= residual.shape[1] else residual.T
+    energy = (tall @ right_vectors(tall)).double().square().sum(0)
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+def cluster_step(
+    target: Tensor, k: int, metric: Metric, lloyd: Lloyd, previous: Clusters | None = None, sweeps: int = 1
+) -> Clusters:
+    """Shared part of `target` (channels, length), starting from `previous` when given.
+
+    Uncoupled channels are plain k-means. Coupled ones start from k-means weighted by the diagonal of C; then labels
+    descend one channel at a time in the true metric, `sweeps` times, and centroids are its least squares fit.
+    """
+    if metric.coupling is None:
+        start = (
+            None if previous is None else means(target, previous.labels, k, None, previous.scales, previous.centroids)
+        )
+        return cluster(target, k, lloyd, start=start)
+    found = previous or cluster(target, k, lloyd, weights=metric.coupling.diagonal())
+    labels, scales = found.labels, found.scales
+    centroids = coupled_means(target, metric.coupling, labels, scales, found.centroids)
+    for _ in range(0 if lloyd.balanced else sweeps):  # single moves cannot keep the sizes equal
+        error = target - Clusters(labels, centroids, scales).expand()
+        labels, scales = descend_labels(error, metric.coupling, centroids, labels, scales)
+        centroids = coupled_means(target, metric.coupling, labels, scales, centroids)
+    return Clusters(labels, centroids, scales)
+
+
+def coupled_means(target: Tensor, c: Tensor, labels: Tensor, scales: Tensor | None, previous: Tensor) -> Tensor:
+    """Centroids (Pt C P)^-1 Pt C T minimising |C^(1/2) (T - P M)|, P the (scaled) one-hot labels, by Cholesky.
+
+    A cluster without members keeps its previous centroid.
+    """
+    k, n = previous.shape[0], target.shape[0]
+    gain = torch.ones_like(target[:, 0]) if scales is None else scales
+    p = target.new_zeros(k, n)
+    p[labels.long(), torch.arange(n, device=target.device)] = gain
+    used = torch.nonzero(p.square().sum(1) > 0).flatten()
+    p = p[used].double()
+    norm = p.norm(dim=1, keepdim=True)
+    p = p / norm  # conditioning: the members of one cluster may all have small scales
+    pc = p @ c.double()
+    # C is positive definite and the rows of P are independent: only rounding needs this damping.
+    solved = torch.cholesky_solve(pc @ target.double(), linalg.cholesky(pc @ p.T, 1e-12, "SWSC centroids"))
+    return previous.index_copy(0, used, (solved / norm).to(previous.dtype))

@@ -1,0 +1,231 @@
+"""SWSC: channels share cluster centroids, a low-rank term corrects the rest.
+
+    axis output:  W ~ diag(s) L C + A B      C (k, n) centroids, L (m, k) one-hot labels, s (m,) scales
+    axis input:   W ~ C Lt diag(s) + A B     C (m, k), L (n, k), s (n,); A (m, r) and B (r, n) in both
+
+Source: Zeng, Tang, Liu, Li, "SWSC: Shared Weight for Similar Channel in LLM", arXiv 2501.08631 (January 2025).
+`preset="paper"` is the published procedure: k-means on the channels, the cluster mean as representative, the SVD of the
+error cut at rank r with its singular values split evenly, no data, once, on the query and key projections; average bits
+16 (k + 1 + 2r) / m on an m x m matrix. The paper does not state the channel axis nor the k-means settings: output
+channels, k-means++ and squared distance are this implementation's reading.
+
+The default differs in four ways. It minimises the predicted loss tr(G E S Et)/2 instead of |E|^2, E = W - W', S the
+second moment of the inputs, G that of the output gradients where collected. It alternates: k-means on W - A B, then the
+low-rank step on W minus the shared part; neither half-step can raise the error. (k, r) are chosen by error under the
+budget. Gain-shape scales, balanced clusters, restarts and a random projection are switches.
+
+With S = F Ft (Cholesky) and uncoupled output channels the weighted problem is the plain one on W F, and centroids and B
+return through a triangular solve with F. G couples output channels (S couples input channels) and no map of the points
+makes that plain k-means: see `_shared_weights.cluster_step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from tinycomp.edits import Replace
+from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._kmeans import Lloyd
+from tinycomp.methods._options import dense_option, keep_dense, require_finite, size_grid
+from tinycomp.methods._shared_weights import (
+    Metric,
+    average_bits,
+    cluster_step,
+    fit,
+    paper_split,
+    require_fits,
+    squared_tail,
+    stored_bits,
+    stored_numbers,
+)
+
+PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
+PAPER_BITS = 2.0
+SCAN_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the channels: cluster counts that `options` tries beside 1
+SCAN_STEPS = 6
+
+
+class SWSC(MethodConfig):
+    """Shared weights for similar channels, plus a low-rank correction.
+
+    Args:
+        axis: channels that are clustered: "output" (rows of W) or "input" (columns of W).
+        clusters: centroids per matrix. None: chosen by error under the budget.
+        rank: of the correction; 0 for none. None: what the budget leaves.
+        bits: budget in average bits per weight of each compressed matrix, labels and scales counted (preset "paper":
+            16-bit numbers and labels not counted, as in its nominal figures), instead of `ratio`.
+        iterations: alternating refinements after the first pass.
+        scaled: one more number per channel, its gain against the centroid (closed form).
+        weighted: minimise the predicted loss; otherwise the plain squared error, and no data is needed.
+        balanced: clusters of equal size.
+        projection: cluster on a random projection to this many dimensions, then take a few exact steps.
+        init: where k-means starts: "k-means++" or "random".
+        restarts: k-means starts, the best is kept.
+        steps: most k-means steps of one start.
+    """
+
+    axis: Literal["output", "input"] = "output"
+    clusters: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=0)
+    bits: float | None = Field(default=None, gt=0.0)
+    iterations: int = Field(default=2, ge=0)
+    scaled: bool = False
+    weighted: bool = True
+    balanced: bool = False
+    projection: int | None = Field(default=None, ge=1)
+    init: Literal["k-means++", "random"] = "k-means++"
+    restarts: int = Field(default=1, ge=1)
+    steps: int = Field(default=25, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "paper":
+            published = {"targets": PAPER_TARGETS, "iterations": 0, "weighted": False}
+            data = {**published, "sequential": False, "allocation": "uniform", **data}
+            if all(data.get(name) is None for name in ("ratio", "bits", "clusters")):
+                data["bits"] = PAPER_BITS
+        return data
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SWSC:
+        if self.rank is not None and self.clusters is None:
+            raise ValueError(f"SWSC: got rank={self.rank} without clusters; give both, or neither and a ratio or bits")
+        budgets = [name for name in ("ratio", "bits", "rank") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(
+                f"SWSC: got {' and '.join(budgets)}; allowed one: each fixes the size; leave the others out"
+            )
+        return self
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the accounting functions need beside the sizes."""
+        return {"axis": 0 if self.axis == "output" else 1, "scaled": self.scaled}
+
+    def lloyd(self, steps: int) -> Lloyd:
+        return Lloyd(
+            steps=steps,
+            init=self.init,
+            restarts=self.restarts,
+            scaled=self.scaled,
+            balanced=self.balanced,
+            projection=self.projection,
+            seed=self.seed,
+        )
+
+    def metric(self, linear: Linear) -> Metric:
+        if not self.weighted:
+            return Metric()
+        return Metric.of(linear.gram, linear.output_gram, self.layout["axis"], self.damping)
+
+
+def needs(config: SWSC) -> frozenset[str]:
+    return frozenset({"gram", "output_gram"}) if config.weighted else frozenset()
+
+
+def options(unit: Unit, config: SWSC) -> list[Option]:
+    """One candidate per size: the (k, r) of least predicted loss after a single pass, which refinement only lowers.
+
+    With `clusters` and `rank`, or with `bits`, there is one candidate. Unweighted, the loss is |W - W'|_F^2 / 2.
+    """
+    linear = unit.linears[0]
+    require_finite(linear)
+    m, n = linear.weight.shape
+    number_bits = linear.dtype.itemsize * 8
+    sizes = candidates(m, n, number_bits, config)
+    metric, axis = config.metric(linear), config.layout["axis"]
+    target = metric.whiten_along((linear.weight if axis == 0 else linear.weight.T).float())
+    lloyd, tails = config.lloyd(min(config.steps, SCAN_STEPS)), {}
+    for k in sorted({k for pairs in sizes for k, _ in pairs}):
+        tails[k] = squared_tail(target, cluster_step(target, k, metric, lloyd, sweeps=0), metric)
+    found = {}
+    for pairs in sizes:
+        k, r = min(pairs, key=lambda pair: float(tails[pair[0]][pair[1]]))
+        size = stored_numbers(m, n, k, r, **config.layout)
+        bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
+        found[k, r] = Option(size, bits, 0.5 * float(tails[k][r]), {"clusters": k, "rank": r})
+    fixed = config.bits is not None or config.rank is not None
+    return list(found.values()) + ([] if fixed else [dense_option(unit)])
+
+
+def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tuple[int, int]]]:
+    """Per size, the (k, r) pairs to compare; sizes that not even one cluster fits are left out.
+
+    Raises:
+        ValueError: clusters or rank do not fit the matrix, or the budget holds no cluster.
+    """
+    axis, channels = config.layout["axis"], m if config.axis == "output" else n
+    if config.clusters is not None:
+        require_fits(m, n, config.clusters, config.rank or 0, axis)
+        if config.rank is not None:
+            return [[(config.clusters, config.rank)]]
+    paper = config.preset == "paper" and config.clusters is None
+    if paper and config.bits is not None:
+        return [[paper_split(m, n, config.bits / 16 * m * n, axis=axis)]]
+    ladder = [config.clusters] if config.clusters else sorted({1, *(max(1, int(f * channels)) for f in SCAN_FRACTIONS)})
+
+    def cost(k: int, r: int) -> int:
+        if config.bits is None:
+            return stored_numbers(m, n, k, r, **config.layout)
+        return stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
+
+    out = []
+    for fraction in size_grid(config.ratio) if config.bits is None else (config.bits,):
+        budget = fraction * m * n
+        ks = [paper_split(m, n, budget - channels, axis=axis)[0]] if paper else ladder
+        ranks = {k: int((budget - cost(k, 0)) // (cost(k, 1) - cost(k, 0))) for k in ks}
+        pairs = [(k, min(r, m, n)) for k, r in ranks.items() if r >= 0]
+        out += [pairs] if pairs else []
+    if not out:
+        raise ValueError(
+            f"SWSC: got a budget below one cluster of a {m} x {n} matrix; raise ratio or bits, or lower clusters"
+        )
+    return out
+
+
+def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
+    """The chosen (k, r), refined by alternation, as one SWSCLinear."""
+    linear = unit.linears[0]
+    if choice.get("dense"):
+        return keep_dense(unit)
+    require_finite(linear)
+    m, n = linear.weight.shape
+    k, r, axis = choice["clusters"], choice["rank"], config.layout["axis"]
+    factors, history = fit(
+        linear.weight,
+        k,
+        r,
+        axis=axis,
+        metric=config.metric(linear),
+        iterations=config.iterations,
+        lloyd=config.lloyd(config.steps),
+    )
+    factors = factors.to(linear.dtype)
+    labels = factors.labels.to(torch.uint8 if k <= 256 else torch.int32)
+    tensors = {"centroids.weight": factors.centroids, "labels": labels, "scales": factors.scales, "bias": linear.bias}
+    if r > 0:
+        tensors |= {"a.weight": factors.a, "b.weight": factors.b}
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.to(linear.dtype)
+    row = record(
+        linear,
+        "SWSC",
+        stored_numbers(m, n, k, r, **config.layout),
+        stored_bits(m, n, k, r, number_bits=linear.dtype.itemsize * 8, **config.layout),
+        linear.weight - factors.to(torch.float32).dense(),
+        clusters=k,
+        rank=r,
+        average_bits=average_bits(m, n, k, r, **config.layout),
+        refinements=len(history) // 2,
+    )
+    kwargs = {"in_features": n, "out_features": m, "clusters": k, "rank": r, "bias": linear.bias is not None}
+    edit = Replace(linear.path, layer="SWSCLinear", kwargs=kwargs | config.layout)
+    stored = {f"{linear.path}.{name}": t.contiguous() for name, t in tensors.items() if t is not None}
+    return Result([edit], stored, [row])
+
+
+METHOD = Method(name="SWSC", config=SWSC, needs=needs, options=options, build=build)
