@@ -9,9 +9,14 @@ from tinycomp.ops.gram_accumulate_ import gram_accumulate_
 from tinycomp.ops.kmeans_assign import kmeans_assign
 from tinycomp.ops.kmeans_update import kmeans_update
 from tinycomp.ops.lowrank_linear import lowrank_linear
+from tinycomp.ops.masked_formats import Packed, pack_masked, unpack_masked
+from tinycomp.ops.masked_linear import masked_linear
 from tinycomp.ops.quant_linear import Quantized, dequantize, pack_int4, quant_linear, quantize, unpack_int4
+from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
+from tinycomp.ops.sliced_linear import sliced_linear
+from tinycomp.ops.split_bregman_step_ import split_bregman_step_
 from tinycomp.ops.swsc_linear import swsc_linear
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "ORDER",
     "Cost",
     "Op",
+    "Packed",
     "Quantized",
     "column_norms",
     "cur_linear",
@@ -27,15 +33,21 @@ __all__ = [
     "kmeans_assign",
     "kmeans_update",
     "lowrank_linear",
+    "masked_linear",
     "pack_int4",
+    "pack_masked",
     "quant_linear",
+    "quant_lowrank_linear",
     "quantize",
     "register",
     "sample_without_replacement",
     "select_pivots",
+    "sliced_linear",
+    "split_bregman_step_",
     "status",
     "swsc_linear",
     "unpack_int4",
+    "unpack_masked",
     "use_backend",
 ]
 

@@ -179,25 +179,32 @@ def _fake(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-def _backward(args: Sequence[Tensor], needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, qweight, scales, zeros, _, bits, group_size = args
     gx, gs, gz = None, None, None
     gy2 = gy.reshape(-1, gy.shape[-1])
-    layout, groups = (x.shape[-1], int(bits), int(group_size)), (*scales.shape, int(group_size))
     if needs[0]:
-        gx = (gy2 @ dequantize(qweight, scales, zeros, *layout).to(gy.dtype)).reshape(x.shape)
+        w = dequantize(qweight, scales, zeros, x.shape[-1], bits, group_size).to(gy.dtype)
+        gx = (gy2 @ w).reshape(x.shape)
     if needs[2] or needs[3]:
-        gw = (gy2.t() @ x.reshape(-1, x.shape[-1])).to(scales.dtype)
-        levels = dequantize(qweight, torch.ones_like(scales), zeros, *layout).to(scales.dtype)
-        gs = _group_sum(gw * levels, *groups)
-        gz = -scales * _group_sum(gw, *groups) if needs[3] else None
+        gs, gz = scale_gradients(gy2.t() @ x.reshape(-1, x.shape[-1]), qweight, scales, zeros, bits, group_size)
     return gx, None, gs, gz, gy2.sum(0) if needs[4] else None, None, None
 
 
-def _group_sum(values: Tensor, out_features: int, groups: int, group_size: int) -> Tensor:
+def scale_gradients(
+    gw: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of scales and zeros from that of the (out_features, in_features) weight."""
+    gw, ones = gw.to(scales.dtype), torch.ones_like(scales)
+    levels = dequantize(qweight, ones, zeros, gw.shape[1], bits, group_size).to(scales.dtype)
+    gs = _group_sum(gw * levels, scales.shape[1], group_size)
+    return gs, None if zeros is None else -scales * _group_sum(gw, scales.shape[1], group_size)
+
+
+def _group_sum(values: Tensor, groups: int, group_size: int) -> Tensor:
     """(N, in_features) -> (N, groups): the sum over each group."""
     padded = F.pad(values, (0, groups * group_size - values.shape[1])) if group_size else values
-    return padded.reshape(out_features, groups, padded.shape[1] // groups).sum(2)
+    return padded.reshape(padded.shape[0], groups, padded.shape[1] // groups).sum(2)
 
 
 def _cost(
