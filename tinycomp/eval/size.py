@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tinycomp import ops
+from tinycomp.layers import CompressedLinear
 from tinycomp.models import is_linear, spec_of
 
 ENCODER_TOKENS = 128
@@ -21,8 +22,8 @@ ENCODER_TOKENS = 128
 class Size:
     """What a model occupies and what one token costs.
 
-    parameters: stored numbers, shared ones once: floating-point parameters, and the codes of quantised layers (an
-        int4 weight of n x k counts n k); index and scale buffers are bytes but no parameters.
+    parameters: stored numbers, shared ones once; compressed layers say theirs (a rounded weight counts as one number,
+        index tensors are bytes but no parameters), elsewhere they are the floating-point parameters.
     linear_parameters: those of `parameters` in the linear layers, dense or compressed, of the repeated blocks, biases
         left out: what `ratio` is a fraction of by default.
     bytes_memory: parameters and persistent buffers, each byte of each storage once.
@@ -49,14 +50,9 @@ def size_of(model: nn.Module, folder: str | Path | None = None, *, flops: bool =
         flops: run one forward to count `flops_per_token`.
     """
     return Size(
-        parameters=_numbers(_owned(model)),
-        linear_parameters=_numbers(
-            (owner, name, tensor)
-            for path, layer in _block_linears(model)
-            for owner, name, tensor in _owned(layer)
-            if not (owner is layer and name == "bias")
-        ),
-        bytes_memory=bytes_in_memory(tensor for _, _, tensor in _owned(model)),
+        parameters=_numbers((module for _, module in _outer_modules(model)), biases=True),
+        linear_parameters=_numbers(_block_linears(model), biases=False),
+        bytes_memory=bytes_in_memory(_owned(model)),
         bytes_disk=None if folder is None else bytes_on_disk(folder),
         flops_per_token=flops_per_token(model) if flops else None,
     )
@@ -94,7 +90,7 @@ def bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that decoding one token must read: all but embedding tables that are not also a head."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    return bytes_in_memory(t for _, _, t in _owned(model) if id(t) not in tables - multiplied)
+    return bytes_in_memory(t for t in _owned(model) if id(t) not in tables - multiplied)
 
 
 def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> int:
@@ -154,7 +150,7 @@ def coverage(model: nn.Module, touched: Iterable[str] = ()) -> dict[str, Any]:
     seen: set[tuple[int, int]] = set()
     for path, module in _outer_modules(model):
         whole = _compressed(module)
-        own = [t for _, _, t in _owned(module)] if whole else list(_own_tensors(module).values())
+        own = _owned(module) if whole else _own_tensors(module)
         new = [tensor for tensor in own if _where(tensor) not in seen]
         if not new:
             continue
@@ -177,7 +173,7 @@ def _where(tensor: Tensor) -> tuple[int, int]:
 
 
 def _compressed(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_tinycomp_layer", False))
+    return isinstance(module, CompressedLinear)
 
 
 def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -191,51 +187,39 @@ def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside += (f"{path}.",)
 
 
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+def _own_tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and persistent buffers that belong to the module itself."""
-    own: dict[str, Tensor] = {name: p for name, p in module._parameters.items() if p is not None}
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            own[name] = buffer
-    return own
+    kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
+    return [tensor for tensor in (*module._parameters.values(), *kept) if tensor is not None]
 
 
-def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _owned(module: nn.Module) -> Iterator[Tensor]:
+    for owner in module.modules():
+        yield from _own_tensors(owner)
+
+
+def _block_linears(model: nn.Module) -> Iterator[nn.Module]:
     """Linear layers, dense or compressed, of the repeated blocks."""
     blocks = tuple(f"{block.path}." for stack in spec_of(model).stacks for block in stack.blocks)
     for path, module in _outer_modules(model):
         if path.startswith(blocks) and (is_linear(module) or _compressed(module)):
-            yield path, module
+            yield module
 
 
-def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for owner in module.modules():
-        for name, tensor in _own_tensors(owner).items():
-            yield owner, name, tensor
-
-
-def _numbers(tensors: Iterable[tuple[nn.Module, str, Tensor]]) -> int:
-    """Stored numbers, tensors that share their memory once."""
+def _numbers(modules: Iterable[nn.Module], biases: bool) -> int:
+    """Stored numbers that belong to the modules themselves, tensors that share their memory once."""
     counted: dict[tuple[int, int], int] = {}
-    for owner, name, tensor in tensors:
-        numbers = 0
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-            numbers = tensor.numel()
-        elif name in ("qweight", "values"):  # codes of a quantised or masked layer
-            numbers = tensor.numel() * 8 // _code_bits(owner, tensor)
-            whole = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
-            if isinstance(whole[0], int) and isinstance(whole[1], int):  # rows of an odd length are padded
-                numbers = min(numbers, whole[0] * whole[1])
-        if numbers:
-            key = _where(tensor)
-            counted[key] = max(counted.get(key, 0), numbers)
-    return sum(counted.values())
-
-
-def _code_bits(owner: nn.Module, codes: Tensor) -> int:
-    """Bits of one number when the tensor holds packed codes, else those of its own element."""
-    packed = getattr(owner, "bits", None) or getattr(owner, "value_bits", None)
-    return packed if isinstance(packed, int) and codes.dtype in (torch.int8, torch.uint8) else 8
+    compressed = 0
+    for module in modules:
+        names = set(module._parameters) if biases else set(module._parameters) - {"bias"}
+        if isinstance(module, CompressedLinear):
+            compressed += module.stored_numbers
+            names &= {"bias"}
+        for name in names:
+            parameter = module._parameters[name]
+            if parameter is not None and parameter.is_floating_point():
+                counted[_where(parameter)] = max(counted.get(_where(parameter), 0), parameter.numel())
+    return compressed + sum(counted.values())
 
 
 def _op_flops(op: ops.Op) -> Any:
