@@ -110,15 +110,27 @@ def test_weights_missing_from_the_checkpoint_are_an_error(tmp_path):
     ("source", "error", "message"),
     [
         ("", ValueError, "empty model path"),
-        ("nowhere/at/all", ValueError, "allowed: a Hugging Face model folder, a .gguf file"),
+        ("nowhere/at/all", ValueError, "does not exist; allowed: a Hugging Face model folder, a .gguf file"),
         ("nowhere.gguf", ValueError, "there is no file nowhere.gguf"),
         (3, TypeError, "got int, allowed: a path"),
     ],
 )
-def test_bad_sources_say_what_is_allowed(source, error, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_sources_say_what_is_allowed(source, error, message):
     with pytest.raises(error, match=message):
         load_model(source)
+
+
+def test_folder_without_weights_or_config_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"reading its config\.json failed"):
+        load_model(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path)
 
 
 def test_unknown_class_in_the_config_is_named(tmp_path):

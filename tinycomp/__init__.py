@@ -20,7 +20,7 @@ _LAZY = {
     "compress": "tinycomp.pipeline",
     "compress_": "tinycomp.pipeline",
     "plan": "tinycomp.pipeline",
-    "evaluate": "tinycomp.pipeline",
+    "evaluate": "tinycomp.measure",
     "load_model": "tinycomp.io",
     "save_model": "tinycomp.io",
     "CUR": "tinycomp.methods",

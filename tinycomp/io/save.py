@@ -135,7 +135,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     needs = recipe.get("quant_method") == "tinycomp"
     lines += ["", "## Use", "", "```python"]
     lines += ["import tinycomp  # registers the layers this checkpoint uses"] if needs else []
-    kind = recipe.get("auto_class", "AutoModel")
+    kind = recipe.get("model_class", "AutoModel")
     lines += [
         f"from transformers import {kind}",
         "",

@@ -1,0 +1,305 @@
+"""The demo: every method on one real model, one table, one result saved and reloaded in a fresh process."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from tinycomp import data, pipeline
+from tinycomp.eval.machine import machine
+from tinycomp.eval.quality import DEFAULT
+from tinycomp.eval.report import write_report
+from tinycomp.eval.speed import speed_of
+from tinycomp.io import check_output_dir, default_model, load_model, save_model
+from tinycomp.measure import evaluate, speed_fields
+from tinycomp.recipe import make_configs, make_recipe
+
+PROMPT = "The state of the union is"
+STAGES = 3  # of a row: compress, measure, time
+
+RELOAD = """
+import json, sys, time
+import torch, tinycomp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, expected, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+expected = load_file(expected)
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+seconds = time.perf_counter() - start
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(expected["ids"]).logits
+    tokens = model.generate(expected["ids"], attention_mask=torch.ones_like(expected["ids"]), max_new_tokens=24,
+                            do_sample=False)
+print(json.dumps({"equal": torch.equal(logits, expected["logits"]), "seconds": seconds,
+                  "text": tokenizer.decode(tokens[0])}))
+"""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo runs.
+
+    Args:
+        methods: at every ratio and seed.
+        rounding: bits of the dense rounding comparators.
+        ratios: of the targeted parameters.
+        seeds: calibration draw and every random choice.
+        tokens: predictions of the perplexity protocol.
+        num_calibration_samples: calibration windows.
+        max_seq_length: tokens of a calibration window.
+        repeats: interleaved rounds of the speed measurement.
+    """
+
+    methods: tuple[str, ...] = ("cur", "swsc", "svd", "widthprune")
+    rounding: tuple[int, ...] = (8,)
+    ratios: tuple[float, ...] = (0.8, 0.5)
+    seeds: tuple[int, ...] = (0,)
+    tokens: int = 1024
+    num_calibration_samples: int = 16
+    max_seq_length: int = 512
+    repeats: int = 3
+
+    @classmethod
+    def full(cls) -> Demo:
+        return cls(
+            methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
+            rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096, num_calibration_samples=48, repeats=5,
+        )  # fmt: skip
+
+    def changed(self, **fields: Any) -> Demo:
+        """The same with the fields that are not None or empty."""
+        given = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in fields.items() if v}
+        return replace(self, **given)
+
+    def jobs(self) -> list[tuple[str, float | None, int, str]]:
+        """(method, ratio, seed, setting) of every row but the dense one."""
+        rows: list[tuple[str, float | None, int, str]] = [
+            ("rounding", None, self.seeds[0], f"bits={bits}") for bits in self.rounding
+        ]
+        rows += [(m, ratio, seed, "") for ratio in self.ratios for m in self.methods for seed in self.seeds]
+        return rows
+
+
+class _Run:
+    """One demo under way: the dense model, what is measured against it, and the rows so far."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: Demo, progress: Progress) -> None:
+        self.dense, self.tokenizer, self.settings, self.progress = model, tokenizer, settings, progress
+        self.protocol = DEFAULT if settings.tokens == DEFAULT.max_tokens else DEFAULT.shortened(settings.tokens)
+        self.rows: list[dict[str, Any]] = []
+        self.compressions: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.task = progress.add_task("", total=STAGES * (1 + len(settings.jobs())))
+        self.batches: dict[int, Any] = {}
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        self.progress.update(self.task, description=text)
+        yield
+        self.progress.advance(self.task)
+
+    def calibration(self, seed: int) -> Any:
+        """The same calibration batches for every method."""
+        if seed not in self.batches:
+            self.batches[seed] = data.batches(
+                None,
+                self.tokenizer,
+                num_calibration_samples=self.settings.num_calibration_samples,
+                max_seq_length=self.settings.max_seq_length,
+                seed=seed,
+            )
+        return self.batches[seed]
+
+    def measure(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
+        """Add a row: sizes, perplexity, then speed interleaved with the dense model."""
+        with self.stage(f"{name}: measure"), tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)  # type: ignore[operator]
+            row |= evaluate(model, self.tokenizer, self.protocol, folder=folder)
+        with self.stage(f"{name}: time"):
+            pair = {"dense": self.dense, name: model}
+            speeds = speed_of(pair, repeats=self.settings.repeats)
+            row |= speed_fields(speeds[name])
+            dense = speed_fields(speeds["dense"])
+            row["decode_speedup"] = (row["decode_tokens_s"] or 0.0) / (dense["decode_tokens_s"] or 1.0)
+            row["note"] = "; ".join(speeds[name].flags)
+        row["plain"] = getattr(model.config, "quantization_config", None) is None
+        self.rows.append({"name": name} | row)
+
+    def compress(self, method: str, ratio: float | None, seed: int, setting: str) -> tuple[nn.Module, Any] | None:
+        """One compressed copy with its row; None, and a note, when the method refuses."""
+        label = f"int{setting.partition('=')[2]}" if setting else method
+        name = label + (f" {ratio:g}" if ratio is not None else "")
+        name += f" seed {seed}" if len(self.settings.seeds) > 1 and not setting else ""
+        model = copy.deepcopy(self.dense)
+        (config,) = make_configs(method, [setting] if setting else [], ratio=ratio, seed=seed)
+        try:
+            with self.stage(f"{name}: compress"):
+                report = pipeline.compress_(
+                    model, config, self.calibration(seed), tokenizer=self.tokenizer, progress=False
+                )
+        except (ValueError, RuntimeError) as error:
+            self.notes.append(f"{name}: refused: {error}")
+            self.progress.advance(self.task, STAGES)
+            return None
+        found = report.to_dict()
+        self.compressions.append({"name": name} | found)
+        row = {
+            "method": method,
+            "ratio": ratio,
+            "seed": seed,
+            "achieved_ratio": found["ratio_achieved"],
+            "compress_seconds": found["seconds"],
+            "peak_memory_bytes": found["peak_memory_bytes"],
+        }
+        self.measure(name, model, row)
+        return model, config
+
+
+def run_demo(
+    source: str | os.PathLike[str] | None,
+    output_dir: str | os.PathLike[str],
+    settings: Demo,
+    *,
+    force: bool = False,
+    quiet: bool = False,
+    command: str = "tinycomp demo",
+) -> dict[str, Any]:
+    """Compress one model with every method and write report.md, report.html, results.json and one model folder.
+
+    Args:
+        source: a causal language model; None is the default model.
+        output_dir: for the reports; `model/` in it holds the saved result.
+        settings: what to run.
+        force: replace what an earlier run left in `output_dir`.
+        quiet: print nothing.
+        command: recorded in the report.
+
+    Returns:
+        The report's results, with `reload`: what the fresh process found.
+
+    Raises:
+        RuntimeError: every method refused, or the fresh process did not get equal logits.
+    """
+    path = check_output_dir(output_dir, force)
+    name = os.fspath(source if source is not None else default_model())
+    console = Console(quiet=quiet)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        loading = progress.add_task(f"load {Path(name).name}", total=None)
+        model, tokenizer = load_model(name)
+        progress.remove_task(loading)
+        run = _Run(model, tokenizer, settings, progress)
+        run.progress.advance(run.task)
+        run.measure("dense", model, {"method": None, "ratio": 1.0, "achieved_ratio": 1.0})
+        saved = None
+        for job in settings.jobs():
+            made = run.compress(*job)
+            if made is not None and saved is None and not run.rows[-1]["plain"] and job[1] is not None:
+                saved = run.rows[-1]["name"]
+                reload = _save(path, made, run, name, command, force)
+            del made
+            gc.collect()
+    results = _results(run, name, command)
+    if saved is not None:
+        results["reload"] = {"name": saved} | reload
+    path.mkdir(parents=True, exist_ok=True)
+    write_report(path, results)
+    (path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _print(console, results, path)
+    if saved is None:
+        raise RuntimeError("demo: no method gave a model to save:\n" + "\n".join(run.notes))
+    if not reload["equal"]:
+        raise RuntimeError(f"demo: {path / 'model'} gives other logits in a fresh process")
+    return results
+
+
+def _save(path: Path, made: tuple[nn.Module, Any], run: _Run, source: str, command: str, force: bool) -> dict[str, Any]:
+    """Save one result, then load it in a fresh process and compare logits there."""
+    model, config = made
+    folder = path / "model"
+    recipe = make_recipe(Path(source).name, [config], command, model, seed=config.seed)
+    save_model(model, run.tokenizer, folder, run.compressions[-1], recipe, force)
+    ids = torch.tensor([data.token_ids(run.tokenizer, PROMPT)])
+    with torch.no_grad():
+        logits = model(ids).logits
+    with tempfile.TemporaryDirectory() as temporary:
+        expected = os.path.join(temporary, "expected.safetensors")
+        save_file({"ids": ids, "logits": logits}, expected)
+        arguments = [sys.executable, "-c", RELOAD, str(folder), expected, str(torch.get_num_threads())]
+        child = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(f"demo: {folder} does not load in a fresh process:\n{child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _results(run: _Run, source: str, command: str) -> dict[str, Any]:
+    return {
+        "title": f"{Path(source).name} compressed with tinycomp",
+        "model": Path(source).name,
+        "machine": machine(),
+        "protocol": {"name": run.protocol.name, "hash": run.protocol.hash},
+        "command": command,
+        "rows": run.rows,
+        "compressions": run.compressions,
+        "notes": run.notes,
+    }
+
+
+COLUMNS = {
+    "name": ("model", str),
+    "achieved_ratio": ("kept", "{:.3f}".format),
+    "parameters": ("params M", lambda v: f"{v / 1e6:.1f}"),
+    "bytes_disk": ("disk MB", lambda v: f"{v / 1e6:.0f}"),
+    "bytes_memory": ("memory MB", lambda v: f"{v / 1e6:.0f}"),
+    "flops_per_token": ("MFLOP/token", lambda v: f"{v / 1e6:.0f}"),
+    "prefill_tokens_s": ("prefill tok/s", "{:.0f}".format),
+    "decode_tokens_s": ("decode tok/s", "{:.1f}".format),
+    "decode_speedup": ("x dense", "{:.2f}".format),
+    "perplexity": ("perplexity", "{:.4g}".format),
+    "compress_seconds": ("seconds", "{:.1f}".format),
+    "peak_memory_bytes": ("peak MB", lambda v: f"{v / 1e6:.0f}"),
+}
+
+
+def _print(console: Console, results: dict[str, Any], path: Path) -> None:
+    protocol = results["protocol"]
+    table = Table(title=f"{results['title']}; {protocol['name']} ({protocol['hash']})", title_justify="left")
+    for title, _ in COLUMNS.values():
+        table.add_column(title, justify="left" if title == "model" else "right")
+    for row in results["rows"]:
+        table.add_row(*("-" if row.get(key) is None else form(row[key]) for key, (_, form) in COLUMNS.items()))
+    console.print(table)
+    for note in results["notes"]:
+        console.print(f"note: {note}", markup=False)
+    if "reload" in results:
+        found = results["reload"]
+        verdict = "equal" if found["equal"] else "NOT EQUAL"
+        console.print(f"{found['name']} reloaded in a fresh process in {found['seconds']:.1f} s: logits {verdict}")
+        console.print(found["text"], markup=False)
+    console.print(f"wrote {path / 'report.html'}, report.md, results.json and model/", markup=False, soft_wrap=True)
