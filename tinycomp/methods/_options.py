@@ -1,17 +1,15 @@
-"""What the options of several methods have in common: the sizes tried, keeping a unit dense, refusing bad input."""
+"""What the options of several methods have in common: the sizes tried, leaving a unit dense, refusing bad input."""
 
 from __future__ import annotations
 
-import torch
-
-from tinycomp.methods._base import Linear, Option, Result, Unit, record
-
-RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+from tinycomp import linalg
+from tinycomp.methods._base import Linear, Option, Unit
 
 
-def size_grid(ratio: float | None) -> tuple[float, ...]:
-    """Kept fractions to offer, the requested one among them, ascending; 1.0 is `dense_option`."""
-    return tuple(sorted({*RATIOS, *(() if ratio is None or ratio >= 1.0 else (ratio,))}))
+def size_grid(ratio: float | None, count: int) -> tuple[float, ...]:
+    """`count` evenly spread kept fractions below 1 and the requested one, ascending; 1 is `dense_option`."""
+    asked = () if ratio is None or ratio >= 1.0 else (ratio,)
+    return tuple(sorted({*((i + 1) / (count + 1) for i in range(count)), *asked}))
 
 
 def dense_option(unit: Unit) -> Option:
@@ -20,25 +18,9 @@ def dense_option(unit: Unit) -> Option:
     return Option(unit.size, bits, 0.0, {"dense": True})
 
 
-def keep_dense(unit: Unit) -> Result:
-    """`build` of `dense_option`: no edit, one record per linear."""
-    rows = []
-    for linear in unit.linears:
-        bits = linear.weight.numel() * linear.dtype.itemsize * 8
-        rows.append(record(linear, "dense", linear.weight.numel(), bits, torch.zeros_like(linear.weight)))
-    return Result(records=rows)
-
-
 def require_finite(linear: Linear) -> None:
-    """Refuse NaN and infinity before they spread.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    named = (("weight", linear.weight), ("bias", linear.bias), ("input second moment", linear.gram))
-    for name, tensor in (*named, ("output second moment", linear.output_gram)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{linear.path}.{name}: got NaN or infinite values, allowed are finite ones; "
-                "repair the checkpoint or the calibration data, or put this module in ignore"
-            )
+    """Refuse NaN and infinity before they spread: ValueError naming the tensor."""
+    named = {"weight": linear.weight, "bias": linear.bias, "gram": linear.gram, "output_gram": linear.output_gram}
+    for name, tensor in named.items():
+        if tensor is not None:
+            linalg.require_finite(f"{linear.path}.{name}", tensor)

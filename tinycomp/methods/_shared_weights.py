@@ -53,11 +53,11 @@ def model_average_bits(matrices: list[tuple[int, float]], other_parameters: int,
     return (sum(count * bits for count, bits in matrices) + other_parameters * other_bits) / weights
 
 
-def paper_split(m: int, n: int, number_budget: float, *, axis: int = 0) -> tuple[int, int]:
-    """(k, r) that give half of a nominal budget to centroids and half to the factors; labels are not counted."""
+def paper_split(m: int, n: int, budget: float, *, axis: int = 0, clusters: int | None = None) -> tuple[int, int]:
+    """(k, r) that give half of a budget of numbers to centroids and the rest to the factors; labels are not counted."""
     channels, length = (m, n) if axis == 0 else (n, m)
-    k = min(max(int(number_budget / 2 / length), 1), channels)
-    r = min(max(int((number_budget - k * length) / (m + n)), 0), min(m, n))
+    k = clusters or min(max(int(budget / 2 / length), 1), channels)
+    r = min(max(int((budget - k * length) / (m + n)), 0), min(m, n))
     return k, r
 
 
@@ -75,8 +75,8 @@ class Metric:
         damping = max(damping, 1e-6)
         along, across = (gram, output_gram) if axis == 0 else (output_gram, gram)
         coupling = None if across is None else linalg.damped(across, damping).float()
-        factors = [None if s is None else linalg.cholesky(s, damping).float() for s in (along, across)]
-        return cls(*factors, coupling)
+        lower = [None if s is None else linalg.cholesky(s, damping).float() for s in (along, across)]
+        return cls(lower[0], lower[1], coupling)
 
     def whiten_along(self, x: Tensor) -> Tensor:
         return x if self.along is None else x @ self.along

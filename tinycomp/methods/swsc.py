@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from tinycomp.edits import Replace
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
 from tinycomp.methods._kmeans import Lloyd
-from tinycomp.methods._options import dense_option, keep_dense, require_finite, size_grid
+from tinycomp.methods._options import dense_option, require_finite, size_grid
 from tinycomp.methods._shared_weights import (
     Metric,
     average_bits,
@@ -46,6 +46,7 @@ PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
 PAPER_BITS = 2.0
 SCAN_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the channels: cluster counts that `options` tries beside 1
 SCAN_STEPS = 6
+SIZES = 31
 
 
 class SWSC(MethodConfig):
@@ -55,8 +56,8 @@ class SWSC(MethodConfig):
         axis: channels that are clustered: "output" (rows of W) or "input" (columns of W).
         clusters: centroids per matrix. None: chosen by error under the budget.
         rank: of the correction; 0 for none. None: what the budget leaves.
-        bits: budget in average bits per weight of each compressed matrix, labels and scales counted (preset "paper":
-            16-bit numbers and labels not counted, as in its nominal figures), instead of `ratio`.
+        bits: budget in average bits per weight of each compressed matrix, labels and scales counted, instead of
+            `ratio`. Preset "paper": 16-bit numbers, labels not counted, as in its nominal figures; 2 unless given.
         iterations: alternating refinements after the first pass.
         scaled: one more number per channel, its gain against the centroid (closed form).
         weighted: minimise the predicted loss; otherwise the plain squared error, and no data is needed.
@@ -86,8 +87,6 @@ class SWSC(MethodConfig):
         if isinstance(data, dict) and data.get("preset") == "paper":
             published = {"targets": PAPER_TARGETS, "iterations": 0, "weighted": False}
             data = {**published, "sequential": False, "allocation": "uniform", **data}
-            if all(data.get(name) is None for name in ("ratio", "bits", "clusters")):
-                data["bits"] = PAPER_BITS
         return data
 
     @model_validator(mode="after")
@@ -105,6 +104,11 @@ class SWSC(MethodConfig):
     def layout(self) -> dict[str, Any]:
         """What the accounting functions need beside the sizes."""
         return {"axis": 0 if self.axis == "output" else 1, "scaled": self.scaled}
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the sizes follow from the config alone, without an allocation."""
+        return self.bits is not None or self.rank is not None or self.preset == "paper"
 
     def lloyd(self, steps: int) -> Lloyd:
         return Lloyd(
@@ -130,7 +134,8 @@ def needs(config: SWSC) -> frozenset[str]:
 def options(unit: Unit, config: SWSC) -> list[Option]:
     """One candidate per size: the (k, r) of least predicted loss after a single pass, which refinement only lowers.
 
-    With `clusters` and `rank`, or with `bits`, there is one candidate. Unweighted, the loss is |W - W'|_F^2 / 2.
+    With `clusters` and `rank`, with `bits`, or with preset "paper", there is one candidate. Unweighted, the loss is
+    |W - W'|_F^2 / 2.
     """
     linear = unit.linears[0]
     require_finite(linear)
@@ -148,8 +153,7 @@ def options(unit: Unit, config: SWSC) -> list[Option]:
         size = stored_numbers(m, n, k, r, **config.layout)
         bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
         found[k, r] = Option(size, bits, 0.5 * float(tails[k][r]), {"clusters": k, "rank": r})
-    fixed = config.bits is not None or config.rank is not None
-    return list(found.values()) + ([] if fixed else [dense_option(unit)])
+    return list(found.values()) + ([] if config.fixed else [dense_option(unit)])
 
 
 def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tuple[int, int]]]:
@@ -163,9 +167,10 @@ def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tupl
         require_fits(m, n, config.clusters, config.rank or 0, axis)
         if config.rank is not None:
             return [[(config.clusters, config.rank)]]
-    paper = config.preset == "paper" and config.clusters is None
-    if paper and config.bits is not None:
-        return [[paper_split(m, n, config.bits / 16 * m * n, axis=axis)]]
+    if config.preset == "paper":
+        nominal = (config.bits or PAPER_BITS) / 16 * m * n
+        budget = nominal if config.ratio is None else config.ratio * m * n - channels
+        return [[paper_split(m, n, budget, axis=axis, clusters=config.clusters)]]
     ladder = [config.clusters] if config.clusters else sorted({1, *(max(1, int(f * channels)) for f in SCAN_FRACTIONS)})
 
     def cost(k: int, r: int) -> int:
@@ -174,10 +179,8 @@ def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tupl
         return stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
 
     out = []
-    for fraction in size_grid(config.ratio) if config.bits is None else (config.bits,):
-        budget = fraction * m * n
-        ks = [paper_split(m, n, budget - channels, axis=axis)[0]] if paper else ladder
-        ranks = {k: int((budget - cost(k, 0)) // (cost(k, 1) - cost(k, 0))) for k in ks}
+    for fraction in size_grid(config.ratio, SIZES) if config.bits is None else (config.bits,):
+        ranks = {k: int((fraction * m * n - cost(k, 0)) // (cost(k, 1) - cost(k, 0))) for k in ladder}
         pairs = [(k, min(r, m, n)) for k, r in ranks.items() if r >= 0]
         out += [pairs] if pairs else []
     if not out:
@@ -190,8 +193,6 @@ def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tupl
 def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
     """The chosen (k, r), refined by alternation, as one SWSCLinear."""
     linear = unit.linears[0]
-    if choice.get("dense"):
-        return keep_dense(unit)
     require_finite(linear)
     m, n = linear.weight.shape
     k, r, axis = choice["clusters"], choice["rank"], config.layout["axis"]
