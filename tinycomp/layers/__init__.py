@@ -5,6 +5,7 @@ from torch import nn
 from tinycomp.layers._base import CompressedLinear
 from tinycomp.layers.elastic import ElasticLinear
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
+from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
 from tinycomp.layers.swsc import SWSCLinear
 
@@ -13,7 +14,17 @@ LAYERS: dict[str, type[nn.Module]] = {
     "CURLinear": CURLinear,
     "SWSCLinear": SWSCLinear,
     "QuantLinear": QuantLinear,
+    "MaskedLinear": MaskedLinear,
     "ElasticLinear": ElasticLinear,
 }
 
-__all__ = ["LAYERS", "CURLinear", "CompressedLinear", "ElasticLinear", "LowRankLinear", "QuantLinear", "SWSCLinear"]
+__all__ = [
+    "LAYERS",
+    "CURLinear",
+    "CompressedLinear",
+    "ElasticLinear",
+    "LowRankLinear",
+    "MaskedLinear",
+    "QuantLinear",
+    "SWSCLinear",
+]

@@ -40,8 +40,8 @@ class ElasticLinear(CompressedLinear):
         if not is_plain(self.full):
             if (self.active_in, self.active_out) != (self.in_features, self.out_features):
                 raise RuntimeError(
-                    f"ElasticLinear: {self.active_out} x {self.active_in} of {self.out_features} x {self.in_features} is "
-                    "active and `full` has an adapter or a hook, which needs the whole layer; call set_active_ or merge it"
+                    "ElasticLinear: `full` has an adapter or a hook and only a part of it is active, "
+                    "allowed is the whole layer; merge the adapter or call set_active_ with the full sizes"
                 )
             y = self.full(x)
             return y if self.bias is None else y + self.bias

@@ -48,6 +48,8 @@ class QuantLinear(CompressedLinear):
         check_size("QuantLinear", "group_size", group_size, 0)
         if bits not in (4, 8):
             raise ValueError(f"QuantLinear: bits is {bits!r}, allowed 4 or 8; change it")
+        if group_size % 2:
+            raise ValueError(f"QuantLinear: group_size is {group_size}, allowed even numbers or 0; change it")
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         groups = -(-in_features // group_size) if group_size else 1
         columns, integer = (in_features, torch.int8) if bits == 8 else (-(-in_features // 2), torch.uint8)
