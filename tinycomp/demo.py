@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,14 +19,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
 from tinycomp import data, pipeline
 from tinycomp.eval.machine import machine
 from tinycomp.eval.quality import DEFAULT
-from tinycomp.eval.report import write_report
+from tinycomp.eval.report import print_table, write_report
+from tinycomp.eval.size import coverage, is_causal
 from tinycomp.eval.speed import speed_of
 from tinycomp.io import check_output_dir, default_model, load_model, save_model
 from tinycomp.measure import evaluate, speed_fields
@@ -88,7 +89,7 @@ class Demo:
 
     def changed(self, **fields: Any) -> Demo:
         """The same with the fields that are not None or empty."""
-        given = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in fields.items() if v}
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in fields.items() if v}
         return replace(self, **given)
 
     def jobs(self) -> list[tuple[str, float | None, int, str]]:
@@ -96,7 +97,7 @@ class Demo:
         rows: list[tuple[str, float | None, int, str]] = [
             ("rounding", None, self.seeds[0], f"bits={bits}") for bits in self.rounding
         ]
-        rows += [(m, ratio, seed, "") for ratio in self.ratios for m in self.methods for seed in self.seeds]
+        rows += [(m, ratio, seed, "") for seed in self.seeds for ratio in self.ratios for m in self.methods]
         return rows
 
 
@@ -108,9 +109,11 @@ class _Run:
         self.protocol = DEFAULT if settings.tokens == DEFAULT.max_tokens else DEFAULT.shortened(settings.tokens)
         self.rows: list[dict[str, Any]] = []
         self.compressions: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.task = progress.add_task("", total=STAGES * (1 + len(settings.jobs())))
-        self.batches: dict[int, Any] = {}
+        self.notes = [
+            "Every row is timed interleaved with the dense model; its rates are shown relative to the dense row."
+        ]
+        self.task = progress.add_task("", total=STAGES * (1 + len(settings.jobs())) + 1)
+        self._shared: dict[int, dict[str, Any]] = {}
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
@@ -118,17 +121,26 @@ class _Run:
         yield
         self.progress.advance(self.task)
 
-    def calibration(self, seed: int) -> Any:
-        """The same calibration batches for every method."""
-        if seed not in self.batches:
-            self.batches[seed] = data.batches(
-                None,
-                self.tokenizer,
-                num_calibration_samples=self.settings.num_calibration_samples,
-                max_seq_length=self.settings.max_seq_length,
-                seed=seed,
+    def shared(self, seed: int) -> dict[str, Any]:
+        """Arguments of `compress_` that all methods share: calibration batches and the statistics of one pass on them."""
+        if seed not in self._shared:
+            self.progress.update(self.task, description="calibrate")
+            start = time.perf_counter()
+            windows = data.batches(
+                None, self.tokenizer, num_calibration_samples=self.settings.num_calibration_samples,
+                max_seq_length=self.settings.max_seq_length, seed=seed,
+            )  # fmt: skip
+            configs = [self.config(*job) for job in self.settings.jobs()]
+            statistics = pipeline.statistics_of(self.dense, configs, windows, seed=seed, progress=False)
+            self._shared = {seed: {"data": windows, "statistics": statistics}}  # of one seed at a time: they are large
+            self.notes.append(
+                f"Calibration statistics, seed {seed}: {time.perf_counter() - start:.0f} s once for all methods, on "
+                f"{self.settings.num_calibration_samples} windows; not in the times of the rows."
             )
-        return self.batches[seed]
+        return self._shared[seed]
+
+    def config(self, method: str, ratio: float | None, seed: int, setting: str) -> Any:
+        return make_configs(method, [setting] if setting else [], ratio=ratio, seed=seed)[0]
 
     def measure(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
         """Add a row: sizes, perplexity, then speed interleaved with the dense model."""
@@ -136,33 +148,34 @@ class _Run:
             model.save_pretrained(folder)  # type: ignore[operator]
             row |= evaluate(model, self.tokenizer, self.protocol, folder=folder)
         with self.stage(f"{name}: time"):
-            pair = {"dense": self.dense, name: model}
-            speeds = speed_of(pair, repeats=self.settings.repeats)
-            row |= speed_fields(speeds[name])
-            dense = speed_fields(speeds["dense"])
-            row["decode_speedup"] = (row["decode_tokens_s"] or 0.0) / (dense["decode_tokens_s"] or 1.0)
-            row["note"] = "; ".join(speeds[name].flags)
+            speeds = speed_of({"dense": self.dense, name: model}, repeats=self.settings.repeats)
+            row |= self._scaled(speed_fields(speeds[name]), speed_fields(speeds["dense"]))
+            row["flags"] = list(speeds[name].flags)
         row["plain"] = getattr(model.config, "quantization_config", None) is None
         self.rows.append({"name": name} | row)
+
+    def _scaled(self, rates: dict[str, float | None], dense: dict[str, float | None]) -> dict[str, float | None]:
+        """The rates times (dense rate of the first row / dense rate timed interleaved with these): drift cancels."""
+        first = self.rows[0] if self.rows else dense
+        return {key: rate and rate * (first[key] or 0.0) / (dense[key] or 1.0) for key, rate in rates.items()}
 
     def compress(self, method: str, ratio: float | None, seed: int, setting: str) -> tuple[nn.Module, Any] | None:
         """One compressed copy with its row; None, and a note, when the method refuses."""
         label = f"int{setting.partition('=')[2]}" if setting else method
         name = label + (f" {ratio:g}" if ratio is not None else "")
         name += f" seed {seed}" if len(self.settings.seeds) > 1 and not setting else ""
-        model = copy.deepcopy(self.dense)
-        (config,) = make_configs(method, [setting] if setting else [], ratio=ratio, seed=seed)
+        model, config = copy.deepcopy(self.dense), self.config(method, ratio, seed, setting)
+        shared = self.shared(seed)
         try:
             with self.stage(f"{name}: compress"):
-                report = pipeline.compress_(
-                    model, config, self.calibration(seed), tokenizer=self.tokenizer, progress=False
-                )
+                report = pipeline.compress_(model, config, **shared, progress=False)
         except (ValueError, RuntimeError) as error:
             self.notes.append(f"{name}: refused: {error}")
             self.progress.advance(self.task, STAGES)
             return None
         found = report.to_dict()
-        self.compressions.append({"name": name} | found)
+        touched = [record["path"] for record in found["records"]]
+        self.compressions.append({"name": name} | found | {"coverage": coverage(model, touched)})
         row = {
             "method": method,
             "ratio": ratio,
@@ -214,29 +227,35 @@ def run_demo(
         loading = progress.add_task(f"load {Path(name).name}", total=None)
         model, tokenizer = load_model(name)
         progress.remove_task(loading)
+        if not is_causal(model) or tokenizer is None:
+            raise ValueError(f"demo: got {type(model).__name__}, allowed: a causal language model with its tokenizer")
         run = _Run(model, tokenizer, settings, progress)
-        run.progress.advance(run.task)
-        run.measure("dense", model, {"method": None, "ratio": 1.0, "achieved_ratio": 1.0})
-        saved = None
-        for job in settings.jobs():
-            made = run.compress(*job)
-            if made is not None and saved is None and not run.rows[-1]["plain"] and job[1] is not None:
-                saved = run.rows[-1]["name"]
-                reload = _save(path, made, run, name, command, force)
-            del made
-            gc.collect()
-    results = _results(run, name, command)
-    if saved is not None:
-        results["reload"] = {"name": saved} | reload
+        reload = _rows(run, path, name, command, force)
+    results = _results(run, name, command) | {"reload": reload}
     path.mkdir(parents=True, exist_ok=True)
     write_report(path, results)
     (path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     _print(console, results, path)
-    if saved is None:
+    if reload is None:
         raise RuntimeError("demo: no method gave a model to save:\n" + "\n".join(run.notes))
     if not reload["equal"]:
         raise RuntimeError(f"demo: {path / 'model'} gives other logits in a fresh process")
     return results
+
+
+def _rows(run: _Run, path: Path, source: str, command: str, force: bool) -> dict[str, Any] | None:
+    """Measure every row; save the first one that needs tinycomp to load, and return what a fresh process found."""
+    with run.stage("dense"):
+        run.measure("dense", run.dense, {"method": "dense", "ratio": 1.0, "achieved_ratio": 1.0})
+    reload = None
+    for job in run.settings.jobs():
+        made = run.compress(*job)
+        if made is not None and reload is None and job[1] is not None and not run.rows[-1]["plain"]:
+            with run.stage(f"{run.rows[-1]['name']}: save, reload in a fresh process"):
+                reload = {"name": run.rows[-1]["name"]} | _save(path, made, run, source, command, force)
+        del made
+        gc.collect()
+    return reload
 
 
 def _save(path: Path, made: tuple[nn.Module, Any], run: _Run, source: str, command: str, force: bool) -> dict[str, Any]:
@@ -271,34 +290,12 @@ def _results(run: _Run, source: str, command: str) -> dict[str, Any]:
     }
 
 
-COLUMNS = {
-    "name": ("model", str),
-    "achieved_ratio": ("kept", "{:.3f}".format),
-    "parameters": ("params M", lambda v: f"{v / 1e6:.1f}"),
-    "bytes_disk": ("disk MB", lambda v: f"{v / 1e6:.0f}"),
-    "bytes_memory": ("memory MB", lambda v: f"{v / 1e6:.0f}"),
-    "flops_per_token": ("MFLOP/token", lambda v: f"{v / 1e6:.0f}"),
-    "prefill_tokens_s": ("prefill tok/s", "{:.0f}".format),
-    "decode_tokens_s": ("decode tok/s", "{:.1f}".format),
-    "decode_speedup": ("x dense", "{:.2f}".format),
-    "perplexity": ("perplexity", "{:.4g}".format),
-    "compress_seconds": ("seconds", "{:.1f}".format),
-    "peak_memory_bytes": ("peak MB", lambda v: f"{v / 1e6:.0f}"),
-}
-
-
 def _print(console: Console, results: dict[str, Any], path: Path) -> None:
-    protocol = results["protocol"]
-    table = Table(title=f"{results['title']}; {protocol['name']} ({protocol['hash']})", title_justify="left")
-    for title, _ in COLUMNS.values():
-        table.add_column(title, justify="left" if title == "model" else "right")
-    for row in results["rows"]:
-        table.add_row(*("-" if row.get(key) is None else form(row[key]) for key, (_, form) in COLUMNS.items()))
-    console.print(table)
+    print_table(results, console)
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False)
-    if "reload" in results:
-        found = results["reload"]
+    found = results["reload"]
+    if found is not None:
         verdict = "equal" if found["equal"] else "NOT EQUAL"
         console.print(f"{found['name']} reloaded in a fresh process in {found['seconds']:.1f} s: logits {verdict}")
         console.print(found["text"], markup=False)

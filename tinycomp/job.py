@@ -17,11 +17,11 @@ from tinycomp.recipe import make_recipe
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration inputs: `data` is a path or None for the bundled speeches."""
+    """Calibration inputs: `data` is a path, None the bundled speeches; None elsewhere is the pipeline's default."""
 
     data: str | None = None
-    num_calibration_samples: int = 48
-    max_seq_length: int = 512
+    num_calibration_samples: int | None = None
+    max_seq_length: int | None = None
     batch_size: int = 8
 
 
