@@ -122,7 +122,7 @@ class _Run:
         self.progress.advance(self.task)
 
     def shared(self, seed: int) -> dict[str, Any]:
-        """Arguments of `compress_` that all methods share: calibration batches and the statistics of one pass on them."""
+        """What all methods share, as arguments of `compress_`: calibration batches and the statistics of one pass."""
         if seed not in self._shared:
             self.progress.update(self.task, description="calibrate")
             start = time.perf_counter()

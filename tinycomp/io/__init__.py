@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinycomp.io.journal import Journal
-from tinycomp.io.load import default_model, load_model
+from tinycomp.io.load import default_model, load_config, load_model, model_class
 from tinycomp.io.provenance import fingerprint, model_fingerprint
 from tinycomp.io.save import check_output_dir, save_model
 
@@ -12,7 +12,9 @@ __all__ = [
     "check_output_dir",
     "default_model",
     "fingerprint",
+    "load_config",
     "load_model",
+    "model_class",
     "model_fingerprint",
     "save_model",
 ]

@@ -37,7 +37,7 @@ def default_model() -> Path:
     return files[0]
 
 
-def _model_class(config: Any, source: str) -> Any:
+def model_class(config: Any, source: str) -> Any:
     """The stock class that `config.architectures` names; the bare model where it names none."""
     import transformers
 
@@ -62,19 +62,28 @@ def _check_missing(info: dict[str, Any], source: str) -> None:
         )
 
 
-def _load_folder(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any | None]:
+def load_config(source: str) -> Any:
+    """The config of a model folder or Hub name, or the file config.json itself; no weights are needed.
+
+    Raises:
+        ValueError: there is none.
+    """
     allowed = "a Hugging Face model folder, a .gguf file, a reachable Hub name, or a model object"
-    if not os.path.isdir(source) and not HUB_NAME.fullmatch(source):
+    if not os.path.exists(source) and not HUB_NAME.fullmatch(source):
         raise ValueError(f"load: got {source!r}, which does not exist; allowed: {allowed}")
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"load: got {source!r}, allowed: {allowed}; reading its config.json failed: {str(error).splitlines()[0]}"
         ) from error
-    cls = _model_class(config, source)
+
+
+def _load_folder(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any | None]:
+    config = load_config(source)
+    cls = model_class(config, source)
     try:
         model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, SafetensorError) as error:
