@@ -207,6 +207,7 @@ def test_rounding_a_linear_moves_it_by_half_a_step_at_most(bits: int) -> None:
     layer = QuantLinear.from_linear(dense, bits, group_size=8)
     step = layer.scales.repeat_interleave(8, 1)[:, :IN]
     assert ((layer.dense_weight() - dense.weight).abs() <= 0.5 * step + 1e-6).all()
+    assert layer.bias is not None
     assert torch.equal(layer.bias, dense.bias)
 
 

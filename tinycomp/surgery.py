@@ -65,6 +65,16 @@ class _Changes:
         self._undo.append(lambda: setattr(target, name, old))
         setattr(target, name, value)
 
+    def set_config(self, config: Any, fields: dict[str, Any], where: str) -> None:
+        """Set fields of a config. Some are checked against one another, so all are put back at once."""
+        unknown = [field for field in fields if not hasattr(config, field)]
+        if unknown:
+            raise ValueError(f"{where}: got config fields {', '.join(unknown)}, the config has none of that name")
+        old = dict(config.__dict__)
+        self._undo.append(lambda: config.__dict__.clear() or config.__dict__.update(old))
+        for field, value in fields.items():
+            setattr(config, field, value)
+
     def put(self, table: dict[str, Any], name: str, value: Any) -> None:
         """Replace one entry of a module's `_modules`, `_parameters` or `_buffers`."""
         old = table[name]
@@ -231,10 +241,8 @@ def _drop(model: nn.Module, edit: Drop, changes: _Changes) -> None:
                 seen.add(id(module))
                 changes.set(module, "layer_idx", module.layer_idx - 1)
     config = getattr(model, "config", None)
-    for field, value in edit.config.items():
-        if not hasattr(config, field):
-            raise ValueError(f"{where}: got config field {field!r}, the config has none of that name; remove it")
-        changes.set(config, field, value)
+    if edit.config:
+        changes.set_config(config, edit.config, where)
     own = getattr(_module(model, path.rpartition(".")[0], where), "config", None)
     if own is not None and own is not config and getattr(own, "num_hidden_layers", None) == depth:
         changes.set(own, "num_hidden_layers", depth - 1)  # an encoder-decoder gives each stack a copy of the config

@@ -10,12 +10,18 @@ from torch import nn
 from tinycomp.models.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, Stack
 from tinycomp.models.table import TABLE, AttentionNames, FFNNames, Row, StackNames
 
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their forward reads the weights of their linears itself
 _HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is an uncompressed dense layer: nn.Linear or transformers' Conv1D (weight stored transposed)."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    """Whether `module` is an uncompressed dense layer: nn.Linear or transformers' Conv1D (weight stored transposed).
+
+    A subclass with a forward of its own may be anything, a router for one; it counts when its name says Linear.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward or type(module).__name__.endswith("Linear")
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -50,9 +56,9 @@ def _compressed(module: nn.Module) -> bool:
 
 
 def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`, but shared modules appear at every path and compressed layers are not entered."""
+    """Like `named_modules`, but shared modules appear at every path; layers that must stay whole are not entered."""
     yield path, module
-    if _compressed(module):
+    if _compressed(module) or isinstance(module, _FUSED):
         return
     for name, child in module.named_children():
         yield from _walk(f"{path}.{name}" if path else name, child)
@@ -172,6 +178,11 @@ def config_after_drop(config: Any, spec: ModelSpec, stack: Stack, index: int) ->
     for name in spec.per_layer_fields:
         values = list(getattr(config, name))
         fields[name] = values[:index] + values[index + 1 :]
+    if getattr(config, "stage_names", None):  # a vision config counts its blocks as backbone stages: stem, stage1, ...
+        fields["stage_names"] = config.stage_names[:-1]
+        out = sorted({i - 1 if i > index else i for i in config.out_indices})
+        fields["out_features"] = [fields["stage_names"][i] for i in out]
+        fields["out_indices"] = out
     return fields
 
 
@@ -216,16 +227,23 @@ def _uncovered(model: nn.Module, stacks: tuple[Stack, ...]) -> tuple[tuple[str, 
         for path, module in _walk(block.path, root) if root is not None else ():
             if is_linear(module) or _compressed(module):
                 continue
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim < 2 or id(parameter) in rows:
-                    continue
-                if isinstance(module, nn.Embedding):
-                    reason = "embedding table"
-                elif "Conv" in type(module).__name__:
-                    reason = "convolution weight"
-                elif parameter.ndim == 3:
-                    reason = "fused 3-D expert parameter"
-                else:
-                    reason = f"parameter of {type(module).__name__}, which is no linear layer"
-                rows[id(parameter)] = (f"{path}.{name}", parameter.numel(), reason)
+            fused = isinstance(module, _FUSED)
+            for name, parameter in module.named_parameters(recurse=fused):
+                if parameter.ndim >= 2:
+                    rows.setdefault(
+                        id(parameter), (f"{path}.{name}", parameter.numel(), _reason(module, parameter.ndim))
+                    )
     return tuple(rows.values())
+
+
+def _reason(module: nn.Module, ndim: int) -> str:
+    """Why a parameter is not compressed."""
+    if isinstance(module, _FUSED):
+        return f"{type(module).__name__} reads its weights without calling its linears"
+    if isinstance(module, nn.Embedding):
+        return "embedding table"
+    if "Conv" in type(module).__name__:
+        return "convolution weight"
+    if ndim == 3:
+        return "fused 3-D expert parameter"
+    return f"parameter of {type(module).__name__}, which is no linear layer"
