@@ -48,7 +48,9 @@ def _scatter(rows: Sequence[Row], key: str, label: str, log: bool, with_front: b
     points, dense = _points(rows, key), dense_row(rows)
     figure, (axes,) = _figure(1, 1, 9.2, 4.8)
     if log:
-        axes.set_yscale("log")
+        _log_axis(axes, [y for _, y, _ in points])
+    else:
+        axes.set_ylim(0, 1.1 * max(y for _, y, _ in points))
     if with_front:
         best = [(x, y) for i in front(rows) for x, y, row in points if row is rows[i]]
         axes.step(*zip(*best, strict=True), where="post", color=FAINT, lw=1, ls=(0, (4, 3)), label="best for its bytes")
@@ -64,7 +66,7 @@ def _scatter(rows: Sequence[Row], key: str, label: str, log: bool, with_front: b
     for x, y, row in points:
         if row is dense:
             axes.plot([x], [y], "*", ms=15, color=INK, label="dense", ls="none")
-    axes.margins(x=0.06, y=0.08)
+    axes.margins(x=0.06)
     axes.set_xlabel("MB on disk")
     axes.set_ylabel(label)
     axes.grid(True, which="major", color=FAINT, alpha=0.25, lw=0.6)
@@ -74,42 +76,32 @@ def _scatter(rows: Sequence[Row], key: str, label: str, log: bool, with_front: b
 
 
 def _short(row: Row) -> str:
-    """What tells this point from the others of its line."""
+    """What tells this point from the others of its line: the ratio asked for, or the name where there is none."""
     ratio = number(row, "ratio")
-    return "" if ratio is None else f"{ratio:g}"
+    return str(row["name"]) if ratio is None else f"{ratio:g}"
 
 
 def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each label beside its point, at the first of eight places that hides no point and no other label."""
-    figure.canvas.draw()
+    """Write each label beside its point, at the first place that hides no point and no other label.
+
+    A label that its neighbour already has, or that fits nowhere, is left out.
+    """
+    figure.draw_without_rendering()  # the layout decides where the points are
     places = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in places]
+    written: list[tuple[float, float, str]] = []
     for (x, y, label), (px, py) in zip(points, places, strict=True):
-        if not label:
+        if not label or any(label == other and abs(px - qx) + abs(py - qy) < 40 for qx, qy, other in written):
             continue
-        width, height = 6.5 * len(label), 11
-        for dx, dy in (
-            (8, 5),
-            (8, -15),
-            (-8 - width, 5),
-            (-8 - width, -15),
-            (8, 18),
-            (8, -28),
-            (-width / 2, 12),
-            (-width / 2, -24),
-        ):
+        width, height = 8 * len(label), 14
+        for dx, dy in ((9, 3), (9, -16), (-9 - width, 3), (-9 - width, -16), (-width / 2, 10), (-width / 2, -24)):
             box = (px + dx, py + dy, px + dx + width, py + dy + height)
             if not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                taken.append(box)
+                written.append((px, py, label))
+                shift = (dx * 72 / figure.dpi, (dy + 2) * 72 / figure.dpi)
+                axes.annotate(label, (x, y), shift, textcoords="offset points", color=INK, fontsize=9)
                 break
-        taken.append(box)
-        axes.annotate(
-            label,
-            (x, y),
-            (dx * 72 / figure.dpi, dy * 72 / figure.dpi),
-            textcoords="offset points",
-            color=INK,
-            fontsize=9,
-        )
 
 
 def layer_table(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -151,11 +143,11 @@ def error_plot(compressions: Sequence[Mapping[str, Any]], names: Sequence[str]) 
             depth = sorted(layers)
             index = projections.index(projection)
             style = {"color": COLOURS[index % len(COLOURS)], "ls": ("-", (0, (4, 2)), ":")[index // len(COLOURS) % 3]}
-            values = [layers[d].get("relative_error") or math.nan for d in depth]
+            values = [_error(layers[d]) for d in depth]
             (lines[projection],) = axes.plot(depth, values, lw=1.4, marker=".", ms=4, **style)
         axes.set_title(name, fontsize=10, color=INK, loc="left")
-        axes.set_yscale("log")
         axes.grid(True, which="major", color=FAINT, alpha=0.25, lw=0.6)
+    _log_axis(panels[0], [e for c in compressions for r in c["records"] if math.isfinite(e := _error(r))])
     _hide_unused(panels, len(compressions))
     figure.supxlabel("layer", fontsize=10, color=INK)
     figure.supylabel("relative error of the outputs", fontsize=10, color=INK)
@@ -170,24 +162,50 @@ def error_plot(compressions: Sequence[Mapping[str, Any]], names: Sequence[str]) 
     return _svg(figure, "error")
 
 
+def _error(record: Mapping[str, Any]) -> float:
+    """The record's relative error, NaN where a logarithmic axis cannot show it."""
+    value = number(record, "relative_error")
+    return value if value is not None and 0 < value < math.inf else math.nan
+
+
 def kept_plot(compressions: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Heat map, layer by projection: stored numbers after over before; the global budget's choice at a glance."""
     tables = [layer_table(c["records"]) for c in compressions]
     rows, columns = _grid(len(tables))
     tallest = max(len(t) for t in tables)
     figure, panels = _figure(rows, columns, 9.2, (0.24 * tallest + 0.75) * rows + 0.9, sharex=True)
+    smallest = min(_kept(record) for t in tables for layers in t.values() for record in layers.values())
+    low = min(0.9, math.floor(10 * smallest) / 10)  # the scale ends at the smallest kept, so that differences show
     for axes, table, name in zip(panels, tables, names, strict=False):
         depth = range(1 + max(layer for layers in table.values() for layer in layers))
         grid = [[_kept(layers.get(layer)) for layer in depth] for layers in table.values()]
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=1, interpolation="nearest")
         axes.set_yticks(range(len(table)), list(table), fontsize=9)
         axes.set_title(name, fontsize=10, color=INK, loc="left")
     _hide_unused(panels, len(tables))
     figure.supxlabel("layer", fontsize=10, color=INK)
     bar = figure.colorbar(image, ax=list(panels), fraction=0.025, pad=0.01)
     bar.set_label("fraction of the numbers kept", color=INK)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
     return _svg(figure, "kept")
+
+
+def _log_axis(axes: Any, values: Sequence[float]) -> None:
+    """Logarithmic y axis with plain numbers; 1, 2 and 5 of each decade where there are few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    if values:
+        low, high = min(values), max(values)
+        margin = max(1.1, (high / low) ** 0.06)
+        axes.set_ylim(low / margin, high * margin)
+        steps = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}".replace("e+0", "e"))
+    )
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _kept(record: Mapping[str, Any] | None) -> float:
@@ -222,7 +240,7 @@ def _figure(rows: int, columns: int, width: float, height: float, **sharing: Any
 
 
 def _svg(figure: Any, salt: str) -> str:
-    """SVG without prologue; ids differ between plots of one page and are the same in every run."""
+    """SVG without prologue and metadata, the same in every run, with no id that another plot of the page may have."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -230,4 +248,7 @@ def _svg(figure: Any, salt: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint, #888)")
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    used = set(re.findall(r'[(="]#([\w.]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)

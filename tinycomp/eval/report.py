@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -62,6 +64,7 @@ def _template(name: str) -> Any:
 def _pictures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(file name, caption, SVG) of every plot that the results have numbers for; none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn(f"report: {NO_PLOTS}", stacklevel=3)
         return []
     rows, compressions = results["rows"], plots.chosen(results.get("compressions") or ())
     names = [_compression_name(c) for c in compressions]
@@ -216,25 +219,25 @@ def _coverage(coverage: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _skipped(skipped: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _skipped(skipped: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Grouped by reason, most parameters first; long lists are cut and say so."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for item in skipped:
         groups[str(item["reason"])].append(item)
+    totals = {reason: sum(int(i.get("parameters") or 0) for i in items) for reason, items in groups.items()}
     out = []
-    for reason, items in groups.items():
-        paths = [str(item["path"]) for item in items]
+    for reason in sorted(groups, key=totals.__getitem__, reverse=True):
+        paths = [str(item["path"]) for item in groups[reason]]
         more = f" and {len(paths) - LISTED_SKIPS} more" if len(paths) > LISTED_SKIPS else ""
-        total = sum(int(item.get("parameters") or 0) for item in items)
-        out.append({"reason": reason, "paths": ", ".join(paths[:LISTED_SKIPS]) + more, "parameters": total})
-    out.sort(key=lambda group: -group["parameters"])
-    return [{**group, "parameters": f"{group['parameters']:,}"} for group in out]
+        shown = ", ".join(paths[:LISTED_SKIPS]) + more
+        out.append({"reason": reason, "paths": shown, "parameters": f"{totals[reason]:,}"})
+    return out
 
 
 def _worst(records: Sequence[Mapping[str, Any]], count: int = 5) -> list[tuple[str, str, str, str]]:
     """(path, method, kept, relative error) of the matrices with the largest relative error."""
-    measured = [r for r in records if number(r, "relative_error") is not None]
-    measured.sort(key=lambda r: -float(r["relative_error"]))
+    measured = [r for r in records if math.isfinite(number(r, "relative_error") or math.nan)]
+    measured.sort(key=lambda r: float(r["relative_error"]), reverse=True)
     return [
         (
             r["path"],

@@ -36,7 +36,7 @@ def significant(value: float) -> str:
         return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.0f}" if size == 0 else f"{value:.{max(0, 3 - math.floor(math.log10(max(size, 1e-3))))}f}"
+    return f"{value:#.4g}" if size else "0"
 
 
 def fixed(digits: int, scale: float = 1.0) -> Callable[[float], str]:
@@ -116,31 +116,42 @@ def front(rows: Sequence[Row], cost: str = "bytes_disk", loss: str = "perplexity
 
 def remarks(rows: Sequence[Row]) -> list[str]:
     """What the numbers say against the rows: beaten by another row, slower than dense, beyond a physical limit."""
-    dense, on_front = dense_row(rows), set(front(rows))
+    dense = dense_row(rows)
     out = []
+    for winner, losers in _beaten(rows):
+        size, quality = (text(rows[winner], _column(key)) for key in ("bytes_disk", "perplexity"))
+        names = ", ".join(str(rows[i]["name"]) for i in losers)
+        out.append(
+            f"Beaten in both bytes and quality by {rows[winner]['name']} ({size} MB, perplexity {quality}): {names}."
+        )
+    broken = [str(row["name"]) for row in rows if math.isnan(number(row, "perplexity") or 0.0)]
+    if broken:
+        out.append(f"The perplexity is not a number, the model is broken: {', '.join(broken)}.")
+    slower = [
+        f"{row['name']} ({speed:.2f} times)"
+        for row in rows
+        if (speed := relative(row, dense, _column("decode_tokens_s"))) is not None and speed < 1
+    ]
+    if slower:
+        out.append(f"Decoding is slower than dense here: {', '.join(slower)}.")
+    return out + [f"{row['name']}: {flag}." for row in rows for flag in row.get("flags") or ()]
+
+
+def _beaten(rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
+    """(front row, compressed rows it beats): every beaten row once, under the beater of best quality."""
+    dense, best_first = dense_row(rows), sorted(front(rows), key=lambda i: number(rows[i], "perplexity") or 0.0)
+    groups: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         size, quality = number(row, "bytes_disk"), number(row, "perplexity")
-        if row is dense or size is None or quality is None:
+        if row is dense or index in best_first or size is None or quality is None or math.isnan(quality):
             continue
-        if math.isnan(quality):
-            out.append(f"{row['name']}: the perplexity is not a number; the model is broken.")
-        elif index not in on_front:
-            winner = next(
-                rows[i]
-                for i in sorted(on_front, key=lambda i: number(rows[i], "perplexity") or 0.0)
-                if (number(rows[i], "bytes_disk") or 0) <= size and (number(rows[i], "perplexity") or 0) <= quality
-            )
-            out.append(
-                f"{row['name']} is beaten by {winner['name']}: {text(winner, _column('bytes_disk'))} MB at perplexity "
-                f"{text(winner, _column('perplexity'))}, against {text(row, _column('bytes_disk'))} MB at "
-                f"{text(row, _column('perplexity'))}."
-            )
-    for row in rows:
-        speed = relative(row, dense, _column("decode_tokens_s"))
-        if speed is not None and speed < 1:
-            out.append(f"{row['name']} decodes slower than dense here ({speed:.2f} times its rate).")
-        out += [f"{row['name']}: {flag}." for flag in row.get("flags") or ()]
-    return out
+        winner = next(
+            i
+            for i in best_first
+            if (number(rows[i], "bytes_disk") or 0) <= size and (number(rows[i], "perplexity") or 0) <= quality
+        )
+        groups.setdefault(winner, []).append(index)
+    return list(groups.items())
 
 
 def _column(key: str) -> Column:
