@@ -18,7 +18,7 @@ from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result,
 from tinycomp.methods._options import dense_option, require_finite, size_grid
 
 SLICED_SIZES = 47
-MASKED_SIZES = 19
+MASKED_SIZES = 9
 
 
 class Pruning(MethodConfig):

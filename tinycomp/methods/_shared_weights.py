@@ -149,7 +149,7 @@ def fit(
     clusters = cluster_step(target, k, metric, lloyd)
     a, b = _correct(target - clusters.expand(), r, metric)
     history = [_norm(target - clusters.expand() - a @ b, metric)]
-    for _ in range(iterations if r > 0 else 0):
+    for _ in range(iterations):
         clusters = cluster_step(target - a @ b, k, metric, replace(lloyd, steps=REFINE_STEPS), clusters)
         residual = target - clusters.expand()
         history.append(_norm(residual - a @ b, metric))
@@ -211,13 +211,11 @@ def squared_tail(target: Tensor, clusters: Clusters, metric: Metric) -> Tensor:
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def cluster_step(
-    target: Tensor, k: int, metric: Metric, lloyd: Lloyd, previous: Clusters | None = None, sweeps: int = 1
-) -> Clusters:
-    """Shared part of `target` (channels, length), starting from `previous` when given.
+def cluster_step(target: Tensor, k: int, metric: Metric, lloyd: Lloyd, previous: Clusters | None = None) -> Clusters:
+    """Shared part of `target` (channels, length); from `previous`, never worse than that.
 
-    Uncoupled channels are plain k-means. Coupled ones start from k-means weighted by the diagonal of C; then labels
-    descend one channel at a time in the true metric, `sweeps` times, and centroids are its least squares fit.
+    Uncoupled channels are plain k-means. Coupled ones start with k-means weighted by the diagonal of C; from
+    `previous`, labels descend one channel at a time in the true metric. Centroids are the least squares fit in it.
     """
     if metric.coupling is None:
         start = (
@@ -227,7 +225,7 @@ def cluster_step(
     found = previous or cluster(target, k, lloyd, weights=metric.coupling.diagonal())
     labels, scales = found.labels, found.scales
     centroids = coupled_means(target, metric.coupling, labels, scales, found.centroids)
-    for _ in range(0 if lloyd.balanced else sweeps):  # single moves cannot keep the sizes equal
+    if previous is not None and not lloyd.balanced:  # single moves cannot keep the sizes equal
         error = target - Clusters(labels, centroids, scales).expand()
         labels, scales = descend_labels(error, metric.coupling, centroids, labels, scales)
         centroids = coupled_means(target, metric.coupling, labels, scales, centroids)

@@ -45,7 +45,6 @@ from tinycomp.methods._shared_weights import (
 PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
 PAPER_BITS = 2.0
 SCAN_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the channels: cluster counts that `options` tries beside 1
-SCAN_STEPS = 6
 SIZES = 31
 
 
@@ -110,9 +109,10 @@ class SWSC(MethodConfig):
         """Whether the sizes follow from the config alone, without an allocation."""
         return self.bits is not None or self.rank is not None or self.preset == "paper"
 
-    def lloyd(self, steps: int) -> Lloyd:
+    @property
+    def lloyd(self) -> Lloyd:
         return Lloyd(
-            steps=steps,
+            steps=self.steps,
             init=self.init,
             restarts=self.restarts,
             scaled=self.scaled,
@@ -144,10 +144,9 @@ def options(unit: Unit, config: SWSC) -> list[Option]:
     sizes = candidates(m, n, number_bits, config)
     metric, axis = config.metric(linear), config.layout["axis"]
     target = metric.whiten_along((linear.weight if axis == 0 else linear.weight.T).float())
-    lloyd, tails = config.lloyd(min(config.steps, SCAN_STEPS)), {}
+    tails, found = {}, {}
     for k in sorted({k for pairs in sizes for k, _ in pairs}):
-        tails[k] = squared_tail(target, cluster_step(target, k, metric, lloyd, sweeps=0), metric)
-    found = {}
+        tails[k] = squared_tail(target, cluster_step(target, k, metric, config.lloyd), metric)
     for pairs in sizes:
         k, r = min(pairs, key=lambda pair: float(tails[pair[0]][pair[1]]))
         size = stored_numbers(m, n, k, r, **config.layout)
@@ -203,7 +202,7 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
         axis=axis,
         metric=config.metric(linear),
         iterations=config.iterations,
-        lloyd=config.lloyd(config.steps),
+        lloyd=config.lloyd,
     )
     factors = factors.to(linear.dtype)
     labels = factors.labels.to(torch.uint8 if k <= 256 else torch.int32)

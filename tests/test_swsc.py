@@ -1,0 +1,410 @@
+"""SWSC: clustering against brute force and scikit-learn, the published bit counts, monotone alternation, edits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tinycomp.edits import Plan
+from tinycomp.methods import swsc
+from tinycomp.methods._base import Linear, Unit
+from tinycomp.methods._kmeans import Lloyd, cluster, descend_labels
+from tinycomp.methods._shared_weights import (
+    Metric,
+    average_bits,
+    coupled_means,
+    fit,
+    low_rank,
+    model_average_bits,
+    paper_split,
+    stored_bits,
+    stored_numbers,
+)
+from tinycomp.surgery import apply_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moment(n: int, seed: int = 1, rank: int | None = None) -> Tensor:
+    """Second moment of inputs with outlier features; of the given rank."""
+    x = normal(rank or 4 * n, n, seed=seed) * torch.logspace(0.5, -1.5, n)
+    return x.T @ x / len(x)
+
+
+def unit(weight: Tensor, gram: Tensor | None = None, output_gram: Tensor | None = None, **fields) -> Unit:
+    return Unit("fc", "linear", (Linear("fc", weight, gram=gram, output_gram=output_gram, **fields),))
+
+
+# --- k-means -----------------------------------------------------------------
+
+
+def best_inertia(points: Tensor, k: int, sizes: set[int] | None = None) -> float:
+    best = float("inf")
+    for labels in itertools.product(range(k), repeat=len(points)):
+        groups = [points[torch.tensor(labels) == c] for c in range(k)]
+        if sizes is None or {len(g) for g in groups} <= sizes:
+            best = min(best, sum(float((g - g.mean(0)).square().sum()) for g in groups if len(g)))
+    return best
+
+
+def test_restarted_kmeans_finds_the_global_optimum():
+    points = normal(7, 2)
+    found = cluster(points, 3, Lloyd(restarts=30))
+    assert found.inertia == pytest.approx(best_inertia(points, 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [5, 6, 7])
+def test_balanced_clusters_have_equal_sizes_and_the_least_inertia(n):
+    points = normal(n, 2, seed=n)
+    found = cluster(points, 3, Lloyd(balanced=True, restarts=30))
+    counts = torch.bincount(found.labels.long(), minlength=3)
+    assert int(counts.max() - counts.min()) <= 1
+    assert found.inertia == pytest.approx(best_inertia(points, 3, {n // 3, -(-n // 3)}), rel=1e-5)
+
+
+def test_inertia_matches_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.cluster")
+    points = normal(300, 20) + 2 * normal(12, 20, seed=5)[torch.arange(300) % 12]
+    ours = cluster(points, 24, Lloyd(restarts=3, steps=100, tolerance=0.0))
+    peer = sklearn.KMeans(24, n_init=3, random_state=0).fit(points.numpy())
+    assert ours.inertia == pytest.approx(peer.inertia_, rel=0.02)
+    given = sklearn.KMeans(24, init=points[:24].numpy(), n_init=1, max_iter=100, tol=0).fit(points.numpy())
+    same_start = cluster(points, 24, Lloyd(steps=100, tolerance=0.0), start=points[:24])
+    assert same_start.inertia == pytest.approx(given.inertia_, rel=1e-4)
+
+
+def test_empty_clusters_are_refilled():
+    points = torch.cat([normal(20, 3), normal(20, 3, seed=1) + 50])
+    start = torch.cat([points[:1], torch.full((3, 3), 1e4)])
+    found = cluster(points, 4, Lloyd(), start=start)
+    assert len(found.labels.unique()) == 4
+    assert found.inertia < cluster(points, 2, Lloyd(restarts=5)).inertia
+
+
+def test_more_clusters_than_distinct_points_is_exact():
+    points = normal(3, 4)[torch.tensor([0, 0, 1, 1, 2, 2])]
+    assert cluster(points, 5, Lloyd()).inertia == pytest.approx(0.0, abs=1e-10)
+    assert cluster(torch.zeros(4, 2), 3, Lloyd(scaled=True)).inertia == 0.0
+
+
+def test_weights_act_as_repeated_points():
+    points, times = normal(30, 4), torch.arange(30) % 4 + 1
+    repeated = points.repeat_interleave(times, 0)
+    start = points[:5]
+    weighted = cluster(points, 5, Lloyd(), weights=times.float(), start=start)
+    assert weighted.inertia == pytest.approx(cluster(repeated, 5, Lloyd(), start=start).inertia, rel=1e-4)
+
+
+def test_gain_shape_merges_channels_of_one_direction():
+    directions, gains = normal(4, 10), torch.linspace(-3, 3, 40)
+    points = gains[:, None] * directions[torch.arange(40) % 4]
+    found = cluster(points, 4, Lloyd(scaled=True, restarts=5))
+    assert found.inertia == pytest.approx(0.0, abs=1e-6)
+    assert cluster(points, 4, Lloyd(restarts=5)).inertia > 1.0
+
+
+def test_projection_costs_little_and_random_start_works():
+    points = normal(200, 64) + 3 * normal(8, 64, seed=2)[torch.arange(200) % 8]
+    exact = cluster(points, 8, Lloyd(restarts=10)).inertia
+    assert cluster(points, 8, Lloyd(restarts=10, projection=16)).inertia <= 1.05 * exact
+    worst = cluster(points, 8, Lloyd(steps=1, init="random")).inertia
+    assert exact <= cluster(points, 8, Lloyd(restarts=10, init="random")).inertia < worst
+
+
+def test_the_seed_decides_everything():
+    points = normal(60, 8)
+    first, again, other = (cluster(points, 9, Lloyd(seed=s, steps=1)) for s in (3, 3, 4))
+    assert torch.equal(first.labels, again.labels)
+    assert torch.equal(first.centroids, again.centroids)
+    assert not torch.equal(first.centroids, other.centroids)
+
+
+def test_early_stop_needs_fewer_steps():
+    points = normal(400, 6)
+    loose, tight = (cluster(points, 20, Lloyd(steps=100, tolerance=t)) for t in (1e-2, 0.0))
+    assert loose.steps < tight.steps
+    assert loose.inertia >= tight.inertia
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_impossible_cluster_counts_are_refused(k):
+    with pytest.raises(ValueError, match=f"k={k}"):
+        cluster(normal(5, 2), k, Lloyd())
+
+
+def coupled_cost(points: Tensor, metric: Tensor, shared: Tensor) -> float:
+    error = points - shared
+    return float((error * (metric @ error)).sum())
+
+
+def test_label_descent_takes_the_best_single_move_of_every_point():
+    points, centroids, metric = normal(7, 5), normal(3, 5, seed=4), moment(7)
+    labels = torch.zeros(7, dtype=torch.int32)
+    moved, _ = descend_labels(points - centroids[labels.long()], metric, centroids, labels, None)
+    expected = labels.clone()
+    for j in range(7):
+        costs = []
+        for c in range(3):
+            expected[j] = c
+            costs.append(coupled_cost(points, metric, centroids[expected.long()]))
+        expected[j] = int(np.argmin(costs))
+    assert moved.tolist() == expected.tolist()
+
+
+def test_label_descent_finds_the_closed_form_gain():
+    points, centroids, metric = normal(6, 5), normal(2, 5, seed=4), moment(6)
+    start = torch.zeros(6, dtype=torch.int32)
+    before = coupled_cost(points, metric, centroids[start.long()])
+    labels, scales = descend_labels(points - centroids[start.long()], metric, centroids, start, torch.ones(6))
+    assert scales is not None
+    cost = coupled_cost(points, metric, scales[:, None] * centroids[labels.long()])
+    assert cost < before
+    for nudge in (0.99, 1.01):  # the last point's gain is optimal given all others
+        moved = scales.clone()
+        moved[-1] *= nudge
+        assert coupled_cost(points, metric, moved[:, None] * centroids[labels.long()]) > cost
+
+
+def test_coupled_means_solve_the_least_squares_problem():
+    points, metric, labels = normal(9, 4), moment(9), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1], dtype=torch.int32)
+    scales = normal(9, seed=8)
+    means = coupled_means(points, metric, labels, scales, torch.zeros(4, 4))
+    assert torch.equal(means[3], torch.zeros(4))  # no members: unchanged
+    p = torch.zeros(9, 3).scatter_(1, labels.long()[:, None], scales[:, None])
+    root = torch.linalg.cholesky(metric.double()).T
+    expected = torch.linalg.lstsq(root @ p.double(), root @ points.double()).solution
+    torch.testing.assert_close(means[:3].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- accounting --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "r", "bits"), [(256, 0, 1.004), (256, 128, 2.004), (256, 256, 3.004), (128, 192, 2.004)])
+def test_published_average_bits(k, r, bits):
+    assert average_bits(4096, 4096, k, r) == pytest.approx(bits, abs=5e-4)
+    assert average_bits(4096, 4096, k, r) == 16 * (k + 1 + 2 * r) / 4096
+    assert average_bits(4096, 4096, k, r, axis=1) == average_bits(4096, 4096, k, r)
+
+
+def test_two_bit_projections_leave_a_13_8_bit_model():
+    matrix = 4096 * 4096
+    whole = model_average_bits([(matrix, average_bits(4096, 4096, 256, 128))] * 64, 6_738_415_616 - 64 * matrix)
+    assert whole == pytest.approx(13.8, abs=0.05)
+
+
+def test_rectangular_sizes_follow_the_axis():
+    assert stored_numbers(192, 576, 10, 7) == 10 * 576 + 192 + 7 * (192 + 576)
+    assert stored_numbers(192, 576, 10, 7, axis=1, scaled=True) == 10 * 192 + 2 * 576 + 7 * (192 + 576)
+    assert stored_bits(8, 6, 2, 1, number_bits=16) == 16 * (2 * 6 + 14) + 8 * 8
+    assert stored_bits(600, 6, 300, 0, number_bits=32) == 32 * 300 * 6 + 32 * 600
+
+
+def test_the_paper_halves_its_nominal_budget():
+    assert paper_split(4096, 4096, 2 / 16 * 4096**2) == (256, 128)
+    assert paper_split(4096, 4096, 3 / 16 * 4096**2) == (384, 192)
+
+
+# --- the fit -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("k", "r"), [("all", 0), (1, "all")])
+def test_all_clusters_or_full_rank_is_exact(axis, weighted, k, r):
+    w = normal(33, 20)
+    metric = Metric.of(moment(20), moment(33, seed=3), axis, 1e-4) if weighted else None
+    k, r = (w.shape[axis] if k == "all" else k), (20 if r == "all" else r)
+    factors, _ = fit(w, k, r, axis=axis, metric=metric)
+    assert float((factors.dense() - w).norm() / w.norm()) < (1e-3 if weighted else 1e-5)
+
+
+def test_low_rank_matches_the_svd():
+    for a in (normal(30, 12), normal(12, 30)):
+        left, right = low_rank(a, 5)
+        _, s, _ = torch.linalg.svd(a)
+        assert float((a - left @ right).norm()) == pytest.approx(float(s[5:].norm()), rel=1e-5)
+        torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))  # an even split
+        torch.testing.assert_close(left.T @ left, torch.diag(s[:5]), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(4, 30),
+    n=st.integers(4, 30),
+    axis=st.integers(0, 1),
+    scaled=st.booleans(),
+    balanced=st.booleans(),
+    statistics=st.sampled_from(["none", "inputs", "both", "rank-deficient"]),
+    seed=st.integers(0, 99),
+)
+def test_no_half_step_raises_the_error(m, n, axis, scaled, balanced, statistics, seed):
+    w = normal(m, n, seed=seed)
+    gram = {"none": None, "rank-deficient": moment(n, rank=max(n // 3, 1))}.get(statistics, moment(n))
+    output_gram = moment(m, seed=2) if statistics in ("both", "rank-deficient") else None
+    metric = Metric.of(gram, output_gram, axis, 1e-4)
+    k, r = max(w.shape[axis] // 3, 1), min(m, n) // 3
+    lloyd = Lloyd(scaled=scaled, balanced=balanced, tolerance=0.0, seed=seed)
+    factors, history = fit(w, k, r, axis=axis, metric=metric, iterations=4, lloyd=lloyd)
+    for before, after in itertools.pairwise(history):
+        assert after <= before * (1 + 1e-4)
+    linear = Linear("fc", w, gram=gram, output_gram=output_gram)
+    assert torch.isfinite(factors.dense()).all()
+    assert linear.predicted_loss(w - factors.dense()) <= 0.5 * history[-1] ** 2 * (1 + 1e-2)
+
+
+def test_refinement_beats_one_pass():
+    clustered = normal(6, 40, seed=1)[torch.arange(48) % 6] + 0.3 * normal(48, 40)
+    w = clustered + normal(48, 3, seed=7) @ normal(3, 40, seed=8)
+    _, history = fit(w, 6, 3, iterations=8, lloyd=Lloyd(tolerance=0.0))
+    assert history[-1] < 0.98 * history[0]
+
+
+def test_weighting_pays_on_the_outputs():
+    w, gram = normal(48, 40), moment(40)
+    linear = Linear("fc", w, gram=gram)
+    plain, _ = fit(w, 6, 8)
+    weighted, _ = fit(w, 6, 8, metric=Metric.of(gram, None, 0, 1e-4))
+    assert linear.relative_error(w - weighted.dense()) < 0.8 * linear.relative_error(w - plain.dense())
+
+
+def test_input_channels_in_a_metric_beat_clustering_that_ignores_the_coupling():
+    w, gram = normal(24, 36), moment(36)
+    linear = Linear("fc", w, gram=gram)
+    coupled, _ = fit(w, 9, 0, axis=1, metric=Metric.of(gram, None, 1, 1e-4))
+    plain, _ = fit(w, 9, 0, axis=1)
+    assert linear.relative_error(w - coupled.dense()) < 0.8 * linear.relative_error(w - plain.dense())
+
+
+def test_the_paper_preset_is_one_pass_of_kmeans_and_svd():
+    config = swsc.SWSC(preset="paper", clusters=4, rank=2)
+    assert (config.weighted, config.iterations, config.allocation, config.sequential) == (False, 0, "uniform", False)
+    assert config.targets == swsc.PAPER_TARGETS
+    assert swsc.needs(config) == frozenset()
+    w = normal(16, 12)
+    built = swsc.build(unit(w, gram=moment(12)), {"clusters": 4, "rank": 2}, config).tensors
+    labels = built["fc.labels"].long()
+    for c in range(4):  # the representative is the mean of the members
+        torch.testing.assert_close(built["fc.centroids.weight"][c], w[labels == c].mean(0))
+    error = w - built["fc.centroids.weight"][labels]
+    u, s, vt = torch.linalg.svd(error)
+    torch.testing.assert_close(
+        built["fc.a.weight"] @ built["fc.b.weight"], u[:, :2] @ torch.diag(s[:2]) @ vt[:2], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_paper_preset_spends_two_bits_by_default():
+    (only,) = swsc.options(unit(normal(96, 96), dtype=torch.bfloat16), swsc.SWSC(preset="paper"))
+    assert only.choice == {"clusters": 6, "rank": 3}
+    assert 16 * only.size / 96**2 == pytest.approx(2 + 16 / 96)
+
+
+# --- the method --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_options_rise_in_size_fall_in_loss_and_predict_what_build_reaches(axis):
+    subject = unit(normal(40, 30), moment(30), moment(40, seed=3), dtype=torch.float32)
+    config = swsc.SWSC(ratio=0.47, axis=axis)
+    one_pass = config.model_copy(update={"iterations": 0})
+    found = swsc.options(subject, config)
+    assert found[-1].choice == {"dense": True}
+    assert all(a.size <= b.size for a, b in itertools.pairwise(found))
+    assert max(o.size for o in found if o.size <= 0.47 * 1200) > 0.4 * 1200
+    assert found[-2].loss < 0.2 * found[0].loss
+    for option in found[:-1:6]:
+        (row,) = swsc.build(subject, option.choice, config).records
+        assert row["size_after"] == option.size
+        assert row["bits_after"] == option.bits
+        assert 0.3 * option.loss <= row["predicted_loss"] <= option.loss * 1.001
+        (once,) = swsc.build(subject, option.choice, one_pass).records
+        assert once["predicted_loss"] == pytest.approx(option.loss, rel=0.05)  # but for the damping
+
+
+def test_bits_are_a_budget_of_stored_bits():
+    subject = unit(normal(64, 48), dtype=torch.bfloat16)
+    (only,) = swsc.options(subject, swsc.SWSC(bits=6.0))
+    assert 5.0 < only.bits / (64 * 48) <= 6.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_the_applied_layer_is_the_matrix_that_was_fitted(dtype, axis, rank):
+    model = nn.ModuleDict({"fc": nn.Linear(20, 28, dtype=dtype)})
+    before: Any = model["fc"]
+    w, bias = before.weight.detach().float(), before.bias.detach().clone()
+    subject = unit(w, moment(20), moment(28, seed=3), bias=bias, dtype=dtype)
+    config = swsc.SWSC(axis=axis, clusters=7, rank=rank, scaled=True)
+    (option,) = swsc.options(subject, config)
+    result = swsc.build(subject, option.choice, config)
+    stored = {name: t for name, t in result.tensors.items() if name != "fc.bias"}
+    assert option.bits == 8 * sum(t.nbytes for t in stored.values())
+    assert option.size == sum(t.numel() for t in stored.values())
+    apply_(model, Plan(result.edits), result.tensors)
+    layer: Any = model["fc"]
+    error = w - layer.dense_weight().detach().float()
+    linear = subject.linears[0]
+    assert result.records[0]["relative_error"] == pytest.approx(linear.relative_error(error), rel=0.02)
+    x = normal(3, 20, seed=9).to(dtype)
+    expected = x.float() @ layer.dense_weight().float().T + bias.float()
+    torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_large_cluster_counts_store_int32_labels():
+    result = swsc.build(unit(normal(300, 4)), {"clusters": 257, "rank": 0}, swsc.SWSC(clusters=257, rank=0))
+    assert result.tensors["fc.labels"].dtype == torch.int32
+
+
+def test_the_same_seed_builds_the_same_tensors():
+    subject, config = unit(normal(30, 20), moment(20)), swsc.SWSC(clusters=6, rank=3)
+    first, again = (swsc.build(subject, {"clusters": 6, "rank": 3}, config).tensors for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_dead_inputs_and_zero_statistics_are_survived(axis):
+    gram = moment(20)
+    gram[:5], gram[:, :5] = 0.0, 0.0
+    for statistics in (gram, torch.zeros(20, 20)):
+        subject = unit(normal(16, 20), statistics, torch.zeros(16, 16))
+        config = swsc.SWSC(axis=axis, clusters=4, rank=2, scaled=True)
+        (row,) = swsc.build(subject, {"clusters": 4, "rank": 2}, config).records
+        assert np.isfinite(row["relative_error"])
+        assert torch.isfinite(torch.tensor(swsc.options(subject, config)[0].loss))
+
+
+def test_bad_input_is_refused_by_name():
+    w = normal(8, 6)
+    w[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        swsc.options(unit(w), swsc.SWSC(ratio=0.5))
+    gram = moment(6)
+    gram[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"fc\.gram"):
+        swsc.build(unit(normal(8, 6), gram), {"clusters": 2, "rank": 1}, swsc.SWSC(clusters=2, rank=1))
+    with pytest.raises(ValueError, match=r"clusters=9.*1\.\.8"):
+        swsc.options(unit(normal(8, 6)), swsc.SWSC(clusters=9, rank=1))
+    with pytest.raises(ValueError, match=r"rank=7.*0\.\.6"):
+        swsc.options(unit(normal(8, 6)), swsc.SWSC(clusters=2, rank=7))
+    with pytest.raises(ValueError, match="budget"):
+        swsc.options(unit(normal(8, 600)), swsc.SWSC(bits=0.1))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rank": 3}, {"ratio": 0.5, "bits": 2.0}, {"clusters": 0}, {"axis": "rows"}, {"cluster": 4}]
+)
+def test_contradictory_configs_are_refused(fields):
+    with pytest.raises(ValidationError):
+        swsc.SWSC(**fields)
