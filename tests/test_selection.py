@@ -15,7 +15,6 @@ from tinycomp.selection import SELECTIONS, leverage_scores, orthonormalize, sele
 from tinycomp.selection._pivoting import dominant_rows
 from tinycomp.selection._sampling import _log_symmetric_without_each
 
-RANDOM = ("leverage", "norm", "uniform", "block-random")
 INFORMED = tuple(sorted(set(SELECTIONS) - {"uniform", "norm", "leverage", "uniform-rrqr"}))
 
 
@@ -54,9 +53,6 @@ def textbook_deim(vectors: Tensor) -> list[int]:
     return chosen
 
 
-# Every method
-
-
 @pytest.mark.parametrize("method", SELECTIONS)
 @pytest.mark.parametrize("shape", [(33, 20), (20, 33), (1, 5), (17, 17)])
 def test_indices_are_distinct_in_range_and_repeatable(method: str, shape: tuple[int, int]) -> None:
@@ -89,7 +85,7 @@ def test_rank_deficient_and_zero_matrices(method: str) -> None:
             assert row_error(b, chosen) <= 1e-5 * float(b.norm())
 
 
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize("method", ["leverage", "norm", "uniform", "block-random"])
 def test_random_methods_follow_the_seed(method: str) -> None:
     a = spectrum_matrix(60, 40, seed=5).float()
     assert len({tuple(select(a, 10, method, seed).tolist()) for seed in range(5)}) == 5
@@ -140,9 +136,6 @@ def test_bad_arguments_say_what_is_allowed(arguments: dict, words: str) -> None:
         select(torch.ones(4, 6, dtype=torch.int64), 2)
 
 
-# Subspaces
-
-
 def test_randomized_svd_is_close_to_exact_and_orthonormal() -> None:
     a = spectrum_matrix(150, 110, seed=9).float()
     u, s, v = singular_vectors(a, 20)
@@ -164,9 +157,6 @@ def test_orthonormalize_survives_ill_conditioned_input(condition: float) -> None
     assert float((y - q @ (q.T @ y)).norm()) < 1e-5 * float(y.norm())
 
 
-# Pivoting on singular vectors
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_deim_is_the_textbook_algorithm(seed: int) -> None:
     a = spectrum_matrix(45, 30, seed, decay=0.5 + 0.3 * seed)
@@ -183,8 +173,7 @@ def test_spectral_error_bound_of_interpolatory_selection(method: str, seed: int)
     left, _, right = singular_vectors(a, k, exact=True)
     rows, columns = select_pair(a, k, method, exact=True)
     eta_p, eta_q = eta(left, rows), eta(right, columns)
-    assert math.isfinite(eta_p)
-    assert math.isfinite(eta_q)
+    assert math.isfinite(eta_p + eta_q)  # the interpolation blocks are non-singular
     c, r = a[:, columns], a[rows]
     residual = a - c @ torch.linalg.pinv(c) @ a @ torch.linalg.pinv(r) @ r
     sigma = float(torch.linalg.svdvals(a)[k])
@@ -271,9 +260,6 @@ def test_uniform_rrqr_is_exact_up_to_noise_on_incoherent_low_rank() -> None:
     assert row_error(low + noise, rows) <= 10 * float(noise.norm())
 
 
-# Sampling
-
-
 def test_leverage_sampling_meets_its_bound_where_uniform_fails() -> None:
     """Mean over seeds of the relative error of the best rank-d approximation in the span, c = d log d / eps^2 rows."""
     d, eps = 5, 0.35
@@ -317,9 +303,6 @@ def test_block_random_keeps_one_row_of_each_cluster_of_duplicates() -> None:
     assert max(row_error(a, select(a, 10, "uniform", seed)) for seed in range(5)) > 1.0
 
 
-# Derandomised
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_derandomised_is_within_the_square_root_of_k_plus_1(seed: int) -> None:
     a = spectrum_matrix(40, 30, seed, decay=0.2 + 0.4 * seed, coherence=0.5 * (seed % 3))
@@ -340,7 +323,8 @@ def test_derandomised_bound_is_reached_on_the_worst_case() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_derandomised_choices_are_brute_force_conditional_expectations(seed: int) -> None:
     a = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    k, chosen = 3, []
+    k = 3
+    chosen: list[int] = []
     for _ in range(k):
         expected = {}
         for i in set(range(7)) - set(chosen):
