@@ -1,0 +1,52 @@
+// dot.h for AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TINYCOMP_TARGET __attribute__((target("avx2,fma,f16c")))
+
+#include "dot_kernels.h"
+
+namespace tinycomp {
+namespace {
+
+struct Avx2 {
+  using Vec = __m256;
+  static constexpr int width = 8, max_rows = 2;
+
+  TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }
+  TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  TINYCOMP_TARGET static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  TINYCOMP_TARGET static Vec load(const torch::headeronly::BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  TINYCOMP_TARGET static Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  TINYCOMP_TARGET static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i eight = _mm256_set1_epi32(8);
+    low = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), eight));
+    high = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), eight));
+  }
+  TINYCOMP_TARGET static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  TINYCOMP_TARGET static float sum(Vec v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+  TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+  }
+};
+
+}  // namespace
+
+const DotTable avx2_dot = make_table<Avx2>();
+
+}  // namespace tinycomp
+#endif

@@ -1,0 +1,57 @@
+// dot.h for AVX-512 F, BW, DQ and VL.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+#include "dot_kernels.h"
+
+namespace tinycomp {
+namespace {
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr int width = 16, max_rows = 4;
+
+  TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }
+  TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  TINYCOMP_TARGET static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  TINYCOMP_TARGET static Vec load(const torch::headeronly::BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  TINYCOMP_TARGET static Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  TINYCOMP_TARGET static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
+    // A table look-up by the low four bits of each lane is the mask, the subtraction and the conversion at once.
+    const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = _mm512_permutexvar_ps(bytes, levels);
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels);
+  }
+  TINYCOMP_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  TINYCOMP_TARGET static __m256 halve(Vec v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  }
+  TINYCOMP_TARGET static float sum(Vec v) {
+    const __m256 eight = halve(v);
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+  TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+  }
+};
+
+}  // namespace
+
+const DotTable avx512_dot = make_table<Avx512>();
+
+}  // namespace tinycomp
+#endif

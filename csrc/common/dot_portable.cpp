@@ -1,0 +1,40 @@
+// Fallback of dot.h for any processor: vector extensions of GCC and Clang, whatever the target makes of them.
+#define TINYCOMP_TARGET
+
+#include "dot_kernels.h"
+
+namespace tinycomp {
+namespace {
+
+struct Portable {
+  typedef float Vec __attribute__((vector_size(16)));
+  static constexpr int width = 4, max_rows = 2;
+
+  static Vec zero() { return Vec{}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  template <class T>
+  static Vec load(const T* p) {
+    Vec v;
+    for (int i = 0; i < width; ++i) v[i] = static_cast<float>(p[i]);
+    return v;
+  }
+  static void store(float* p, Vec v) {
+    for (int i = 0; i < width; ++i) p[i] = v[i];
+  }
+  static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
+    for (int i = 0; i < width; ++i) {
+      low[i] = static_cast<float>((p[i] & 15) - 8);
+      high[i] = static_cast<float>((p[i] >> 4) - 8);
+    }
+  }
+  static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
+};
+
+}  // namespace
+
+const DotTable portable_dot = make_table<Portable>();
+
+}  // namespace tinycomp

@@ -1,0 +1,22 @@
+// What each instruction set offers to dot.cpp: one entry per Type, in its order.
+#pragma once
+
+#include <cstdint>
+
+namespace tinycomp {
+
+struct DotTable {
+  using Dot = void (*)(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+                       int64_t m, float* out, int64_t ldo);
+  using Widen = void (*)(const void* from, float* to, int64_t n);
+  Dot dot[5];
+  Widen widen[4];
+};
+
+extern const DotTable portable_dot;
+#if defined(__x86_64__)
+extern const DotTable avx2_dot;
+extern const DotTable avx512_dot;
+#endif
+
+}  // namespace tinycomp

@@ -1,0 +1,59 @@
+// kmeans_assign: GEMM through torch for the scores of a chunk of points, then argmin and the distance by point.
+#include <limits>
+
+#include "../common/linear.h"
+
+namespace tinycomp {
+namespace {
+
+template <class A>
+void assign(const A* points, const A* centroids, const A* products, const std::vector<A>& norms, int64_t n, int64_t d,
+            int32_t* labels, float* distances) {
+  const int64_t k = static_cast<int64_t>(norms.size());
+  parallel_rows(n, k + d, [&](int64_t i) {
+    int32_t best = 0;
+    A least = std::numeric_limits<A>::infinity();
+    for (int64_t c = 0; c < k; ++c) {
+      const A score = norms[c] - 2 * products[i * k + c];
+      if (score < least) least = score, best = static_cast<int32_t>(c);
+    }
+    A total = 0;
+    for (int64_t c = 0; c < d; ++c) {
+      const A difference = points[i * d + c] - centroids[best * d + c];
+      total += difference * difference;
+    }
+    labels[i] = best, distances[i] = static_cast<float>(total);
+  });
+}
+
+std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids) {
+  STD_TORCH_CHECK(points.dim() == 2 && centroids.dim() == 2 && points.size(1) == centroids.size(1) &&
+                      centroids.size(0) > 0 && points.scalar_type() == centroids.scalar_type(),
+                  "kmeans_assign: shapes or dtypes do not fit");
+  return with_float_type(points.scalar_type(), "kmeans_assign", [&](auto zero) {
+    using A = Accumulate<decltype(zero)>;
+    const int64_t n = points.size(0), d = points.size(1), k = centroids.size(0);
+    Tensor x = torch::stable::contiguous(torch::stable::to(detach(points), scalar_type<A>));
+    const Tensor mu = torch::stable::contiguous(torch::stable::to(detach(centroids), scalar_type<A>));
+    const Tensor labels = empty(points, {n}, ScalarType::Int), distances = empty(points, {n}, ScalarType::Float);
+    const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
+    std::vector<A> norms(k, 0);
+    for (int64_t c = 0; c < k; ++c)
+      for (int64_t i = 0; i < d; ++i) norms[c] += to[c * d + i] * to[c * d + i];
+    // Scores of a chunk take at most 16 MiB.
+    const int64_t chunk = std::max<int64_t>(1, (16 << 20) / (k * static_cast<int64_t>(sizeof(A))));
+    for (int64_t start = 0; start < n; start += chunk) {
+      const int64_t size = std::min(chunk, n - start);
+      const Tensor products = torch::stable::contiguous(gemm(torch::stable::narrow(x, 0, start, size), mu));
+      assign<A>(from + start * d, to, static_cast<const A*>(products.const_data_ptr()), norms, size, d,
+                static_cast<int32_t*>(labels.mutable_data_ptr()) + start,
+                static_cast<float*>(distances.mutable_data_ptr()) + start);
+    }
+    return std::make_tuple(labels, distances);
+  });
+}
+
+TINYCOMP_CPU_KERNEL(kmeans_assign, kmeans_assign)
+
+}  // namespace
+}  // namespace tinycomp

@@ -1,0 +1,49 @@
+"""Builds the native library when torch, pybind11 and a compiler are at hand; installs without it otherwise."""
+
+import os
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+REQUIRED = os.environ.get("TINYCOMP_REQUIRE_NATIVE") == "1"
+
+
+def native():
+    """The extension tinycomp._C in a list, or an empty list and one line that says why.
+
+    Compilation may fail: setuptools then warns and goes on, because every op has a reference in torch.
+    """
+    try:
+        import pybind11
+        import torch
+        from pybind11.setup_helpers import ParallelCompile
+    except ImportError as error:
+        if REQUIRED:
+            raise
+        print(f"tinycomp: native library skipped ({error}); `pip install --no-build-isolation .` builds it")
+        return []
+    ParallelCompile("TINYCOMP_BUILD_JOBS", default=os.cpu_count() or 1).install()
+    torch_dir = Path(torch.__file__).parent
+    return [
+        Extension(
+            "tinycomp._C",
+            sources=["csrc/module.cpp", *sorted(glob("csrc/common/*.cpp") + glob("csrc/cpu/*.cpp"))],
+            depends=glob("csrc/common/*.h"),
+            include_dirs=[str(torch_dir / "include"), pybind11.get_include()],
+            library_dirs=[str(torch_dir / "lib")],
+            libraries=["torch_cpu"],
+            # The stable ABI of torch 2.10: one binary serves that release and later ones.
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            # Without contraction, sampling draws the same items on every processor. GCC 12 warns about uninitialised
+            # variables in its own AVX-512 header.
+            extra_compile_args=[
+                *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off"),
+                *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+            ],
+            optional=not REQUIRED,
+        )
+    ]
+
+
+setup(ext_modules=native())
