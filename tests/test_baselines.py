@@ -1,0 +1,325 @@
+"""Rounding and score-based pruning: brute force, exact sizes, predicted losses, the layers that are applied."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tinycomp import ops
+from tinycomp.edits import Plan, Slice
+from tinycomp.methods import magnitude, random, rounding, wanda
+from tinycomp.methods._base import Linear, Method, Unit
+from tinycomp.methods._pruning import removal_losses, row_places
+from tinycomp.models import FFNSpec
+from tinycomp.surgery import apply_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "Magnitude": magnitude, "Random": random}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moment(n: int, seed: int = 1) -> Tensor:
+    x = normal(4 * n, n, seed=seed) * torch.logspace(0.5, -1.5, n)
+    return x.T @ x / len(x)
+
+
+def linear_unit(m: int = 12, n: int = 20, *, statistics: bool = True, dtype: torch.dtype = torch.float32) -> Unit:
+    gram, output_gram = (moment(n), moment(m, seed=2)) if statistics else (None, None)
+    weight = normal(m, n).to(dtype).float()
+    return Unit("fc", "linear", (Linear("fc", weight, normal(m, seed=3), gram, output_gram, dtype=dtype),))
+
+
+def ffn_unit(hidden: int = 16, width: int = 40, *, gated: bool = True, dtype: torch.dtype = torch.float32) -> Unit:
+    names = ("gate", "up") if gated else ("up",)
+    inputs = [
+        Linear(f"mlp.{name}", normal(width, hidden, seed=i), normal(width, seed=i + 20), moment(hidden), dtype=dtype)
+        for i, name in enumerate(names)
+    ]
+    down = Linear("mlp.down", normal(hidden, width, seed=7), None, moment(width), moment(hidden, seed=4), dtype=dtype)
+    spec = FFNSpec("mlp", tuple(x.path for x in inputs), "mlp.down", width, "intermediate_size", gated)
+    return Unit("mlp", "ffn", (*inputs, down), ffn=spec)
+
+
+def pruner(name: str, **fields: Any) -> tuple[Method, Any]:
+    module = PRUNERS[name]
+    config = getattr(module, name)(**fields)
+    return (module.METHOD if config.structured else module.MASKED), config
+
+
+# --- rounding ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (8, 4), (4, 0), (4, 6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_stores_what_it_says_and_applies(bits, group_size, dtype):
+    unit = linear_unit(dtype=dtype)
+    config = rounding.Rounding(bits=bits, group_size=group_size)
+    (option,) = rounding.options(unit, config)
+    result = rounding.build(unit, option.choice, config)
+    stored = {name: t for name, t in result.tensors.items() if name != "fc.bias"}
+    assert option.bits == 8 * sum(t.nbytes for t in stored.values())
+    assert option.size == 12 * 20
+    model = nn.ModuleDict({"fc": nn.Linear(20, 12, dtype=dtype)})
+    apply_(model, Plan(result.edits), result.tensors)
+    layer: Any = model["fc"]
+    linear = unit.linears[0]
+    error = linear.weight - layer.dense_weight().float()
+    assert result.records[0]["predicted_loss"] == pytest.approx(linear.predicted_loss(error), rel=1e-4)
+    assert option.loss == pytest.approx(result.records[0]["predicted_loss"], rel=1e-6)
+    assert linear.relative_error(error) < (0.02 if bits == 8 else 0.2)
+    assert linear.bias is not None
+    torch.testing.assert_close(layer.bias.detach(), linear.bias.to(dtype))
+
+
+def test_eight_bits_round_each_row_to_the_nearest_level():
+    w = normal(5, 9)
+    q, scales, zeros = rounding.rounded(w, 8, 0)
+    assert zeros is None
+    levels = torch.arange(-127, 128) * scales[:, :, None]
+    nearest = (w[:, :, None] - levels).abs().amin(2)
+    torch.testing.assert_close((w - q * scales).abs(), nearest, rtol=1e-4, atol=1e-7)
+
+
+def test_four_bits_are_exact_on_a_grid_of_sixteen_levels():
+    w = (torch.arange(64).reshape(4, 16) % 16 - 6) * 0.25
+    packed = rounding.rounded(w, 4, 16, torch.ones(16))
+    torch.testing.assert_close(ops.dequantize(*packed, 16, 4, 16), w)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(1, 9),
+    n=st.integers(1, 40),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([0, 2, 6, 16]),
+    seed=st.integers(0, 99),
+)
+def test_the_clip_search_never_costs_more_than_plain_rounding(m, n, bits, group_size, seed):
+    w, importance = normal(m, n, seed=seed) ** 3, normal(n, seed=seed + 1).square()
+
+    def cost(packed: ops.Quantized) -> float:
+        return float((importance * (w - ops.dequantize(*packed, n, bits, group_size)).square()).sum())
+
+    plain = cost(rounding.rounded(w, bits, group_size))
+    assert cost(rounding.rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
+
+
+def test_the_clip_search_pays_at_four_bits():
+    linear = Linear("fc", normal(64, 128), gram=torch.diag(torch.logspace(1, -3, 128)))
+    errors = []
+    for search in (False, None):
+        config = rounding.Rounding(bits=4, search=search)
+        errors.append(rounding.build(Unit("fc", "linear", (linear,)), {"bits": 4}, config).records[0]["relative_error"])
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_open_bits_offer_both_widths_and_dense():
+    found = rounding.options(linear_unit(64, 128), rounding.Rounding())
+    assert [o.choice for o in found] == [{"bits": 8}, {"bits": 4}, {"dense": True}]
+    assert found[1].bits < found[0].bits < found[2].bits
+    assert found[1].loss > found[0].loss > found[2].loss == 0.0
+
+
+def test_rounding_asks_only_for_the_statistics_it_uses():
+    assert rounding.needs(rounding.Rounding(bits=8)) == frozenset()
+    assert rounding.needs(rounding.Rounding(bits=4)) == {"gram"}
+    assert rounding.needs(rounding.Rounding()) == {"gram", "output_gram"}
+
+
+@pytest.mark.parametrize("fields", [{"bits": 3}, {"group_size": 7}, {"group_size": -2}, {"ratio": 1.5}])
+def test_impossible_roundings_are_refused(fields):
+    with pytest.raises(ValidationError):
+        rounding.Rounding(**fields)
+
+
+# --- masks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value_bits", [0, 8, 4])
+def test_masks_keep_the_same_number_per_row_and_apply(name, dtype, value_bits):
+    unit = linear_unit(dtype=dtype)
+    method, config = pruner(name, structured=False, ratio=0.35, value_bits=value_bits)
+    option = next(o for o in method.options(unit, config) if o.choice.get("kept_per_row") == 7)
+    result = method.build(unit, option.choice, config)
+    stored = {k: t for k, t in result.tensors.items() if k != "fc.bias"}
+    assert option.bits == 8 * sum(t.nbytes for t in stored.values())
+    assert option.size == 12 * 7
+    model = nn.ModuleDict({"fc": nn.Linear(20, 12, dtype=dtype)})
+    apply_(model, Plan(result.edits), result.tensors)
+    layer: Any = model["fc"]
+    dense = layer.dense_weight().detach().float()
+    if value_bits == 0:
+        assert (dense != 0).sum(1).tolist() == [7] * 12
+        assert torch.equal(dense[dense != 0], unit.linears[0].weight[dense != 0])
+    loss = unit.linears[0].predicted_loss(unit.linears[0].weight - dense)
+    assert result.records[0]["predicted_loss"] == pytest.approx(loss, rel=1e-4)
+    assert option.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_wanda_masks_are_the_best_of_each_row_by_its_score():
+    linear = linear_unit(4, 6).linears[0]
+    assert linear.gram is not None
+    scores = wanda.weight_scores(linear, wanda.Wanda())
+    torch.testing.assert_close(scores, linear.weight.abs() * linear.gram.diagonal().sqrt())
+    keep = row_places(scores) < 3
+    for row in range(4):
+        best = max(itertools.combinations(range(6), 3), key=lambda c: float(scores[row, list(c)].sum()))
+        assert keep[row].nonzero().flatten().tolist() == list(best)
+
+
+def test_ties_keep_the_earlier_inputs():
+    assert row_places(torch.ones(2, 5)).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_scores_that_know_more_cost_less():
+    unit = linear_unit(24, 48)
+    losses = []
+    for name in ("Wanda", "Magnitude", "Random"):
+        method, config = pruner(name, structured=False, ratio=0.5)
+        losses.append(next(o.loss for o in method.options(unit, config) if o.size == 24 * 24))
+    assert losses[0] < losses[1] < losses[2]
+
+
+# --- feed-forward units ------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("has_output_gram", [True, False])
+def test_removal_losses_match_the_masked_down_projection(gated, has_output_gram):
+    down = ffn_unit(width=24, gated=gated).linears[-1]
+    down.output_gram = down.output_gram if has_output_gram else None
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    losses = removal_losses(down, order)
+    assert float(losses[0]) == 0.0
+    for count in (1, 7, 24):
+        error = torch.zeros_like(down.weight)
+        error[:, order[:count]] = down.weight[:, order[:count]]
+        assert float(losses[count]) == pytest.approx(down.predicted_loss(error), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sliced_units_equal_the_masked_sublayer(name, gated, dtype):
+    unit = ffn_unit(gated=gated, dtype=dtype)
+    method, config = pruner(name, ratio=0.6)
+    assert method.unit_kind == "ffn"
+    option = next(o for o in method.options(unit, config) if o.choice.get("width") == 24)
+    result = method.build(unit, option.choice, config)
+    assert option.size == unit.size * 24 // 40
+    assert option.bits == option.size * 8 * dtype.itemsize
+    assert sum(row["size_after"] for row in result.records) == option.size
+    assert sum(row["predicted_loss"] for row in result.records) == pytest.approx(option.loss, rel=1e-3)
+    assert {e.config_field for e in result.edits if isinstance(e, Slice)} == {"intermediate_size"}
+    model = nn.ModuleDict({"mlp": nn.ModuleDict()})
+    mlp: Any = model["mlp"]
+    for x in unit.linears:
+        mlp[x.path.split(".")[1]] = nn.Linear(x.in_features, x.out_features, bias=x.bias is not None, dtype=dtype)
+    apply_(model, Plan(result.edits), result.tensors)
+    kept = [int(i) for i in _kept(unit, mlp["down"].weight)]
+    assert len(kept) == 24
+    for x in unit.linears[:-1]:
+        layer = mlp[x.path.split(".")[1]]
+        assert torch.equal(layer.weight, x.weight.to(dtype)[kept])
+        assert x.bias is not None
+        assert torch.equal(layer.bias, x.bias.to(dtype)[kept])
+        assert layer.out_features == 24
+
+
+def _kept(unit: Unit, sliced: Tensor) -> list[int]:
+    """Columns of the down projection that are in the sliced one, in order."""
+    full = unit.linears[-1].weight.to(sliced.dtype)
+    return [j for j in range(full.shape[1]) if any(torch.equal(full[:, j], c) for c in sliced.T)]
+
+
+def test_conv1d_storage_is_input_by_output():
+    unit = ffn_unit(gated=False)
+    for x in unit.linears:
+        x.transposed = True
+    method, config = pruner("Magnitude")
+    tensors = method.build(unit, {"width": 24}, config).tensors
+    assert tensors["mlp.up.weight"].shape == (16, 24)
+    assert tensors["mlp.down.weight"].shape == (24, 16)
+    assert tensors["mlp.up.weight"].is_contiguous()
+
+
+def test_unit_scores():
+    unit = ffn_unit(width=6)
+    gate, up, down = unit.linears
+    torch.testing.assert_close(
+        wanda.unit_scores(unit, wanda.Wanda()),
+        torch.stack([(down.weight[:, j].abs() * down.gram[j, j].sqrt()).mean() for j in range(6)]),  # type: ignore[index]
+    )
+    scores = magnitude.unit_scores(unit, magnitude.Magnitude())
+    torch.testing.assert_close(scores[2], gate.weight[2].norm() * up.weight[2].norm() * down.weight[:, 2].norm())
+
+
+def test_widths_are_rounded_and_losses_fall():
+    method, config = pruner("Wanda", round_to=4, ratio=0.5)
+    found = method.options(ffn_unit(), config)
+    assert all(o.choice["width"] % 4 == 0 for o in found[:-1])
+    assert 20 in [o.choice["width"] for o in found[:-1]]
+    assert found[-1].choice == {"dense": True}
+    for smaller, larger in itertools.pairwise(found):
+        assert smaller.size < larger.size
+
+
+def test_random_follows_its_seed_and_differs_between_matrices():
+    method, config = pruner("Random", structured=False)
+    unit = linear_unit(statistics=False)
+    choice = {"kept_per_row": 10}
+    first, again = (method.build(unit, choice, config).tensors["fc.mask"] for _ in range(2))
+    _, other_seed = pruner("Random", structured=False, seed=1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, method.build(unit, choice, other_seed).tensors["fc.mask"])
+    unit.linears[0].path = "other"
+    assert not torch.equal(first, method.build(unit, choice, config).tensors["other.mask"])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_statistics_are_asked_for_only_where_they_matter(name):
+    method, config = pruner(name, allocation="uniform")
+    assert method.needs(config) == ({"gram"} if name == "Wanda" else frozenset())
+    method, config = pruner(name)
+    assert method.needs(config) == {"gram", "output_gram"}
+
+
+# --- bad input ---------------------------------------------------------------
+
+
+def test_dead_inputs_are_pruned_first():
+    unit = linear_unit()
+    gram = unit.linears[0].gram
+    assert gram is not None
+    gram[:8], gram[:, :8] = 0.0, 0.0
+    method, config = pruner("Wanda", structured=False)
+    result = method.build(unit, {"kept_per_row": 12}, config)
+    assert result.records[0]["relative_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_wanda_without_statistics_says_what_to_pass():
+    method, config = pruner("Wanda", structured=False)
+    with pytest.raises(ValueError, match=r"fc: got no calibration statistics.*`data`"):
+        method.options(linear_unit(statistics=False), config)
+
+
+@pytest.mark.parametrize("name", [*PRUNERS, "Rounding"])
+def test_nan_weights_are_refused_by_name(name):
+    unit = linear_unit()
+    unit.linears[0].weight[1, 2] = float("nan")
+    method, config = (rounding.METHOD, rounding.Rounding()) if name == "Rounding" else pruner(name, structured=False)
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        method.options(unit, config)
