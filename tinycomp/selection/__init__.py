@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinycomp import ops
 from tinycomp.selection._pivoting import (
     block_deim,
     deim,
@@ -32,6 +31,7 @@ from tinycomp.selection._subspaces import (
     leverage_scores,
     orthonormalize,
     oversampling,
+    row_pivots,
     singular_vectors,
     sketch,
 )
@@ -118,7 +118,7 @@ def select_pair(
     pivots = _PIVOTS_OF_SKETCH[method]
     y = sketch(a, rank + oversampling(rank), 2 * seed)
     z = a.T if y is a else a.T @ y
-    return ops.select_pivots(y, rank, pivots), ops.select_pivots(z, rank, pivots)
+    return row_pivots(y, rank, pivots), row_pivots(z, rank, pivots)
 
 
 def _check(a: Tensor, rank: int, method: str, axis: int, dimension: int | None) -> None:
@@ -139,6 +139,6 @@ def _check(a: Tensor, rank: int, method: str, axis: int, dimension: int | None) 
 
 def _scaled(a: Tensor) -> Tensor:
     """`a` in float32 or float64 with largest entry 1, so that squares neither overflow nor vanish; choices keep."""
-    a = a if a.dtype == torch.float64 else a.float()
+    a = a.detach() if a.dtype == torch.float64 else a.detach().float()
     largest = float(a.abs().max())
     return a / largest if largest > 0 else a

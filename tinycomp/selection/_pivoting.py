@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinycomp import ops
-from tinycomp.selection._subspaces import Options, fill, oversampling, singular_vectors, sketch, unused
+from tinycomp.selection._subspaces import Options, fill, oversampling, row_pivots, singular_vectors, sketch, unused
 
 _SWAP_LIMIT = 10_000
 _NEGLIGIBLE = 1e-12  # energy below this fraction of the total is rounding
@@ -23,7 +22,7 @@ def deim(a: Tensor, rank: int, options: Options) -> Tensor:
     Guarantee: |A - C U R|_2 <= (eta_p + eta_q) sigma_(k+1); eta <= sqrt(m k / 3) 2^k a priori.
     Cost: singular vectors + m k^2. Source: Sorensen, Embree, SISC 2016, algorithm 1 and theorem 4.1.
     """
-    return ops.select_pivots(_left(a, rank, options), rank, "lu")
+    return row_pivots(_left(a, rank, options), rank, "lu")
 
 
 def qdeim(a: Tensor, rank: int, options: Options) -> Tensor:
@@ -32,7 +31,7 @@ def qdeim(a: Tensor, rank: int, options: Options) -> Tensor:
     Guarantee: DEIM's, with eta <= sqrt(m - k + 1) sqrt(4^k + 6 k - 1) / 3 a priori.
     Cost: singular vectors + 2 m k^2. Source: Drmac, Gugercin, SISC 2016, theorem 2.1.
     """
-    return ops.select_pivots(_left(a, rank, options), rank, "qr")
+    return row_pivots(_left(a, rank, options), rank, "qr")
 
 
 def strong_rrqr(a: Tensor, rank: int, options: Options) -> Tensor:
@@ -42,7 +41,7 @@ def strong_rrqr(a: Tensor, rank: int, options: Options) -> Tensor:
     Source: Gu, Eisenstat, SISC 1996, algorithm 4; for DEIM: Drmac, Saibaba, SIMAX 2018.
     """
     u = _left(a, rank, options)
-    return dominant_rows(u, ops.select_pivots(u, rank, "qr"), 2.0)
+    return dominant_rows(u, row_pivots(u, rank, "qr"), 2.0)
 
 
 def maxvol(a: Tensor, rank: int, options: Options) -> Tensor:
@@ -84,7 +83,7 @@ def iterative_deim(a: Tensor, rank: int, options: Options) -> Tensor:
             return fill(chosen, rank, len(a))
         free = unused(chosen, len(a))
         u = singular_vectors(residual[free], count, options.seed + len(chosen), options.exact)[0]
-        chosen = torch.cat([chosen, free[ops.select_pivots(u, count, "lu")]])
+        chosen = torch.cat([chosen, free[row_pivots(u, count, "lu")]])
         basis = torch.linalg.qr(a[chosen].T)[0]
         residual = a - (a @ basis) @ basis.T
     return chosen
@@ -96,7 +95,7 @@ def sketch_qr(a: Tensor, rank: int, options: Options) -> Tensor:
     Guarantee: a posteriori only (the error is cheap to estimate); measured, within 0.5 % of DEIM's Frobenius error.
     Cost: 1.25 m n k + 2 m k^2. Source: Voronin, Martinsson, 2017; Dong, Martinsson, "Simpler is better", 2023.
     """
-    return ops.select_pivots(sketch(a, rank + oversampling(rank), options.seed), rank, "qr")
+    return row_pivots(sketch(a, rank + oversampling(rank), options.seed), rank, "qr")
 
 
 def sketch_lu(a: Tensor, rank: int, options: Options) -> Tensor:
@@ -104,7 +103,7 @@ def sketch_lu(a: Tensor, rank: int, options: Options) -> Tensor:
 
     Guarantee: a posteriori only. Cost: 1.25 m n k + m k^2. Source: Dong, Martinsson, "Simpler is better", 2023.
     """
-    return ops.select_pivots(sketch(a, rank + oversampling(rank), options.seed), rank, "lu")
+    return row_pivots(sketch(a, rank + oversampling(rank), options.seed), rank, "lu")
 
 
 def uniform_rrqr(a: Tensor, rank: int, options: Options) -> Tensor:
@@ -118,7 +117,7 @@ def uniform_rrqr(a: Tensor, rank: int, options: Options) -> Tensor:
     count = min(2 * rank, a.shape[1])
     generator = torch.Generator().manual_seed(options.seed)
     columns = torch.randperm(a.shape[1], generator=generator)[:count].to(a.device)
-    rows = ops.select_pivots(a[:, columns].contiguous(), rank, "qr")
+    rows = row_pivots(a[:, columns].contiguous(), rank, "qr")
     columns = _strong_rows(a[rows].T)
     return _strong_rows(a[:, columns])
 
@@ -127,11 +126,11 @@ def _strong_rows(a: Tensor) -> Tensor:
     """Strong rank-revealing choice of as many rows as tall `a` has columns."""
     # On an orthonormal basis: the same T, and harmless when `a` is rank deficient.
     basis = torch.linalg.qr(a.double())[0]
-    return dominant_rows(basis, ops.select_pivots(basis, a.shape[1], "qr"), 2.0)
+    return dominant_rows(basis, row_pivots(basis, a.shape[1], "qr"), 2.0)
 
 
 def _maxvol_rows(u: Tensor) -> Tensor:
-    return dominant_rows(u, ops.select_pivots(u, u.shape[1], "lu"), 1.01)
+    return dominant_rows(u, row_pivots(u, u.shape[1], "lu"), 1.01)
 
 
 def dominant_rows(u: Tensor, rows: Tensor, bound: float) -> Tensor:

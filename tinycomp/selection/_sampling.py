@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from tinycomp import ops
-from tinycomp.selection._subspaces import Options, fill, leverage_scores, singular_vectors, unused
+from tinycomp.selection._subspaces import Options, fill, leverage_scores, row_pivots, singular_vectors, unused
 
 _NEGLIGIBLE = 1e-12  # energy below this fraction of the total is rounding
 
@@ -78,7 +78,7 @@ def block_random(a: Tensor, rank: int, options: Options) -> Tensor:
         v = a[candidates].T
         v = v - basis @ (basis.T @ v)
         v = v - basis @ (basis.T @ v)  # twice is enough: the first pass leaves rounding of the size of A
-        pivots = ops.select_pivots(v.T.contiguous(), min(v.shape), "qr")
+        pivots = row_pivots(v.T, min(v.shape), "qr")
         q, r = torch.linalg.qr(v[:, pivots])
         left = r.double().square().sum(1).flip(0).cumsum(0).flip(0)  # energy of the block outside the first i pivots
         keep = min(max(1, int((left > left[0] / block).sum())), rank - len(chosen))
