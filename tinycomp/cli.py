@@ -74,8 +74,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("as_json"):
+            _silence()
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError, but a decision that was made
+            raise
         except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
             code = USAGE if isinstance(error, UsageError) else REFUSED
             if os.environ.get("TINYCOMP_DEBUG"):
@@ -87,6 +91,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from error
 
     return run
+
+
+def _silence() -> None:
+    """No progress bars of transformers on stderr: whoever asks for JSON is a program."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -283,7 +294,7 @@ def inspect(
     ]  # fmt: skip
     if rows:
         table("changed modules", ["module", "now", "rank", "numbers before", "after", "bytes"], rows)
-    for name in ("model_type", "plain", "parameters", "bytes_weights", "bytes_folder", "recipe"):
+    for name in ("model_type", "plain", "numbers", "bytes_weights", "bytes_folder", "recipe"):
         out.print(f"{name.replace('_', ' '):24} {_cell(found[name])}", markup=False, soft_wrap=True)
 
 
@@ -329,3 +340,7 @@ def demo(
     )
     if as_json:
         emit(results)
+
+
+if __name__ == "__main__":
+    app()

@@ -59,7 +59,7 @@ def inspect_folder(source: str | os.PathLike[str]) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
         "plain": not plan.edits,
-        "parameters": sum(math.prod(shape) for _, shape, _ in tensors.values()),
+        "numbers": sum(math.prod(shape) for _, shape, _ in tensors.values()),
         "bytes_weights": sum(size for _, _, size in tensors.values()),
         "bytes_folder": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "methods": plan.methods or report.get("methods", []),

@@ -94,7 +94,7 @@ def run(
             batch_size=calibration.batch_size, journal=journal, progress=progress,
         ).to_dict()  # fmt: skip
     finally:
-        if not len(journal):  # refused before any block was finished: leave no trace
+        if not journal.count():  # refused before any block was finished: leave no trace
             journal.delete()
     evaluation = None
     if protocol is not None:

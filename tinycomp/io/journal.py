@@ -84,7 +84,8 @@ class Journal:
         readable = "".join(c if c.isalnum() or c in "._-" else "_" for c in key)[:80]
         return self.directory / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Number of finished pieces. (No `__len__`: an empty journal is not false.)"""
         return len(list(self.directory.glob("*.safetensors")))
 
     def get(self, key: str) -> Entry | None:

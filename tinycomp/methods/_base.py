@@ -23,7 +23,7 @@ from torch import Tensor
 from tinycomp.edits import Edit
 from tinycomp.models import FFNSpec
 
-NEEDS = frozenset({"gram", "output_gram"})
+NEEDS = frozenset({"gram", "output_gram", "last_hidden"})
 DEFAULT_IGNORE = ("lm_head", "re:.*embed.*", "re:.*norm.*", "re:.*router.*")
 
 
@@ -158,7 +158,12 @@ def record(linear: Linear, method: str, new_size: int, new_bits: int, error: Ten
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS."""
+    """A row of METHODS.
+
+    assign: where a method chooses layers and sizes itself (a published rule), the choices by path from the spec, the
+        targets' shapes and the blocks' last-token outputs; it returns None where the common budget applies.
+    families: names of the methods whose options compete (Auto).
+    """
 
     name: str
     config: type[MethodConfig]
@@ -166,3 +171,5 @@ class Method:
     options: Callable[[Unit, Any], list[Option]]
     build: Callable[[Unit, dict[str, Any], Any], Result]
     unit_kind: Literal["linear", "ffn"] = "linear"
+    assign: Callable[..., dict[str, dict[str, Any]] | None] = lambda *_: None
+    families: Callable[[Any], tuple[tuple[Method, MethodConfig], ...]] | None = None

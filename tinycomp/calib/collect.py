@@ -1,0 +1,337 @@
+"""One forward (and, where gradients are asked for, backward) pass over the whole model, a few blocks' statistics at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinycomp.calib.stats import LinearStats, Rows, add_gram, features_out, linear_paths
+from tinycomp.models import BlockSpec, ModelSpec
+
+Progress = Callable[[str, int, int], None]
+STATS_BYTES = 2**31  # statistics held in memory at once; more blocks than fit mean more passes
+GRADIENT_ROWS = 2  # sequences per backward pass: logits of a large vocabulary dominate its memory
+
+
+class StatsStore:
+    """Statistics of each block in a temporary file, so that memory holds one block's at a time.
+
+    last_hidden: block path -> (documents, d) outputs at each text's last real token, when asked for.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tinycomp-stats-")
+        self._alias: dict[str, str] = {}
+        self._tokens: dict[str, int] = {}
+        self._file: dict[str, Path] = {}
+        self.last_hidden: dict[str, Tensor] = {}
+
+    def put(self, block: str, stats: dict[str, LinearStats], alias: dict[str, str]) -> None:
+        tensors: dict[str, Tensor] = {}
+        target = Path(self._folder.name) / f"{len(set(self._file.values()))}.safetensors"
+        for path, entry in stats.items():
+            self._tokens[path] = entry.tokens
+            self._file[path] = target
+            for name in ("gram", "output_gram"):
+                value = getattr(entry, name)
+                if value is not None:
+                    tensors[f"{path}|{name}"] = value.contiguous()
+        self._alias |= alias
+        save_file(tensors, target)
+
+    def get(self, paths: Sequence[str]) -> dict[str, LinearStats]:
+        """Statistics of these linears; those that share an input share its Gram matrix."""
+        files = {self._file[p] for p in paths if p in self._file}
+        files |= {self._file[self._alias[p]] for p in paths if self._alias.get(p) in self._file}
+        loaded: dict[str, Tensor] = {}
+        for file in files:
+            loaded |= load_file(file)
+        return {
+            p: LinearStats(
+                gram=loaded.get(f"{self._alias.get(p, p)}|gram"),
+                output_gram=loaded.get(f"{p}|output_gram"),
+                tokens=self._tokens.get(p, 0),
+            )
+            for p in paths
+        }
+
+    def shares_input(self, path: str) -> str:
+        """The linear whose input this one reads too (itself when it is the first to read it)."""
+        return self._alias.get(path, path)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+def collect(
+    model: nn.Module,
+    spec: ModelSpec,
+    batches: Iterable[dict[str, Tensor]],
+    needs: frozenset[str],
+    *,
+    paths: Sequence[str] | None = None,
+    gradient_batches: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> StatsStore:
+    """Second moments of the linears at `paths` (default: all of the spec's), over every token of `batches`.
+
+    Args:
+        batches: dicts of tensors, passed as `model(**batch)`; consumed once into a list.
+        needs: any of "gram" and "output_gram".
+        gradient_batches: how many batches the output gradients use; None means all.
+        seed: of the labels that are sampled for the gradients.
+        progress: called with (description, done, total).
+
+    Raises:
+        ValueError: no batch, or a statistic that is not finite.
+    """
+    batch_list = list(batches)
+    if not batch_list:
+        raise ValueError("calibration: got no batches, allowed at least one; pass text, a path or tensors as `data`")
+    wanted = set(spec.linears if paths is None else paths)
+    blocks = [b for b in spec.blocks if wanted & set(b.linears)]
+    store = StatsStore()
+    chunks = _chunks(model, blocks, wanted, needs)
+    for index, chunk in enumerate(chunks):
+        names = [p for b in chunk for p in b.linears if p in wanted]
+        outputs = _LastTokens(model, [b.path for b in spec.blocks]) if "last_hidden" in needs and index == 0 else None
+        collector = _Collector(model, names, needs)
+        label = "calibrating" if len(chunks) == 1 else f"calibrating, part {index + 1} of {len(chunks)}"
+        try:
+            for done, batch in enumerate(batch_list):
+                gradients = "output_gram" in needs and (gradient_batches is None or done < gradient_batches)
+                if outputs is not None:
+                    outputs.mask = batch.get("attention_mask")
+                collector.run(batch, gradients, seed + done)
+                progress(label, done + 1, len(batch_list))
+        finally:
+            collector.close()
+            if outputs is not None:
+                store.last_hidden = outputs.close()
+        found = collector.stats
+        for block in chunk:
+            stats = {p: found[p] for p in block.linears if p in found}
+            store.put(block.path, stats, {p: a for p, a in collector.alias.items() if p in stats})
+    return store
+
+
+def _chunks(
+    model: nn.Module, blocks: list[BlockSpec], wanted: set[str], needs: frozenset[str]
+) -> list[list[BlockSpec]]:
+    """Consecutive blocks whose statistics fit in STATS_BYTES together."""
+    chunks: list[list[BlockSpec]] = []
+    used = STATS_BYTES
+    for block in blocks:
+        size = 0
+        for module in linear_paths(model, [p for p in block.linears if p in wanted]).values():
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            n_out = features_out(module)
+            size += 4 * (weight.numel() // n_out) ** 2 + (4 * n_out**2 if "output_gram" in needs else 0)
+        if used + size > STATS_BYTES and (not chunks or chunks[-1]):
+            chunks.append([])
+            used = 0
+        chunks[-1].append(block)
+        used += size
+    return chunks
+
+
+class _Collector:
+    """Hooks on the linears, and the running sums they fill."""
+
+    def __init__(self, model: nn.Module, paths: list[str], needs: frozenset[str]):
+        self.model, self.needs = model, needs
+        self.alias: dict[str, str] = {}
+        self.rows = Rows()
+        self.sums = {path: LinearStats() for path in paths}
+        self.gradient_tokens = dict.fromkeys(paths, 0)
+        self._last: tuple[Tensor, str] | None = None
+        self._gradients = False
+        self._hooks = [
+            module.register_forward_hook(self._hook(path)) for path, module in linear_paths(model, paths).items()
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def stats(self) -> dict[str, LinearStats]:
+        out = {}
+        for path, entry in self.sums.items():
+            if entry.tokens == 0:
+                continue  # never called: an unused branch of the model
+            gram, grad, tokens = entry.gram, entry.output_gram, max(self.gradient_tokens[path], 1)
+            for name, value in (("input", gram), ("output gradient", grad)):
+                if value is not None and not torch.isfinite(value).all():
+                    raise ValueError(
+                        f"calibration: the {name} of {path} is NaN or infinite, allowed finite values only; "
+                        "check the weights and the data, or load the model in float32"
+                    )
+            out[path] = LinearStats(
+                None if gram is None else gram / entry.tokens,
+                None if grad is None else grad / tokens,
+                None,
+                entry.tokens,
+            )
+        return out
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            entry = self.sums[path]
+            x = inputs[0].detach()
+            entry.tokens += x.numel() // max(x.shape[-1], 1)
+            # Linears called one after another on the same tensor (q, k, v; gate, up) share one Gram matrix.
+            if self._last is not None and self._last[0] is inputs[0] and self.alias.get(path) in (None, self._last[1]):
+                self.alias[path] = self._last[1]
+            elif path not in self.alias:
+                self._last = (inputs[0], path)
+                if "gram" in self.needs:
+                    entry.gram = add_gram(entry.gram, self.rows(x))
+            if self._gradients and output.requires_grad:
+                output.register_hook(self._gradient_hook(path))
+
+        return hook
+
+    def _gradient_hook(self, path: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            rows = self.rows(gradient.detach())
+            self.gradient_tokens[path] += rows.shape[0]
+            self.sums[path].output_gram = add_gram(self.sums[path].output_gram, rows)
+
+        return hook
+
+    def run(self, batch: dict[str, Tensor], gradients: bool, seed: int) -> None:
+        if gradients:
+            size = next(iter(batch.values())).shape[0]
+            for start in range(0, size, GRADIENT_ROWS):
+                self._run_gradients(
+                    {k: v[start : start + GRADIENT_ROWS] for k, v in batch.items()}, seed * 65537 + start
+                )
+        else:
+            self._gradients = False
+            self.rows.set_batch(batch)
+            with torch.no_grad(), no_cache(self.model):
+                self.model(**batch)
+        self._last = None
+
+    def _run_gradients(self, batch: dict[str, Tensor], seed: int) -> None:
+        self._gradients = True
+        self.rows.set_batch(batch)
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(False)
+        handle = _embedding_entry(self.model)
+        try:
+            with torch.enable_grad(), no_cache(self.model):
+                fisher_loss(self.model(**batch), self.rows.mask, seed).backward()
+        finally:
+            handle.remove()
+            for p in frozen:
+                p.requires_grad_(True)
+            self._last = None
+
+
+class _LastTokens:
+    """Records each block's output at the last token that is not padding."""
+
+    def __init__(self, model: nn.Module, paths: list[str]):
+        self.mask: Tensor | None = None
+        self.found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        self._hooks = [model.get_submodule(p).register_forward_hook(self._hook(p)) for p in paths]
+
+    def _hook(self, path: str) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            hidden = (output if isinstance(output, Tensor) else output[0]).detach()
+            mask = self.mask if self.mask is not None and self.mask.shape == hidden.shape[:2] else None
+            if mask is None:
+                rows = hidden[:, -1]
+            else:
+                rows = hidden[torch.arange(len(hidden)), (torch.arange(hidden.shape[1]) * (mask != 0)).argmax(1)]
+            self.found[path].append(rows.float())
+
+        return hook
+
+    def close(self) -> dict[str, Tensor]:
+        for hook in self._hooks:
+            hook.remove()
+        return {path: torch.cat(parts) for path, parts in self.found.items() if parts}
+
+
+def _embedding_entry(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Make the gradient graph begin at the embeddings' output although every parameter is frozen."""
+
+    def start(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return (
+            output.detach().requires_grad_(True)
+            if isinstance(output, Tensor) and output.is_floating_point()
+            else output
+        )
+
+    handles = [
+        module.register_forward_hook(start)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.Conv2d)
+    ]
+
+    class Handles:
+        def remove(self) -> None:
+            for handle in handles:
+                handle.remove()
+
+    return Handles()  # type: ignore[return-value]
+
+
+class no_cache:
+    """Within it the model keeps no key/value cache, which a calibration pass has no use for."""
+
+    def __init__(self, model: nn.Module):
+        self.config = getattr(model, "config", None)
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.config, "use_cache", None)
+        if self.before is not None:
+            self.config.use_cache = False  # type: ignore[union-attr]
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            self.config.use_cache = self.before  # type: ignore[union-attr]
+
+
+def fisher_loss(output: object, mask: Tensor | None, seed: int) -> Tensor:
+    """A scalar whose gradients, squared and averaged, are the curvature of the model's own loss.
+
+    With token or class logits: cross-entropy against labels sampled from the model's own distribution (the true
+    Fisher information, in nats). Otherwise: the outputs times a fixed random sign pattern, scaled so that the
+    curvature is that of the relative squared error of the output (Hutchinson's estimator).
+    """
+    logits = getattr(output, "logits", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(logits, Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
+            flat = logits.reshape(-1, logits.shape[-1]).float()
+            if mask is not None and logits.shape[:-1] == mask.shape:
+                flat = flat[mask.flatten()]
+            labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1).flatten().to(flat.device)
+            return nn.functional.cross_entropy(flat, labels, reduction="sum")
+        hidden = getattr(output, "last_hidden_state", None)
+        value = hidden if isinstance(hidden, Tensor) else next(v for v in _tensors(output) if v.is_floating_point())
+        value = value.float()
+        if mask is not None and value.shape[: mask.ndim] == mask.shape:
+            value = value[mask]
+        signs = torch.randint(0, 2, value.shape).to(value) * 2 - 1
+        # Per row: |d value|^2 / |value|^2, whose second derivative is 2 / |value|^2.
+        scale = (2.0 / value.detach().pow(2).sum(-1, keepdim=True).mean().clamp(min=1e-12)).sqrt()
+        return (value * signs).sum() * scale
+
+
+def _tensors(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if hasattr(output, "values") else output
+    return [v for v in values if isinstance(v, Tensor)]  # type: ignore[attr-defined]

@@ -1,0 +1,175 @@
+"""Every unit's options, screened and guarded, and the choice among them under one budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from tinycomp.budget import Candidate, Group, Resource, allocate, uniform
+from tinycomp.calib import StatsStore
+from tinycomp.errors import UsageError
+from tinycomp.io import Journal
+from tinycomp.methods import Method, MethodConfig, Option
+from tinycomp.methods._curing import stored_numbers
+from tinycomp.models import ModelSpec
+from tinycomp.progress import Bars
+from tinycomp.speed_guard import SpeedGuard
+from tinycomp.targets import UnitSpec, gather, shapes
+
+Families = Sequence[tuple[Method, MethodConfig]]
+
+
+@dataclass
+class Choices:
+    """What to build: unit name -> the method's choice; units that stay dense are absent.
+
+    sizes: unit name -> (stored numbers, bits on disk) of that choice.
+    """
+
+    by_unit: dict[str, dict[str, Any]]
+    allocation: str
+    notes: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def choose(
+    model: nn.Module, spec: ModelSpec, method: Method, config: MethodConfig, families: Families,
+    units: list[UnitSpec], store: StatsStore | None, journal: Journal | None, key: str, bars: Bars,
+) -> Choices:  # fmt: skip
+    """The options to build, by the method's own rule or by one budget; journalled, since it is dear to repeat."""
+    entry = journal.get(f"{key}:choices") if journal else None
+    if entry is not None:
+        return Choices(**entry.records[0])
+    paths = sorted({p for u in units for p in u.paths}, key=spec.linears.index)
+    hidden = None if store is None else [store.last_hidden[b.path] for b in spec.blocks if b.path in store.last_hidden]
+    assigned = method.assign(spec, shapes(model, paths), hidden or None, config)
+    if assigned is not None:
+        at = shapes(model, assigned)
+        width = {p: model.get_submodule(p).weight.element_size() * 8 for p in assigned}  # type: ignore[union-attr, operator]
+        sizes = {p: stored_numbers(*at[p], choice["rank"]) for p, choice in assigned.items()}
+        found = Choices(assigned, "published rule", sizes={p: (n, n * width[p]) for p, n in sizes.items()})
+    else:
+        found = _budgeted(model, config, families, units, store, bars)
+    if journal:
+        journal.put(f"{key}:choices", [], {}, [json.loads(json.dumps(vars(found)))])
+    return found
+
+
+def _budgeted(
+    model: nn.Module,
+    config: MethodConfig,
+    families: Families,
+    units: list[UnitSpec],
+    store: StatsStore | None,
+    bars: Bars,
+) -> Choices:
+    resource: Resource = getattr(config, "budget", "bytes" if type(config).__name__ == "Rounding" else "parameters")
+    notes: list[str] = []
+    table = _options(model, config, families, units, store, bars, notes)
+    groups = _groups(units, table)
+    dense = {u.name: _dense_cost(model, u, resource) for u in units}
+    if config.ratio is None:
+        chosen = [_only(entry) for group in groups for entry in group.alternatives[0]]
+        allocation = "as configured"
+    elif config.allocation == "uniform":
+        chosen = uniform(groups, config.ratio, dense, resource)
+        allocation = f"uniform: every unit keeps {config.ratio:g} of its {resource}"
+    else:
+        linears = {p for u in units for p in u.paths}
+        budget = config.ratio * sum(_dense_cost(model, None, resource, [p]) for p in linears)
+        chosen = allocate(groups, budget, resource)
+        allocation = f"global: {config.ratio:g} of the targeted {resource}, spread by predicted loss"
+    chosen = [c for c in chosen if not c.option.choice.get("dense")]
+    sizes = {c.unit: (c.option.size, c.option.bits) for c in chosen}
+    return Choices({c.unit: c.option.choice for c in chosen}, allocation, notes, sizes)
+
+
+def _dense_cost(model: nn.Module, unit: UnitSpec | None, resource: Resource, paths: Sequence[str] = ()) -> float:
+    weights = [model.get_submodule(p).weight for p in (unit.paths if unit else paths)]
+    return float(sum(w.numel() * (w.element_size() if resource == "bytes" else 1) for w in weights))  # type: ignore[union-attr, operator, misc, arg-type]
+
+
+def _only(entry: Sequence[Candidate]) -> Candidate:
+    """The single non-dense candidate of a config that needs no ratio."""
+    found = [c for c in entry if not c.option.choice.get("dense")]
+    if len(found) != 1:
+        raise UsageError(
+            f"ratio: got none, and {entry[0].method} has {len(found)} candidate sizes for {entry[0].unit}; give ratio= "
+            "in (0, 1], or a fixed size where the method has one (rank=, bits=)"
+        )
+    return found[0]
+
+
+def _options(
+    model: nn.Module, config: MethodConfig, families: Families, units: list[UnitSpec], store: StatsStore | None,
+    bars: Bars, notes: list[str],
+) -> dict[str, list[Candidate]]:  # fmt: skip
+    """Candidates of every unit. Families that never win on the first few blocks are dropped, by kind of linear."""
+    competing = len(families) > 1
+    screen = getattr(config, "screen", 0) if competing else 0
+    guard = SpeedGuard(model, config, notes) if competing and getattr(config, "guard_speed", False) else None
+    blocks = sorted({u.index for u in units})
+    probes = {blocks[(i + 1) * len(blocks) // (screen + 1)] for i in range(screen)} if screen else set()
+    order = sorted(units, key=lambda u: (u.index not in probes, u.index))
+    losers: set[tuple[str, str]] = set()
+    wins: dict[tuple[str, str], bool] = {}
+    table: dict[str, list[Candidate]] = {}
+    screened = not probes
+    for number, spec in enumerate(order):
+        if not screened and spec.index not in probes:
+            losers, screened = {key for key, won in wins.items() if not won}, True
+            notes += [
+                f"{name} dropped for {kind}: never the best size on {len(probes)} blocks"
+                for name, kind in sorted(losers)
+            ]
+        kind = spec.name.rsplit(".", 1)[-1]
+        unit = gather(model, spec, store.get(spec.paths) if store else {})
+        mine: list[Candidate] = []
+        for method, family in families:
+            if method.unit_kind != spec.kind or (method.name, kind) in losers:
+                continue
+            found = method.options(unit, family)
+            if guard is not None:
+                found = guard.keep(unit, method, family, found)
+            mine += [Candidate(method.name, spec.name, _tagged(o, method.name) if competing else o) for o in found]
+        table[spec.name] = mine
+        if not screened:
+            for name in {c.method for c in mine}:
+                wins[name, kind] = wins.get((name, kind), False) or _ever_best(name, mine)
+        bars.update("weighing options", number + 1, len(order))
+    return table
+
+
+def _tagged(option: Option, family: str) -> Option:
+    return replace(option, choice=option.choice | {"family": family})
+
+
+def _ever_best(name: str, candidates: list[Candidate]) -> bool:
+    """Whether any option of this family is undominated: nothing else costs no more in numbers and bits and loses less."""
+    others = [c.option for c in candidates if c.method != name and not c.option.choice.get("dense")]
+    return any(
+        not any(o.size <= c.option.size and o.bits <= c.option.bits and o.loss <= c.option.loss for o in others)
+        for c in candidates
+        if c.method == name and not c.option.choice.get("dense")
+    )
+
+
+def _groups(units: list[UnitSpec], table: dict[str, list[Candidate]]) -> list[Group]:
+    """A feed-forward unit and the linears inside it exclude each other; every other unit stands alone."""
+    by_path = {u.paths[0]: u for u in units if u.kind == "linear"}
+    taken: set[str] = set()
+    groups = []
+    for unit in units:
+        if unit.kind == "ffn":
+            inside = [by_path[p] for p in unit.paths if p in by_path]
+            alternatives = [(tuple(table[unit.name]),)]
+            if inside:
+                alternatives.append(tuple(tuple(table[u.name]) for u in inside))
+            taken |= {u.name for u in inside}
+            groups.append(Group(tuple(alternatives)))
+    groups += [Group(((tuple(table[u.name]),),)) for u in units if u.kind == "linear" and u.name not in taken]
+    return groups

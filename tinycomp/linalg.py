@@ -1,0 +1,206 @@
+"""Damped solves, whitening, pivoted rank-r storage and column elimination: the maths that methods share.
+
+Legend: W (m, n) a weight, S (n, n) the raw second moment of its inputs, G (m, m) the second moment of the loss
+gradient at its outputs. The loss that an error E costs is tr(G E S Eᵀ)/2 (K-FAC), so both sides are weighted.
+Everything factors in float64 on the tensor's device and returns float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinycomp import ops
+
+_FALLBACKS: list[str] = []
+
+
+def drain_fallbacks() -> list[str]:
+    """The fallbacks taken since the last call, for the report; clears the list."""
+    taken = list(_FALLBACKS)
+    _FALLBACKS.clear()
+    return taken
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError naming the tensor when it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name}: got {bad} NaN or infinite of {tensor.numel()} values, allowed finite values only; "
+            "repair or reload the checkpoint"
+        )
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """S + damping * mean(diag S) * I in float64; the identity's scale is 1 when S is zero."""
+    s = gram.double()
+    mean = float(s.diagonal().mean())
+    return s + (damping * mean if mean > 0 else 1.0) * torch.eye(s.shape[0], dtype=s.dtype, device=s.device)
+
+
+def cholesky(gram: Tensor, damping: float, name: str = "gram") -> Tensor:
+    """Lower L (float64) with L Lᵀ = damped S; falls back to an eigendecomposition, recorded, when that fails."""
+    require_finite(name, gram)
+    s = damped(gram, damping)
+    factor, info = torch.linalg.cholesky_ex(s)
+    if int(info) == 0:
+        return factor
+    values, vectors = torch.linalg.eigh(s)
+    floor = float(values[-1]) * 1e-10
+    _FALLBACKS.append(f"{name}: Cholesky failed, eigenvalues floored at {floor:.1e}")
+    # QR of (V sqrt(l))ᵀ turns the symmetric root into the triangular one that callers expect.
+    root = (vectors * values.clamp(min=floor).sqrt()).T
+    upper = torch.linalg.qr(root, mode="r").R
+    return (upper * upper.diagonal().sign()[:, None]).T.contiguous()
+
+
+class Truncation:
+    """The best rank-r approximations of W for every r, in the norm tr(G E S Eᵀ).
+
+    A = Lgᵀ W Ls with G = Lg Lgᵀ and S = Ls Lsᵀ turns that norm into the plain Frobenius norm, so the answer is the
+    truncated SVD of A mapped back. Singular vectors come from the Gram matrix of A's smaller side, in float64.
+
+    Args:
+        weight: (m, n).
+        gram: S (n, n), or None for the identity.
+        output_gram: G (m, m), or None for the identity.
+        damping: fraction of the mean diagonal added to S; G gets at least 1e-6.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor | None, output_gram: Tensor | None, damping: float):
+        self.weight = weight.double()
+        self.left = None if output_gram is None else cholesky(output_gram, max(damping, 1e-6), "output gram")
+        self.right = None if gram is None else cholesky(gram, damping)
+        a = self.weight if self.left is None else self.left.T @ self.weight
+        self.a = a if self.right is None else a @ self.right
+        self.by_rows = a.shape[0] <= a.shape[1]
+        values, vectors = torch.linalg.eigh(self.a @ self.a.T if self.by_rows else self.a.T @ self.a)
+        self.squares = values.flip(0).clamp(min=0)
+        self.vectors = vectors.flip(1)
+
+    def losses(self) -> Tensor:
+        """(min(m, n) + 1,) float64: tr(G E S Eᵀ)/2 left over at rank 0, 1, ..., min(m, n)."""
+        tail = self.squares.flip(0).cumsum(0).flip(0)
+        return 0.5 * torch.cat([tail, tail.new_zeros(1)])
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """L (m, r), R (r, n) in float64 with L R the best rank-r approximation."""
+        v = self.vectors[:, :rank]
+        if self.by_rows:
+            back = v if self.left is None else torch.linalg.solve_triangular(self.left.T, v, upper=True)
+            forward = v if self.left is None else self.left @ v
+            return back, forward.T @ self.weight
+        forward = v if self.right is None else self.right @ v
+        back = v.T
+        if self.right is not None:
+            back = torch.linalg.solve_triangular(self.right, back, upper=False, left=False)
+        return self.weight @ forward, back
+
+
+def pivoted_rank(size: float, m: int, n: int) -> int:
+    """Largest r with r(m + n - r) <= size: a rank-r matrix has that many degrees of freedom and is stored in as many."""
+    total = m + n
+    rank = int((total - max(total * total - 4.0 * size, 0.0) ** 0.5) / 2 + 1e-9)
+    return max(min(rank, m, n), 0)
+
+
+def pivoted_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Store L Rt (m, r) x (r, n) as r of its own rows and the map to the others.
+
+    The rows are chosen by column-pivoted QR of Lᵀ, so that |T| stays moderate.
+
+    Returns:
+        rows (r, n), t (m - r, r), order int32 (m,): output index of row i of [rows; t rows].
+    """
+    m, rank = left.shape
+    pivots = ops.select_pivots(left.double(), rank, "qr")
+    order, rest = row_order(pivots, m)
+    square = left[pivots]
+    t = torch.linalg.lstsq(square.T, left[rest].T).solution.T if rank else left.new_zeros(m, 0)
+    return (square @ right).float(), t.float(), order
+
+
+def row_order(pivots: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """(order int32 (m,): pivots first, then the others ascending; rest: those others)."""
+    mask = torch.ones(m, dtype=torch.bool, device=pivots.device)
+    mask[pivots] = False
+    rest = mask.nonzero().flatten()
+    return torch.cat([pivots, rest]).to(torch.int32), rest
+
+
+def solve_rows(weight: Tensor, rows: Tensor, gram: Tensor | None, damping: float) -> Tensor:
+    """T (m, r) minimising |(W - T R) S^(1/2)|_F: W S Rᵀ (R S Rᵀ)^-1 by a damped Cholesky solve."""
+    w, r = weight.double(), rows.double()
+    rs = r if gram is None else r @ damped(gram, damping)
+    factor = cholesky(rs @ r.T, 1e-10, "rows")
+    return torch.cholesky_solve(rs @ w.T, factor).T
+
+
+def interpolate(weight: Tensor, pivots: Tensor, gram: Tensor | None, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Identity-aware row interpolation: the pivot rows stay exact, the others are the best T times them.
+
+    Returns: rows (r, n), t (m - r, r), order int32 (m,), as in `pivoted_factors`.
+    """
+    order, rest = row_order(pivots, weight.shape[0])
+    rows = weight[pivots].float()
+    if len(rest) == 0 or len(pivots) == 0:
+        return rows, weight.new_zeros(len(rest), len(pivots)).float(), order
+    return rows, solve_rows(weight[rest], rows, gram, damping).float(), order
+
+
+def refit(weight: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """W' minimising |W X - W' Y|_F + damping |W - W'|: the weight that reproduces the original outputs on new inputs.
+
+    W' = W (C + d I)(S + d I)^-1 with C = X Yᵀ and S = Y Yᵀ (both (n, n)), d = damping * mean(diag S).
+    """
+    s = gram.double()
+    shift = damping * float(s.diagonal().mean())
+    eye = torch.eye(s.shape[0], dtype=s.dtype, device=s.device)
+    factor = cholesky(s + shift * eye, 0.0)
+    return torch.cholesky_solve(((cross.double() + shift * eye).T @ weight.double().T), factor).T.float()
+
+
+class Elimination:
+    """Columns of W removed one after another, each time the cheapest, the others refit (structured optimal brain surgeon).
+
+    For the error tr(G (W - W') S (W - W')ᵀ)/2 with W' supported on the kept columns P, the best W' is
+    W S[:, P] S[P, P]^-1 and removing column j of the current solution costs (w'_jᵀ G w'_j) / (2 [S[P,P]^-1]_jj).
+    `step` columns go at once: exact for step=1, and an approximation of the order only, never of the weights.
+
+    Source: Hassibi and Stork 1993 (optimal brain surgeon); Kurtic et al. 2023 (ZipLM), structured form.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, output_gram: Tensor | None, damping: float, step: int = 8):
+        n = weight.shape[1]
+        h = torch.cholesky_inverse(cholesky(gram, damping, "hidden gram")).float()
+        w = weight.float().clone()
+        g = None if output_gram is None else output_gram.float()
+        alive = torch.ones(n, dtype=torch.bool)
+        order: list[int] = []
+        costs: list[float] = []
+        while len(order) < n:
+            gw = w if g is None else g @ w
+            score = (w * gw).sum(0) / (2 * h.diagonal().clamp(min=1e-30))
+            score[~alive] = float("inf")
+            picked = torch.topk(score, min(step, n - len(order)), largest=False).indices
+            block = torch.linalg.pinv(h[picked][:, picked].double(), hermitian=True).float()
+            removed = w[:, picked]
+            spread = block @ h[picked]
+            gr = removed if g is None else g @ removed
+            total = 0.5 * float(((removed @ block) * gr).sum())
+            w -= removed @ spread
+            h -= h[:, picked] @ spread
+            alive[picked] = False
+            w[:, picked] = 0
+            order += picked.tolist()
+            costs += [total / len(picked)] * len(picked)
+        self.order = torch.tensor(order)
+        self.loss = torch.cat([torch.zeros(1), torch.tensor(costs).clamp(min=0).cumsum(0)])
+
+    @staticmethod
+    def solve(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+        """The refit W S[:, P] S[P, P]^-1 (m, |P|), float32."""
+        s = damped(gram, damping)
+        factor = cholesky(s[kept][:, kept], 0.0, "kept gram")
+        return torch.cholesky_solve((weight.double() @ s[:, kept]).T, factor).T.float()

@@ -1,0 +1,84 @@
+"""Per matrix or per feed-forward sublayer the best of the other methods, under one budget of parameters or bytes.
+
+Every family offers its sizes with the loss each is predicted to cost; one Lagrangian allocation takes the cheapest
+combination. Nothing here is a method of its own: what `Auto` builds is exactly what the chosen method builds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from tinycomp.methods import cur, rounding, svd, swsc, wanda, width
+from tinycomp.methods._base import Method, MethodConfig, Option, Result, Unit
+
+# Masks and rounding store the same numbers in fewer bits, so they compete only where bytes are the budget.
+PARAMETER_FAMILIES = ("svd", "cur", "swsc", "widthprune")
+BYTE_FAMILIES = (*PARAMETER_FAMILIES, "rounding", "wanda")
+_METHODS = {
+    "svd": svd.METHOD,
+    "cur": cur.METHOD,
+    "swsc": swsc.METHOD,
+    "widthprune": width.METHOD,
+    "rounding": rounding.METHOD,
+    "wanda": wanda.MASKED,
+}
+
+
+class Auto(MethodConfig):
+    """The best method for each part of the model.
+
+    Args:
+        budget: what `ratio` is a fraction of: the targeted "parameters", or their "bytes".
+        families: methods that compete; empty means all that fit the budget's kind.
+        rows: batch rows (sequences times tokens per step) at which a layer must not be slower than dense.
+        guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine.
+        screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
+        bits: widths that rounding may use.
+    """
+
+    budget: Literal["parameters", "bytes"] = "parameters"
+    families: tuple[str, ...] = ()
+    rows: int = Field(default=1, ge=1)
+    guard_speed: bool = True
+    screen: int = Field(default=2, ge=0)
+    bits: tuple[Literal[4, 8], ...] = (8,)
+
+    @field_validator("families")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(_METHODS))
+        if unknown:
+            raise ValueError(f"got {unknown}, allowed {sorted(_METHODS)}; name families from this list")
+        return value
+
+
+def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
+    """The competing methods with the fields they share with `config`."""
+    names = config.families or (BYTE_FAMILIES if config.budget == "bytes" else PARAMETER_FAMILIES)
+    shared = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
+    extra: dict[str, dict[str, Any]] = {"rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None}}
+    return tuple((_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names)
+
+
+def needs(config: Auto) -> frozenset[str]:
+    return frozenset({"gram", "output_gram"}).union(*(method.needs(c) for method, c in families(config)))
+
+
+def options(unit: Unit, config: Auto) -> list[Option]:
+    """Every family's options for this unit; `choice["family"]` says whose each is."""
+    found = []
+    for method, family in families(config):
+        if method.unit_kind == unit.kind:
+            for option in method.options(unit, family):
+                found.append(Option(option.size, option.bits, option.loss, option.choice | {"family": method.name}))
+    return found
+
+
+def build(unit: Unit, choice: dict[str, Any], config: Auto) -> Result:
+    (method, family) = next((m, c) for m, c in families(config) if m.name == choice["family"])
+    return method.build(unit, choice, family)
+
+
+METHOD = Method("Auto", Auto, needs, options, build, families=families)

@@ -1,0 +1,164 @@
+"""Sizes of a compression before it is done: from shapes alone, or from the choices made on a real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinycomp.choosing import Choices
+from tinycomp.errors import UsageError
+from tinycomp.methods import Method, MethodConfig, swsc
+from tinycomp.methods._curing import break_even_rank, stored_numbers
+from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
+from tinycomp.methods.cur import CUR
+from tinycomp.methods.rounding import Rounding
+from tinycomp.methods.svd import SVD
+from tinycomp.methods.swsc import SWSC, candidates
+from tinycomp.models import ModelSpec
+from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
+
+
+def skeleton_of(source: Any) -> nn.Module:
+    """The model itself, or one without weights (on meta) built from a config, a folder or a config.json."""
+    if isinstance(source, nn.Module):
+        return source
+    from transformers import AutoConfig, PretrainedConfig
+
+    from tinycomp.io.load import model_class
+
+    name = "the config"
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        source = AutoConfig.from_pretrained(os.path.dirname(name) or "." if name.endswith(".json") else name)
+    if not isinstance(source, PretrainedConfig):
+        raise TypeError(f"plan: got {type(source).__name__}, allowed a model, a config, a folder or a config.json")
+    cls = model_class(source, name)
+    with torch.device("meta"):
+        return cls.from_config(source) if cls.__name__.startswith("Auto") else cls(source)
+
+
+def from_choices(model: nn.Module, paths: Sequence[str], units: Sequence[UnitSpec], choices: Choices) -> dict[str, Any]:
+    """The plan of a real model: what every unit will become."""
+    at = shapes(model, paths)
+    rows = []
+    by_name = {u.name: u for u in units}
+    for name, choice in choices.by_unit.items():
+        size, bits = choices.sizes[name]
+        dims = [at[p] for p in by_name[name].paths]
+        rows.append(_row(name, dims, size, bits, choice))
+    return _totals(model, rows, {p for n in choices.by_unit for p in by_name[n].paths}, paths, choices.notes)
+
+
+def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: MethodConfig) -> dict[str, Any]:
+    """The plan of a model without weights: `ratio` in every unit."""
+    targets = find_targets(model, spec, config)
+    at = shapes(model, targets.paths)
+    bits = 8 * next(model.parameters()).dtype.itemsize
+    assigned = method.assign(spec, at, None, config)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if assigned is not None:
+        notes.append("which layers are taken depends on calibration data; their number and sizes do not")
+        for path, choice in assigned.items():
+            size = stored_numbers(*at[path], choice["rank"])
+            rows.append(_row(path, [at[path]], size, size * bits, choice))
+        return _totals(model, rows, set(assigned), targets.paths, notes)
+    if config.allocation == "global" and config.ratio is not None:
+        notes.append("the run keeps this total and spreads it over the matrices by predicted loss")
+    kind = method.unit_kind if method.families is None else "linear"
+    touched: set[str] = set()
+    for unit in unit_specs(spec, targets.paths, {kind}, method.name):
+        dims = [at[p] for p in unit.paths]
+        size, stored, choice = _sizes(dims, kind, method, config, bits)
+        rows.append(_row(unit.name, dims, size, stored, choice))
+        touched |= set(unit.paths)
+    return _totals(model, rows, touched, touched, notes)
+
+
+def _sizes(
+    dims: list[tuple[int, int]], kind: str, method: Method, config: MethodConfig, bits: int
+) -> tuple[int, int, dict[str, Any]]:
+    """(stored numbers, bits on disk, choice) of one unit at the config's ratio or fixed size."""
+    dense = sum(m * n for m, n in dims)
+    (m, n) = dims[-1]
+    dtype = {16: torch.float16, 32: torch.float32, 64: torch.float64}[bits]
+    if isinstance(config, Rounding):
+        width, group = config.bits or 8, config.group(config.bits or 8)
+        scales = m * (-(-n // group) if group else 1) * bits * (1 if width == 8 else 2)
+        return dense, m * (-(-n * width // 8)) * 8 + scales, {"bits": width}
+    if isinstance(config, SWSC) and (config.fixed or config.ratio):
+        pairs = max(candidates(m, n, bits, config), key=lambda p: _within(m, n, p, config))
+        k, r = max(pairs, key=lambda p: swsc.stored_numbers(m, n, *p, **config.layout))
+        size = swsc.stored_numbers(m, n, k, r, **config.layout)
+        return size, swsc.stored_bits(m, n, k, r, number_bits=bits, **config.layout), {"clusters": k, "rank": r}
+    if isinstance(config, SVD | CUR) and (config.rank or config.ratio):
+        pivoted = config.pivoted if isinstance(config, SVD) else config.form == "rows"
+        rank = config.rank or rank_for(m, n, config.ratio or 1.0, pivoted)
+        if isinstance(config, CUR) and config.trainable:
+            size = stored_numbers(m, n, rank)
+            return size, size * bits, {"rank": rank}
+        return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted), {"rank": rank}
+    if config.ratio is None:
+        raise UsageError(f"ratio: got none, allowed a number in (0, 1] for {method.name}; give ratio=")
+    if kind == "ffn":
+        step = getattr(config, "round_to", 1)
+        width = max(int(config.ratio * n / step), 1) * step
+        return dense // n * width, dense // n * width * bits, {"width": width}
+    size = int(config.ratio * dense)
+    return size, size * bits, {"ratio": config.ratio}
+
+
+def _within(m: int, n: int, pairs: list[tuple[int, int]], config: SWSC) -> float:
+    """Size of the largest pair, or -1 when it exceeds the ratio."""
+    size = max(swsc.stored_numbers(m, n, k, r, **config.layout) for k, r in pairs)
+    return size if config.ratio is None or size <= config.ratio * m * n else -1
+
+
+def _row(name: str, dims: list[tuple[int, int]], size: int, bits: int, choice: dict[str, Any]) -> dict[str, Any]:
+    m, n = dims[-1]
+    return {
+        "path": name,
+        "shape": [m, n],
+        "size_before": sum(a * b for a, b in dims),
+        "size_after": size,
+        "bits_after": bits,
+        "break_even_rank": break_even_rank(m, n),
+        **choice,
+    }
+
+
+def _totals(
+    model: nn.Module, rows: list[dict[str, Any]], touched: set[str], targeted: Iterable[str], notes: list[str]
+) -> dict[str, Any]:
+    tensors = {id(t): t for t in (*model.parameters(), *_saved_buffers(model))}
+    before = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    bytes_before = sum(t.numel() * t.element_size() for t in tensors.values())
+    saved = sum(r["size_before"] - r["size_after"] for r in rows)
+    dense_bytes = sum(_weight(model, p).numel() * _weight(model, p).element_size() for p in touched)
+    targeted_size = sum(_weight(model, p).numel() for p in targeted)
+    return {
+        "modules": rows,
+        "parameters_before": before,
+        "parameters_after": before - saved,
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_before - dense_bytes + sum(r["bits_after"] for r in rows) // 8,
+        "ratio_achieved": 1 - saved / max(targeted_size, 1),
+        "notes": notes,
+    }
+
+
+def _weight(model: nn.Module, path: str) -> torch.Tensor:
+    return model.get_submodule(path).weight  # type: ignore[return-value]
+
+
+def _saved_buffers(model: nn.Module) -> list[torch.Tensor]:
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
