@@ -124,9 +124,7 @@ def main() -> None:
         **here,
     }
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(
-        f"{about['clock']} seconds, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, load {about['load_average']}"
-    )
+    print(", ".join(f"{key} {about[key]}" for key in ("clock", "cpu", "threads", "torch", "load_average")))
     for name, decay, coherence in (("power law", 1.0, 0.0), ("outliers", 0.5, 0.7)):
         w = power_law(arguments.size, decay, coherence)
         for row in run_case(name, w, arguments.rank, arguments.repeats, arguments.methods, clock):
