@@ -118,9 +118,12 @@ def test_bare_model_and_model_with_a_head_read_each_others_checkpoints(
     tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny("bert")
+    run(model, [Tie("bert.encoder.layer.2.output", to="bert.encoder.layer.1.output")])
     replace_some(model)
     model.save_pretrained(tmp_path / "head")
-    bare = transformers.AutoModel.from_pretrained(tmp_path / "head")
+    bare, info = transformers.AutoModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert (info["missing_keys"], info["unexpected_keys"]) == (set(), {"classifier.weight", "classifier.bias"})
+    assert bare.encoder.layer[2].output is bare.encoder.layer[1].output
     batch = FAMILIES["bert"].batch()
     with torch.no_grad():
         want = model.bert(**batch).last_hidden_state

@@ -78,7 +78,7 @@ class TinycompQuantizer(HfQuantizer):
             parent._modules[name] = nn.Identity()
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
-                rf"^{re.escape(edit.path)}\.",
+                rf"(^|\.){re.escape(edit.path)}\.",  # the file of a model with a head has a prefix
             }
         return model
 
