@@ -354,7 +354,7 @@ def test_journal_returns_what_was_put(tmp_path):
     assert entry.edits == edits
     assert entry.records == [{"path": "x", "relative_error": 0.5}]
     assert all(torch.equal(entry.tensors[name], tensors[name]) for name in tensors)
-    assert len(journal) == 1
+    assert journal.count() == 1
 
 
 def test_journal_of_another_job_is_refused(tmp_path):
@@ -375,7 +375,7 @@ WRITER = """
 import sys, torch
 from tinycomp.io.journal import Journal
 journal = Journal(sys.argv[1], "job")
-start = len(journal)
+start = journal.count()
 print("ready", start, flush=True)
 for i in range(start, 100000):
     journal.put(str(i), [], {"x": torch.full((200_000,), float(i))}, [{"i": i}])
@@ -395,9 +395,9 @@ def test_killed_writer_leaves_only_whole_entries(tmp_path):
         child.wait()
         child.stdout.close()
         journal = Journal(tmp_path / "j", "job")
-        assert len(journal) >= committed + 5
+        assert journal.count() >= committed + 5
         assert not list((tmp_path / "j").glob("*.tmp"))
-        committed = len(journal)
+        committed = journal.count()
         for i in range(committed):
             entry = journal.get(str(i))
             assert torch.equal(entry.tensors["x"], torch.full((200_000,), float(i)))

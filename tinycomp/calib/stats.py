@@ -57,4 +57,5 @@ def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
     """total + rowsᵀ rows, allocating a float32 accumulator the first time."""
     if total is None:
         total = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=torch.float32, device=rows.device)
-    return ops.gram_accumulate_(total, rows)
+    ops.gram_accumulate_(total, rows)
+    return total
