@@ -1,0 +1,193 @@
+"""SVD, CUR and width pruning as pure functions: exactness, sizes, orderings, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tinycomp.edits import Plan
+from tinycomp.layers import LAYERS
+from tinycomp.methods import CUR, METHODS, SVD, Linear, Unit, WidthPrune
+from tinycomp.methods._low_rank import rank_for, rank_grid, stored_size
+from tinycomp.models import FFNSpec
+
+
+def linear(
+    m: int = 24, n: int = 16, seed: int = 0, *, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> Linear:
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(m, n, generator=g)
+    if rank is not None:
+        w = torch.randn(m, rank, generator=g) @ torch.randn(rank, n, generator=g)
+    x = torch.randn(200, n, generator=g) * torch.logspace(0, -1, n)
+    y = torch.randn(200, m, generator=g) * torch.logspace(0, -1, m)
+    return Linear("layer", w, torch.randn(m, generator=g), x.T @ x / 200, y.T @ y / 200, dtype=dtype)
+
+
+def build(config: Any, unit: Unit, choice: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(W' as the layer computes it, record), after a JSON round trip of the edit."""
+    method = METHODS[type(config).__name__]
+    result = method.build(unit, choice, config)
+    (edit,) = Plan.from_json(Plan(result.edits).to_json()).edits
+    layer = LAYERS[edit.layer](**edit.kwargs)  # type: ignore[attr-defined]
+    layer.load_state_dict({k.removeprefix("layer."): v for k, v in result.tensors.items()}, strict=False)
+    return layer.dense_weight().detach().float(), result.records[0]
+
+
+CONFIGS = [
+    SVD(ratio=0.5),
+    SVD(ratio=0.5, weighting="inputs"),
+    SVD(ratio=0.5, weighting="none"),
+    SVD(ratio=0.5, pivoted=False),
+    CUR(ratio=0.5),
+    CUR(ratio=0.5, selection="qdeim"),
+    CUR(ratio=0.5, form="cur", selection="sketch-qr"),
+    CUR(ratio=0.5, form="cur", selection="leverage", link="qr", trainable=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (13, 13)])
+def test_exact_at_the_weights_own_rank(config: Any, shape: tuple[int, int]) -> None:
+    target = linear(*shape, rank=4)
+    new, row = build(config, Unit("layer", "linear", (target,)), {"rank": 4})
+    assert (new - target.weight).norm() <= 2e-3 * target.weight.norm()
+    assert row["relative_error"] < 2e-3
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_options_fall_in_loss_and_say_what_build_stores(config: Any) -> None:
+    unit = Unit("layer", "linear", (linear(),))
+    method = METHODS[type(config).__name__]
+    options = [o for o in method.options(unit, config) if not o.choice.get("dense")]
+    assert options
+    for option in options[:: max(len(options) // 4, 1)]:
+        result = method.build(unit, option.choice, config)
+        floats = [t for name, t in result.tensors.items() if t.is_floating_point() and not name.endswith("bias")]
+        assert sum(t.numel() for t in floats) == option.size == result.records[0]["size_after"]
+        stored = [t for name, t in result.tensors.items() if not name.endswith("bias")]
+        assert sum(8 * t.nbytes for t in stored) == option.bits == result.records[0]["bits_after"]
+        if not (isinstance(config, SVD) and config.weighting != "loss"):
+            reached = result.records[0]["predicted_loss"]
+            assert reached == pytest.approx(option.loss, rel=0.35, abs=1e-4)
+    if not (isinstance(config, CUR) and config.selection == "leverage"):  # sampling is not monotone
+        losses = [o.loss for o in options]
+        assert all(b <= a * 1.05 + 1e-6 for a, b in zip(losses, losses[1:], strict=False))
+
+
+def test_kept_rows_are_real_rows() -> None:
+    target = linear()
+    new, _ = build(CUR(ratio=0.5), Unit("layer", "linear", (target,)), {"rank": 6})
+    exact = (new == target.weight).all(1)
+    assert int(exact.sum()) == 6
+
+
+def test_weighting_both_sides_is_never_worse_in_predicted_loss() -> None:
+    target = linear()
+    unit = Unit("layer", "linear", (target,))
+    losses = {
+        w: build(SVD(ratio=0.5, weighting=w), unit, {"rank": 6})[1]["predicted_loss"]
+        for w in ("loss", "inputs", "none")
+    }
+    assert losses["loss"] <= losses["inputs"] * 1.0001
+    assert losses["loss"] <= losses["none"] * 1.0001
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 16), (16, 24), (5, 5)])
+def test_grid_sizes(m: int, n: int) -> None:
+    assert all(stored_size(m, n, r) < m * n for r in rank_grid(m, n))
+    for ratio in (0.1, 0.5, 0.9):
+        rank = rank_for(m, n, ratio)
+        assert rank == 1 or stored_size(m, n, rank) <= ratio * m * n
+
+
+def ffn(seed: int = 0, *, transposed: bool = False) -> Unit:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(300, 20, generator=g) * torch.logspace(0, -1.5, 20)
+    inputs = tuple(
+        Linear(name, torch.randn(20, 6, generator=g), torch.randn(20, generator=g), torch.eye(6), torch.eye(20))
+        for name in ("gate", "up")
+    )
+    down = Linear("down", torch.randn(6, 20, generator=g), None, hidden.T @ hidden / 300, torch.eye(6), transposed)
+    spec = FFNSpec("mlp", ("gate", "up"), "down", 20, "intermediate_size", True)
+    return Unit("mlp#ffn", "ffn", (*inputs, down), 0, spec)
+
+
+@pytest.mark.parametrize("config", [WidthPrune(ratio=0.5, round_to=1), WidthPrune(ratio=0.5, round_to=1, refit=False),
+                                    WidthPrune(ratio=0.5, round_to=1, selection="energy")], ids=str)  # fmt: skip
+def test_width_options_predict_what_build_reaches(config: WidthPrune) -> None:
+    unit, method = ffn(), METHODS["WidthPrune"]
+    for option in method.options(unit, config)[:-1:4]:
+        result = method.build(unit, option.choice, config)
+        down = next(r for r in result.records if r["path"] == "down")
+        assert down["predicted_loss"] == pytest.approx(option.loss, rel=0.1, abs=1e-5)  # the prediction is damped
+        weights = sum(t.numel() for name, t in result.tensors.items() if name.endswith("weight"))
+        assert weights == option.size
+
+
+def test_refit_beats_no_refit_and_surgeon_beats_energy() -> None:
+    unit, method = ffn(), METHODS["WidthPrune"]
+
+    def reached(**fields: Any) -> float:
+        config = WidthPrune(ratio=0.5, round_to=1, **fields)
+        return method.build(unit, {"width": 8}, config).records[-1]["predicted_loss"]
+
+    assert reached() <= reached(refit=False)
+    assert reached() <= reached(selection="energy") * 1.001
+
+
+def test_transposed_storage() -> None:
+    plain = METHODS["WidthPrune"].build(ffn(), {"width": 8}, WidthPrune(ratio=0.5))
+    turned = METHODS["WidthPrune"].build(ffn(transposed=True), {"width": 8}, WidthPrune(ratio=0.5))
+    assert torch.equal(plain.tensors["down.weight"].T, turned.tensors["down.weight"])
+
+
+@pytest.mark.parametrize("name", ["SVD", "CUR"])
+def test_bad_weights_and_ranks_are_refused(name: str) -> None:
+    method = METHODS[name]
+    target = linear()
+    with pytest.raises(ValueError, match="got rank 17, allowed 1 to 16"):
+        method.options(Unit("layer", "linear", (target,)), method.config(rank=17))
+    target.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer\.weight: got"):
+        method.options(Unit("layer", "linear", (target,)), method.config(rank=2))
+
+
+def test_dead_inputs_and_outputs_do_not_break() -> None:
+    target = linear()
+    assert target.gram is not None
+    assert target.output_gram is not None
+    target.gram[3, :] = target.gram[:, 3] = 0
+    target.output_gram[5, :] = target.output_gram[:, 5] = 0
+    for config in (SVD(ratio=0.5), CUR(ratio=0.5)):
+        new, row = build(config, Unit("layer", "linear", (target,)), {"rank": 6})
+        assert torch.isfinite(new).all()
+        assert row["predicted_loss"] >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_take_the_modules_dtype(dtype: torch.dtype) -> None:
+    target = linear(dtype=dtype)
+    for config in (SVD(ratio=0.5), CUR(ratio=0.5)):
+        result = METHODS[type(config).__name__].build(Unit("layer", "linear", (target,)), {"rank": 6}, config)
+        assert {t.dtype for t in result.tensors.values() if t.is_floating_point()} == {dtype}
+
+
+def test_config_errors_name_the_field() -> None:
+    with pytest.raises(ValueError, match="ratio"):
+        SVD(ratio=1.5)
+    with pytest.raises(ValueError, match="selection: got 'best'"):
+        CUR(ratio=0.5, selection="best")
+    with pytest.raises(ValueError, match="no link U to train"):
+        CUR(ratio=0.5, trainable=True)
+
+
+def test_paper_preset_is_the_release() -> None:
+    config = CUR(preset="paper")
+    assert (config.form, config.selection, config.link, config.signed, config.trainable) == (
+        "cur", "released", "pinv", False, True,
+    )  # fmt: skip
+    assert not config.sequential
+    assert CUR(preset="paper", selection="qdeim").selection == "qdeim"  # each step can still be switched
