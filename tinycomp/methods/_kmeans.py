@@ -51,7 +51,7 @@ class Lloyd:
     """
 
     steps: int = 25
-    tolerance: float = 1e-4
+    tolerance: float = 1e-3
     init: str = "k-means++"
     restarts: int = 1
     scaled: bool = False

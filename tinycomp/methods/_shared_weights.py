@@ -192,23 +192,19 @@ def low_rank(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
     if m < n:
         b, a = low_rank(residual.T, r)
         return a.T, b.T
-    basis = right_vectors(residual)[:, :r]
+    wide = residual.double()
+    basis = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :r].to(residual.dtype)
     a = residual @ basis
     root = a.norm(dim=0).sqrt()
     return a / root.clamp_min(1e-20), root[:, None] * basis.T
 
 
-def right_vectors(tall: Tensor) -> Tensor:
-    """Right singular vectors of a tall matrix as columns, the largest singular value first."""
-    return torch.linalg.eigh(tall.double().T @ tall.double())[1].flip(1).to(tall.dtype)
-
-
 def squared_tail(target: Tensor, clusters: Clusters, metric: Metric) -> Tensor:
     """Weighted squared error left after the shared part and a correction of rank 0..min(m, n)."""
-    residual = metric.whiten_across(target - clusters.expand())
+    residual = metric.whiten_across(target - clusters.expand()).double()
     tall = residual if residual.shape[0] >= residual.shape[1] else residual.T
-    energy = (tall @ right_vectors(tall)).double().square().sum(0)
-    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    smallest_first = torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0.0)
+    return torch.cat([smallest_first.new_zeros(1), smallest_first.cumsum(0)]).flip(0)
 
 
 def cluster_step(target: Tensor, k: int, metric: Metric, lloyd: Lloyd, previous: Clusters | None = None) -> Clusters:
@@ -237,15 +233,14 @@ def coupled_means(target: Tensor, c: Tensor, labels: Tensor, scales: Tensor | No
 
     A cluster without members keeps its previous centroid.
     """
-    k, n = previous.shape[0], target.shape[0]
+    k, index = previous.shape[0], labels.long()
     gain = torch.ones_like(target[:, 0]) if scales is None else scales
-    p = target.new_zeros(k, n)
-    p[labels.long(), torch.arange(n, device=target.device)] = gain
-    used = torch.nonzero(p.square().sum(1) > 0).flatten()
-    p = p[used].double()
-    norm = p.norm(dim=1, keepdim=True)
-    p = p / norm  # conditioning: the members of one cluster may all have small scales
-    pc = p @ c.double()
-    # C is positive definite and the rows of P are independent: only rounding needs this damping.
-    solved = torch.cholesky_solve(pc @ target.double(), linalg.cholesky(pc @ p.T, 1e-12, "SWSC centroids"))
-    return previous.index_copy(0, used, (solved / norm).to(previous.dtype))
+    pc = c.new_zeros(k, len(index)).index_add_(0, index, gain[:, None] * c)
+    system = pc.new_zeros(k, k).index_add_(1, index, pc * gain)
+    norm = system.diagonal().clamp_min(0.0).sqrt()
+    used = torch.nonzero(norm > 0).flatten()
+    pc, norm = pc[used] / norm[used, None], norm[used]
+    # A unit diagonal, whatever the sizes of C and of the scales; positive definite but for rounding, hence the damping.
+    factor = linalg.cholesky(system[used][:, used] / norm / norm[:, None], 1e-7, "SWSC centroids")
+    solved = torch.cholesky_solve((pc @ target).double(), factor) / norm[:, None]
+    return previous.index_copy(0, used, solved.to(previous.dtype))

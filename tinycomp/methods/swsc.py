@@ -44,7 +44,7 @@ from tinycomp.methods._shared_weights import (
 
 PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
 PAPER_BITS = 2.0
-SCAN_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the channels: cluster counts that `options` tries beside 1
+SCAN_FRACTIONS = (1 / 16, 1 / 8, 1 / 4)  # of the channels: cluster counts that `options` tries beside 1
 SIZES = 31
 
 
