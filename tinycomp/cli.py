@@ -237,9 +237,11 @@ def plan(
          row.get("break_even_rank")]
         for row in result["modules"]
     ]  # fmt: skip
-    table("planned", ["module", "shape", "rank", "numbers before", "after", "break-even rank"], rows)
+    table("planned", ["module", "shape", "rank", "numbers before", "after", "break-even"], rows)
     for name in ("parameters_before", "parameters_after", "bytes_before", "bytes_after", "ratio_achieved"):
         out.print(f"{name.replace('_', ' '):24} {_cell(result.get(name))}")
+    for note in result["notes"]:
+        out.print(f"note: {note}", markup=False)
 
 
 @app.command(name="eval")

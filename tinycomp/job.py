@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tinycomp import pipeline
+from tinycomp.errors import UsageError
 from tinycomp.eval.quality import Protocol, perplexity
-from tinycomp.io import Journal, check_output_dir, fingerprint, load_model, model_fingerprint, save_model
+from tinycomp.io import Journal, check_output_dir, fingerprint, load_config, load_model, model_fingerprint, save_model
 from tinycomp.io.journal import MANIFEST
 from tinycomp.recipe import make_recipe
 
@@ -107,3 +108,11 @@ def run(
     if journal.directory.exists():
         journal.delete()
     return {"output_dir": str(path), "saved": saved, "report": report, "evaluation": evaluation}
+
+
+def plan_source(source: str, configs: Sequence[Any]) -> dict[str, Any]:
+    """`pipeline.plan` for a model folder, config.json, Hub name or .gguf file, without looking at weights."""
+    if len(configs) != 1:
+        raise UsageError(f"plan: got {len(configs)} methods, allowed one; plan the next one on the first one's output")
+    model = load_model(source)[0].to("meta") if source.endswith(".gguf") else load_config(source)
+    return pipeline.plan(model, configs[0])
