@@ -106,6 +106,8 @@ def define(op: Op) -> Callable[..., Any]:
     _library.impl(op.name, reference, "CompositeExplicitAutograd")
 
     torch.library.register_fake(f"tinycomp::{op.name}", fake, lib=_library)
+    if op.autocast:
+        _register_autocast(op, defaults)
     OPS[op.name] = op
     if op.backward is not None:
         _FUNCTIONS[op.name] = _make_function(op.backward)
@@ -128,34 +130,39 @@ def register(name: str, backend: str, why_not: Callable[..., str | None] = lambd
     return add
 
 
+class _Fast:
+    """Whether an op's CPU kernel may be called without asking further; false while another backend is forced."""
+
+    __slots__ = ("cpu",)
+
+    def __init__(self) -> None:
+        self.cpu = False
+
+
+_FAST: dict[str, _Fast] = {}
+
+
 def _make_call(op: Op) -> Callable[..., Any]:
-    bare = getattr(getattr(torch.ops.tinycomp, op.name), "default")  # noqa: B009  (a name unknown to type checkers)
-    grad_enabled, autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+    bare = getattr(torch.ops.tinycomp, op.name).default
+    fast, grad_enabled = _FAST.setdefault(op.name, _Fast()), torch.is_grad_enabled
 
     def call(*args: Any) -> Any:
-        # Inference on CPU with a native kernel: anything else takes the general way. Only a failed call pays for
-        # checks written in Python, because the kernel refuses bad arguments by itself.
-        if op.name in _native_cpu and not grad_enabled() and not autocast_enabled():
+        # Inference with a native kernel takes no more than these flags: the kernel refuses bad arguments by itself,
+        # and only a refused call pays for the checks that explain it.
+        if fast.cpu and not grad_enabled() and isinstance(args[0], Tensor) and args[0].is_cpu:
             try:
                 return bare(*args)
             except (RuntimeError, NotImplementedError):
-                _explain(op, args)
+                op.check(*args)
                 raise
         return _call_general(op, bare, args)
 
     return call
 
 
-# Ops whose CPU kernel may be called without asking further; emptied while a backend is forced.
-_native_cpu: frozenset[str] = frozenset()
-
-
-def _explain(op: Op, args: tuple[Any, ...]) -> None:
-    """Raise the contract's own error, if the arguments break it."""
-    op.check(*args)
-
-
 def _call_general(op: Op, bare: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not isinstance(args[0], Tensor):
+        op.check(*args)
     if op.autocast:
         args = _autocast(op.autocast, args)
     backend = select(op, args)
@@ -173,8 +180,22 @@ def _call_general(op: Op, bare: Callable[..., Any], args: tuple[Any, ...]) -> An
                 return launch(*args)
         return _FUNCTIONS[op.name].apply(launch, *args)
     except (RuntimeError, NotImplementedError):
-        _explain(op, args)
+        op.check(*args)
         raise
+
+
+def _register_autocast(op: Op, defaults: tuple[Any, ...]) -> None:
+    """Casting for calls that reach the dispatcher directly; costs nothing while autocast is off."""
+    keys = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
+    both = torch._C.DispatchKeySet(keys[0]) | torch._C.DispatchKeySet(keys[1])
+
+    def kernel(*args: Any) -> Any:
+        cast = _autocast(op.autocast, args + defaults[len(args) :])
+        with torch._C._ExcludeDispatchKeyGuard(both):
+            return getattr(torch.ops.tinycomp, op.name).default(*cast)
+
+    for key in keys:
+        _library.impl(op.name, kernel, key.name)
 
 
 def _autocast(positions: tuple[int, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -259,12 +280,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _force(name: str | None, where: str) -> None:
-    global _forced, _native_cpu
+    global _forced
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{where}: got {name!r}, allowed {', '.join(BACKENDS)}; choose one of these")
     _forced = name
-    usable = name in (None, "cpu")
-    _native_cpu = frozenset(n for n, op in OPS.items() if why_not(op, "cpu") is None) if usable else frozenset()
+    for op in OPS.values():
+        _FAST[op.name].cpu = name in (None, "cpu") and why_not(op, "cpu") is None
 
 
 def status() -> list[dict[str, Any]]:
