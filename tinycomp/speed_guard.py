@@ -15,6 +15,7 @@ from tinycomp.methods import Method, MethodConfig, Option, Unit
 
 STEPS = 4  # bisection steps for the largest size that is not slower
 COLD_BYTES = 2**26  # weights rotate through this much memory, so that none stays in cache
+MAX_COPIES = 64  # tiny matrices would need thousands of modules
 
 
 class SpeedGuard:
@@ -63,7 +64,7 @@ class SpeedGuard:
         (linear,) = unit.linears
         (edit,) = method.build(unit, option.choice, config).edits
         assert isinstance(edit, Replace)
-        copies = max(COLD_BYTES // (linear.weight.numel() * self.dtype.itemsize), 1)
+        copies = min(max(COLD_BYTES // (linear.weight.numel() * self.dtype.itemsize), 1), MAX_COPIES)
         x = torch.randn(self.rows, linear.in_features).to(self.dtype)
         dense = [torch.randn(linear.out_features, linear.in_features).to(self.dtype) for _ in range(copies)]
         layers = [LAYERS[edit.layer](**edit.kwargs, dtype=self.dtype).eval() for _ in range(copies)]
