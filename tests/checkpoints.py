@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import FAMILIES, output
+from conftest import FAMILIES, OTHERS, output
 from torch import Tensor, nn
 
 from tinycomp.edits import Drop, Edit, Plan, Replace, Slice
@@ -119,7 +119,7 @@ def drop_one(model: nn.Module, stack: int = -1, index: int = 1) -> None:
 
 
 def reload(family: str, directory: Path, **kwargs: Any) -> Any:
-    return getattr(transformers, FAMILIES[family].auto).from_pretrained(directory, **kwargs)
+    return getattr(transformers, (FAMILIES | OTHERS)[family].auto).from_pretrained(directory, **kwargs)
 
 
 def stored_bytes(directory: Path) -> int:

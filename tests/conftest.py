@@ -124,15 +124,41 @@ FAMILIES: dict[str, Family] = {
     "marian": Family("MarianMTModel", "MarianConfig", "AutoModelForSeq2SeqLM", _MARIAN, "pair"),
 }
 
+_OTHER = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+# Architectures without a row in the table.
+OTHERS: dict[str, Family] = {
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "GPTNeoXConfig", "AutoModelForCausalLM", {**_OTHER, "intermediate_size": 48}
+    ),
+    "falcon": Family("FalconForCausalLM", "FalconConfig", "AutoModelForCausalLM", _OTHER),
+    "bart": Family("BartForConditionalGeneration", "BartConfig", "AutoModelForSeq2SeqLM", _MARIAN, "pair"),
+    "swin": Family(
+        "SwinModel",
+        "SwinConfig",
+        "AutoModel",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
+        "image",
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        "AutoModelForCausalLM",
+        {**_OTHER, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3},
+    ),
+}
+
 
 @pytest.fixture
 def tiny() -> Callable[..., nn.Module]:
     """`tiny("llama")` builds a tiny random model of that architecture."""
-    return lambda family, **fields: FAMILIES[family].build(**fields)
+    return lambda family, **fields: (FAMILIES | OTHERS)[family].build(**fields)
 
 
 def output(model: nn.Module, family: str, seed: int = 0) -> Tensor:
     """Logits, or the last hidden state of a model without a head."""
     with torch.no_grad():
-        result = model(**FAMILIES[family].batch(seed))
+        batch = (FAMILIES | OTHERS)[family].batch(seed)
+        dtype = next(p.dtype for p in model.parameters())
+        result = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
     return result.logits if "logits" in result else result.last_hidden_state

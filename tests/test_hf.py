@@ -257,6 +257,8 @@ def test_what_no_reader_could_rebuild_is_refused(tiny: Callable[..., Any]) -> No
         run(model, [Set("model.layers.0.self_attn", attr="scaling", value=0.5)])
     model = tiny("llama")
     model.model.layers[0].extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"its own config does not describe \(model\.layers\.0\.extra"):
+        check_compressible(model)
     with pytest.raises(ValueError, match=r"layers\.0\.extra.* absent for the reader"):
         attach_(model, Plan())
     assert plan_of(model) is None

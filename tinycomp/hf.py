@@ -142,10 +142,11 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def check_compressible(model: nn.Module) -> None:
-    """Refuse models whose weights are not theirs to change.
+    """Refuse models whose compressed form could not be saved, before any work is done.
 
     Raises:
-        ValueError: adapters are attached, another library has quantised the weights, or the model is compiled.
+        ValueError: adapters are attached, another library has quantised the weights, the model is compiled, or its
+            modules are not those of its config.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("compress: got a compiled model, allowed is the module itself; pass model._orig_mod")
@@ -162,6 +163,13 @@ def check_compressible(model: nn.Module) -> None:
             f"compress: got weights quantised by {getattr(method, 'value', method)}, allowed are floating-point ones; "
             "call model.dequantize(), or load the original checkpoint"
         )
+    if isinstance(model, PreTrainedModel):
+        problem = _mismatch(model, plan_of(model) or Plan(), _shapes(model), {})
+        if problem:
+            raise ValueError(
+                f"compress: got a model that its own config does not describe ({problem}), so no checkpoint of it could "
+                "be loaded; undo the change made to its modules, or compress before making it"
+            )
 
 
 def attach_(model: nn.Module, plan: Plan) -> None:
@@ -236,7 +244,6 @@ def _mismatch(model: PreTrainedModel, plan: Plan, shapes: dict[str, torch.Size],
     try:
         config = type(model.config).from_dict({**model.config.to_dict(), **fields})
         config.__dict__.pop("quantization_config", None)
-        config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):
             skeleton = type(model)._from_config(config)
         stock = _shapes(skeleton)
