@@ -167,8 +167,8 @@ def check_compressible(model: nn.Module) -> None:
         problem = _mismatch(model, plan_of(model) or Plan(), _shapes(model), {})
         if problem:
             raise ValueError(
-                f"compress: got a model that its own config does not describe ({problem}), so no checkpoint of it could "
-                "be loaded; undo the change made to its modules, or compress before making it"
+                f"compress: got a model that its own config does not describe ({problem}), so no checkpoint of it "
+                "could be loaded; undo the change made to its modules, or compress before making it"
             )
 
 
