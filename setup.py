@@ -33,12 +33,13 @@ def native():
             include_dirs=[str(torch_dir / "include"), pybind11.get_include()],
             library_dirs=[str(torch_dir / "lib")],
             libraries=["torch_cpu"],
+            runtime_library_dirs=["$ORIGIN/../torch/lib"],
             # The stable ABI of torch 2.10: one binary serves that release and later ones.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             # Without contraction, sampling draws the same items on every processor. GCC 12 warns about uninitialised
             # variables in its own AVX-512 header.
             extra_compile_args=[
-                *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off"),
+                *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"),
                 *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
             ],
             optional=not REQUIRED,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +17,6 @@ from tinycomp.ops._registry import OPS, Op, Sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("cpu", "torch")
-# Ops need torch alone; blocking the rest proves it, and saves its import.
-WITHOUT_TRANSFORMERS = "import sys; sys.modules['transformers'] = None\n"
 each_op = pytest.mark.parametrize("name", sorted(OPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 differentiable = pytest.mark.parametrize("name", sorted(n for n, op in OPS.items() if op.backward))
@@ -267,65 +261,6 @@ def test_launchers_register_and_decline(monkeypatch: pytest.MonkeyPatch) -> None
         ops.register("nothing", "triton")
     with pytest.raises(ValueError, match="allowed 'triton'"):
         ops.register("column_norms", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [("torch", "['torch']"), ("fast", "ValueError: TINYCOMP_BACKEND: got 'fast'")]
-)
-def test_environment_variable(value: str, expected: str) -> None:
-    code = (
-        WITHOUT_TRANSFORMERS
-        + "from tinycomp import ops; print(sorted({r['backend'] for r in ops.status() if r['active']}))"
-    )
-    env = os.environ | {"TINYCOMP_BACKEND": value}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
-    assert expected in done.stdout + done.stderr
-
-
-def test_everything_runs_without_the_native_library() -> None:
-    code = f"""
-{WITHOUT_TRANSFORMERS}import torch
-sys.modules["tinycomp._C"] = None
-from tinycomp import ops
-from tinycomp.ops._registry import OPS
-for name, op in OPS.items():
-    sample = next(op.samples(torch.float32))
-    getattr(ops, name)(*sample.args)
-rows = [r for r in ops.status() if r["backend"] == "cpu"]
-assert not any(r["available"] for r in rows) and all("not loaded" in r["reason"] for r in rows), rows
-try:
-    with ops.use_backend("cpu"):
-        ops.column_norms(torch.ones(2, 2))
-except RuntimeError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert "the native library is not loaded" in done.stdout, done.stderr
-
-
-def test_native_library_uses_only_the_stable_interface() -> None:
-    native = pytest.importorskip("tinycomp._C", reason="the native library is not built")
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("nm is not installed")
-    listing = subprocess.run(
-        [nm, "-D", "--undefined-only", native.__file__], capture_output=True, text=True, check=True
-    )
-    symbols = {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
-    torch_cpp = [
-        s for s in symbols if s.startswith("_Z") and any(n in s for n in ("2at", "3c10", "5torch", "pybind11"))
-    ]
-    assert not torch_cpp
-    assert any(s.startswith("aoti_torch_") for s in symbols)
-    assert {"avx512", "avx2", "portable"} >= {native.build_info()["instruction_set"]}
-    assert all(isinstance(v, bool) for v in native.cpu_features().values())
-
-
-def test_wrong_native_library_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"column_norms has signature \(int\) -> \(Tensor\), the contract says"):
-        _registry._check_signatures({"column_norms": "(int) -> (Tensor)"})
-    with pytest.raises(RuntimeError, match="kernel for 'nothing'"):
-        _registry._check_signatures({"nothing": "() -> ()"})
 
 
 def test_a_call_costs_at_most_a_microsecond_more_than_the_native_op() -> None:

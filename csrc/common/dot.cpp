@@ -1,25 +1,43 @@
 // Choice of the instruction set behind dot.h.
 #include "dot.h"
 
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
 #include "dot_table.h"
 
 namespace tinycomp {
 namespace {
 
 struct Choice {
-  const DotTable* table;
   const char* name;
+  const DotTable* table;
+  bool runs;
 };
 
+// The fastest that runs here, or the one that TINYCOMP_CPU_INSTRUCTIONS names.
 Choice choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return {&avx512_dot, "avx512"};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&avx2_dot, "avx2"};
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const Choice choices[] = {
+      {"avx512", &avx512_dot, has_avx512}, {"avx2", &avx2_dot, has_avx2}, {"portable", &portable_dot, true}};
+#else
+  const Choice choices[] = {{"portable", &portable_dot, true}};
 #endif
-  return {&portable_dot, "portable"};
+  const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
+  const std::string forced = variable ? variable : "";
+  std::string allowed;
+  for (const Choice& choice : choices) {
+    if (!choice.runs) continue;
+    if (forced.empty() || forced == choice.name) return choice;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
+  }
+  throw std::runtime_error("TINYCOMP_CPU_INSTRUCTIONS: got '" + forced + "', allowed " + allowed +
+                           "; choose one of these");
 }
 
 const Choice& choice() {

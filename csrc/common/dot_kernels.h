@@ -15,6 +15,10 @@
 namespace tinycomp {
 namespace {
 
+// Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048: weights of one byte or less
+// keep the out-of-order window busy with few bytes, and gain from the longer distance.
+constexpr int64_t kAhead = 512, kAheadNarrow = 2048;
+
 template <class T>
 TINYCOMP_TARGET inline float scalar(T v) {
   return static_cast<float>(v);
@@ -32,7 +36,10 @@ TINYCOMP_TARGET void block(const char* w, int64_t stride, int64_t cols, const fl
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width) {
     Vec v[R];
-    for (int r = 0; r < R; ++r) v[r] = V::load(row[r] + c);
+    for (int r = 0; r < R; ++r) {
+      v[r] = V::load(row[r] + c);
+      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + (sizeof(T) == 1 ? kAheadNarrow : kAhead));
+    }
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load(x + j * ldx + c);
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
@@ -65,7 +72,10 @@ TINYCOMP_TARGET void block_u4(const char* w, int64_t stride, int64_t cols, const
   int64_t c = 0;
   for (; c + V::width <= bytes; c += V::width) {
     Vec low[R], high[R];
-    for (int r = 0; r < R; ++r) V::load_u4(row[r] + c, low[r], high[r]);
+    for (int r = 0; r < R; ++r) {
+      V::load_u4(row[r] + c, low[r], high[r]);
+      __builtin_prefetch(row[r] + c + kAheadNarrow);
+    }
     for (int j = 0; j < M; ++j) {
       const Vec even = V::load(x + j * ldx + c), odd = V::load(x + j * ldx + bytes + c);
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(high[r], odd, V::fma(low[r], even, acc[j][r]));
