@@ -61,7 +61,6 @@ class Op:
         backward: (args, needs_input_grad, *output_grads) -> one gradient or None per argument; None where the op
             has no gradient.
         autocast: positions of the tensors that follow the autocast dtype, as those of `F.linear` do.
-        dtypes: floating dtypes the op accepts.
     """
 
     name: str
@@ -73,7 +72,6 @@ class Op:
     samples: Callable[[torch.dtype], Iterator[Sample]]
     backward: Callable[..., Sequence[Tensor | None]] | None = None
     autocast: tuple[int, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Launcher(NamedTuple):
