@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tinycomp import ops
+from tinycomp.linalg import row_pivots
 from tinycomp.selection import SELECTIONS, leverage_scores, orthonormalize, select, select_pair, singular_vectors
 from tinycomp.selection._pivoting import dominant_rows
 from tinycomp.selection._sampling import _log_symmetric_without_each
-from tinycomp.selection._subspaces import row_pivots
 
 INFORMED = tuple(sorted(set(SELECTIONS) - {"uniform", "norm", "leverage", "uniform-rrqr"}))
 

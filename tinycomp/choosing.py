@@ -15,6 +15,7 @@ from tinycomp.errors import UsageError
 from tinycomp.io import Journal
 from tinycomp.methods import Method, MethodConfig, Option
 from tinycomp.methods._curing import stored_numbers
+from tinycomp.methods._options import dense_option
 from tinycomp.models import ModelSpec
 from tinycomp.progress import Bars
 from tinycomp.speed_guard import SpeedGuard
@@ -136,9 +137,11 @@ def _options(
             if guard is not None:
                 found = guard.keep(unit, method, family, found)
             mine += [Candidate(method.name, spec.name, _tagged(o, method.name) if competing else o) for o in found]
+        if not any(c.option.choice.get("dense") for c in mine) and (competing or not mine):
+            mine.append(Candidate("dense", spec.name, dense_option(unit)))
         table[spec.name] = mine
         if not screened:
-            for name in {c.method for c in mine}:
+            for name in {c.method for c in mine} - {"dense"}:
                 wins[name, kind] = wins.get((name, kind), False) or _ever_best(name, mine)
         bars.update("weighing options", number + 1, len(order))
     return table
@@ -149,7 +152,7 @@ def _tagged(option: Option, family: str) -> Option:
 
 
 def _ever_best(name: str, candidates: list[Candidate]) -> bool:
-    """Whether any option of this family is undominated: nothing else costs no more in numbers and bits and loses less."""
+    """Whether any option of this family is undominated in numbers, bits and loss by the other families."""
     others = [c.option for c in candidates if c.method != name and not c.option.choice.get("dense")]
     return any(
         not any(o.size <= c.option.size and o.bits <= c.option.bits and o.loss <= c.option.loss for o in others)

@@ -30,6 +30,7 @@ from tinycomp.eval.size import coverage, is_causal
 from tinycomp.eval.speed import speed_of
 from tinycomp.io import check_output_dir, default_model, load_model, save_model
 from tinycomp.measure import evaluate, speed_fields
+from tinycomp.methods import method_of
 from tinycomp.recipe import make_configs, make_recipe
 
 PROMPT = "The state of the union is"
@@ -77,14 +78,15 @@ class Demo:
     seeds: tuple[int, ...] = (0,)
     tokens: int = 1024
     num_calibration_samples: int = 16
-    max_seq_length: int = 512
+    max_seq_length: int = 256
     repeats: int = 3
 
     @classmethod
     def full(cls) -> Demo:
         return cls(
             methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
-            rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096, num_calibration_samples=48, repeats=5,
+            rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
+            num_calibration_samples=48, max_seq_length=512, repeats=5,
         )  # fmt: skip
 
     def changed(self, **fields: Any) -> Demo:
@@ -165,7 +167,7 @@ class _Run:
         name = label + (f" {ratio:g}" if ratio is not None else "")
         name += f" seed {seed}" if len(self.settings.seeds) > 1 and not setting else ""
         model, config = copy.deepcopy(self.dense), self.config(method, ratio, seed, setting)
-        shared = self.shared(seed)
+        shared = self.shared(seed) if method_of(config).needs(config) else {}  # unused statistics still cost time
         try:
             with self.stage(f"{name}: compress"):
                 report = pipeline.compress_(model, config, **shared, progress=False)

@@ -243,10 +243,27 @@ class _Job:
                 self.model, self.spec, self.calibration.batches(), needs, paths=self.paths, seed=self.config.seed,
                 progress=self.bars.update,
             )  # fmt: skip
+        if self.statistics is not None and needs:
+            self._leave_unseen(self.statistics)
         return choose(
             self.model, self.spec, self.method, self.config, families, self.units, self.statistics, self.journal,
             self.key, self.bars,
         )  # fmt: skip
+
+    def _leave_unseen(self, store: StatsStore) -> None:
+        """Linears whose weight the model reads without calling them (Mamba's dt_proj) cannot be replaced."""
+        unseen = {p for p in self.paths if not store.seen(p)}
+        self.units = [u for u in self.units if not unseen & set(u.paths)]
+        self.paths = [p for p in self.paths if p not in unseen]
+        self.targets.skipped += [
+            {"path": p, "reason": "never called on the calibration data", "parameters": self._size(p)}
+            for p in sorted(unseen)
+        ]
+        if not self.units:
+            raise ValueError("calibration: got no call of any targeted linear, allowed data that reaches them; check it")
+
+    def _size(self, path: str) -> int:
+        return self.model.get_submodule(path).weight.numel()  # type: ignore[union-attr, operator]
 
     def run(self, report: CompressionReport) -> tuple[Plan, dict[str, Tensor]]:
         """The plan and its tensors; `report` gets this job's part."""

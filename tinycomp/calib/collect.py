@@ -1,4 +1,4 @@
-"""One forward (and, where gradients are asked for, backward) pass over the whole model, a few blocks' statistics at a time."""
+"""Passes over the whole model, forward and where gradients are asked for backward, that fill the statistics."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class StatsStore:
         self._alias: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
         self._file: dict[str, Path] = {}
+        self._cached: tuple[set[Path], dict[str, Tensor]] = (set(), {})
         self.last_hidden: dict[str, Tensor] = {}
 
     def put(self, block: str, stats: dict[str, LinearStats], alias: dict[str, str]) -> None:
@@ -48,9 +49,9 @@ class StatsStore:
         """Statistics of these linears; those that share an input share its Gram matrix."""
         files = {self._file[p] for p in paths if p in self._file}
         files |= {self._file[self._alias[p]] for p in paths if self._alias.get(p) in self._file}
-        loaded: dict[str, Tensor] = {}
-        for file in files:
-            loaded |= load_file(file)
+        if files != self._cached[0]:  # units of one block are asked for one after another
+            self._cached = (files, {k: v for file in files for k, v in load_file(file).items()})
+        loaded = self._cached[1]
         return {
             p: LinearStats(
                 gram=loaded.get(f"{self._alias.get(p, p)}|gram"),
@@ -63,6 +64,10 @@ class StatsStore:
     def shares_input(self, path: str) -> str:
         """The linear whose input this one reads too (itself when it is the first to read it)."""
         return self._alias.get(path, path)
+
+    def seen(self, path: str) -> bool:
+        """Whether the model called this linear at all."""
+        return self._tokens.get(path, 0) > 0
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -82,7 +87,10 @@ def collect(
     """Second moments of the linears at `paths` (default: all of the spec's), over every token of `batches`.
 
     Args:
+        model: in eval mode; restored exactly afterwards.
+        spec: of the model.
         batches: dicts of tensors, passed as `model(**batch)`; consumed once into a list.
+        paths: linears to observe.
         needs: any of "gram" and "output_gram".
         gradient_batches: how many batches the output gradients use; None means all.
         seed: of the labels that are sampled for the gradients.
@@ -184,15 +192,15 @@ class _Collector:
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             entry = self.sums[path]
-            x = inputs[0].detach()
-            entry.tokens += x.numel() // max(x.shape[-1], 1)
+            rows = self.rows(inputs[0].detach())
+            entry.tokens += rows.shape[0]
             # Linears called one after another on the same tensor (q, k, v; gate, up) share one Gram matrix.
             if self._last is not None and self._last[0] is inputs[0] and self.alias.get(path) in (None, self._last[1]):
                 self.alias[path] = self._last[1]
             elif path not in self.alias:
                 self._last = (inputs[0], path)
                 if "gram" in self.needs:
-                    entry.gram = add_gram(entry.gram, self.rows(x))
+                    entry.gram = add_gram(entry.gram, rows)
             if self._gradients and output.requires_grad:
                 output.register_hook(self._gradient_hook(path))
 

@@ -75,6 +75,7 @@ class Linear:
     output_gram: Tensor | None = None
     transposed: bool = False
     dtype: torch.dtype = torch.float32
+    _energy: float | None = field(default=None, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -86,19 +87,22 @@ class Linear:
 
     def predicted_loss(self, error: Tensor) -> float:
         """tr(G E S Eᵀ)/2 for an error E = W - W' (out, in), in nats per token; identity for a missing statistic."""
-        e = error.float()
-        left = e if self.output_gram is None else self.output_gram @ e
-        right = e if self.gram is None else e @ self.gram
-        return 0.5 * float((left * right).sum())
+        return self.errors(error)[1]
 
     def relative_error(self, error: Tensor) -> float:
         """|E S^(1/2)|_F / |W S^(1/2)|_F: relative error of the outputs on calibration data."""
+        return self.errors(error)[0]
 
-        def energy(a: Tensor) -> float:
-            a = a.float()
-            return float(((a if self.gram is None else a @ self.gram) * a).sum())
-
-        return (max(energy(error), 0.0) / max(energy(self.weight), 1e-30)) ** 0.5
+    def errors(self, error: Tensor) -> tuple[float, float]:
+        """(|E S^(1/2)|_F / |W S^(1/2)|_F, tr(G E S Eᵀ)/2): relative error of the outputs, and predicted loss."""
+        e = error.float()
+        outputs = e if self.gram is None else e @ self.gram
+        gradients = e if self.output_gram is None else self.output_gram @ e
+        if self._energy is None:
+            w = self.weight.float()
+            self._energy = float(((w if self.gram is None else w @ self.gram) * w).sum())
+        relative = max(float((outputs * e).sum()), 0.0) / max(self._energy, 1e-30)
+        return relative**0.5, 0.5 * float((outputs * gradients).sum())
 
 
 @dataclass
@@ -119,7 +123,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate: `size` stored numbers, `bits` in total on disk, `loss` predicted in nats per token, `choice` for `build`."""
+    """One candidate: stored numbers, bits on disk in all, predicted loss in nats per token, and what `build` needs."""
 
     size: int
     bits: int
@@ -143,6 +147,7 @@ class Result:
 
 def record(linear: Linear, method: str, new_size: int, new_bits: int, error: Tensor, **extra: Any) -> dict[str, Any]:
     """The report's row for one linear. Sizes count stored numbers and bits on disk."""
+    relative, predicted = linear.errors(error)
     return {
         "path": linear.path,
         "method": method,
@@ -150,8 +155,8 @@ def record(linear: Linear, method: str, new_size: int, new_bits: int, error: Ten
         "size_before": linear.weight.numel(),
         "size_after": new_size,
         "bits_after": new_bits,
-        "relative_error": linear.relative_error(error),
-        "predicted_loss": linear.predicted_loss(error),
+        "relative_error": relative,
+        "predicted_loss": predicted,
         **extra,
     }
 

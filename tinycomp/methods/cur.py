@@ -19,9 +19,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tinycomp import ops
 from tinycomp.edits import Replace
-from tinycomp.linalg import cholesky, damped, interpolate
+from tinycomp.linalg import cholesky, damped, interpolate, row_pivots
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
@@ -110,7 +109,7 @@ def select_rows(linear: Linear, rank: int, config: CUR) -> Tensor:
     """Indices (rank,) int64 of the rows that stay, in the order of choice."""
     a = whitened_rows(linear, config.damping)
     if config.selection == "pivoted":
-        return ops.select_pivots(a, rank, "qr")
+        return row_pivots(a, rank, "qr")
     if config.selection in _curing.GREEDY:
         return _curing.choose_indices(_selection_matrix(linear, config), rank, config.selection, config.seed)[0]
     from tinycomp import selection
@@ -232,8 +231,10 @@ def assign(
     """Steps 2 to 4 of the paper: which layers, at which rank; None outside the paper preset.
 
     Args:
+        spec: of the model; the last stack's blocks are the layers.
         shapes: (out, in) of every targeted linear.
         hidden: last-token outputs (documents, d) of every block; None (a plan without data) takes the first candidates.
+        config: with the paper preset.
 
     Raises:
         ValueError: fewer than 3 blocks, or a ratio out of reach.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tinycomp.linalg import row_pivots
 from tinycomp.selection._pivoting import (
     block_deim,
     deim,
@@ -31,7 +32,6 @@ from tinycomp.selection._subspaces import (
     leverage_scores,
     orthonormalize,
     oversampling,
-    row_pivots,
     singular_vectors,
     sketch,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinycomp.selection._subspaces import Options, fill, oversampling, row_pivots, singular_vectors, sketch, unused
+from tinycomp.linalg import row_pivots
+from tinycomp.selection._subspaces import Options, fill, oversampling, singular_vectors, sketch, unused
 
 _SWAP_LIMIT = 10_000
 _NEGLIGIBLE = 1e-12  # energy below this fraction of the total is rounding

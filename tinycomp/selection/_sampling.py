@@ -8,7 +8,8 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from tinycomp import ops
-from tinycomp.selection._subspaces import Options, fill, leverage_scores, row_pivots, singular_vectors, unused
+from tinycomp.linalg import row_pivots
+from tinycomp.selection._subspaces import Options, fill, leverage_scores, singular_vectors, unused
 
 _NEGLIGIBLE = 1e-12  # energy below this fraction of the total is rounding
 

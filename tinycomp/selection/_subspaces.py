@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
-
-from tinycomp import ops
 
 _POWER_STEPS = 2
 
@@ -87,28 +83,6 @@ def singular_vectors(a: Tensor, rank: int, seed: int = 0, exact: bool = False) -
 def leverage_scores(a: Tensor, dimension: int, seed: int = 0, exact: bool = False) -> Tensor:
     """Squared row norms of the `dimension` leading left singular vectors: (m,), summing to `dimension`."""
     return singular_vectors(a, dimension, seed, exact)[0].square().sum(1)
-
-
-def row_pivots(a: Tensor, count: int, method: str) -> Tensor:
-    """`ops.select_pivots`; on CPU by LAPACK in a's own precision, several times faster than the op at r = 512.
-
-    Args:
-        a: (m, n) float32 or float64.
-        count: number of rows; for "lu" at most n.
-        method: "qr": pivots of the column-pivoted QR of aᵀ; "lu": row pivots of LU of the first `count` columns.
-    """
-    if a.device.type != "cpu":
-        return ops.select_pivots(a, count, method)
-    values = a.detach().numpy()
-    if method == "qr":
-        order = scipy.linalg.qr(values.T, mode="r", pivoting=True, check_finite=False)[1]
-    else:
-        # getrf itself: scipy's wrappers warn about a zero pivot, which is harmless here.
-        (getrf,) = scipy.linalg.get_lapack_funcs(("getrf",), (values,))
-        order = np.arange(len(values))
-        for i, pivot in enumerate(getrf(values[:, :count])[1]):
-            order[[i, pivot]] = order[[pivot, i]]
-    return torch.from_numpy(order[:count].astype(np.int64))
 
 
 def fill(chosen: Tensor, rank: int, rows: int) -> Tensor:
