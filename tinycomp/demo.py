@@ -70,6 +70,7 @@ class Demo:
         num_calibration_samples: calibration windows.
         max_seq_length: tokens of a calibration window.
         repeats: interleaved rounds of the speed measurement.
+        decode_tokens: greedy steps in each of them.
     """
 
     methods: tuple[str, ...] = ("cur", "swsc", "svd", "widthprune")
@@ -80,6 +81,7 @@ class Demo:
     num_calibration_samples: int = 16
     max_seq_length: int = 256
     repeats: int = 3
+    decode_tokens: int = 8
 
     @classmethod
     def full(cls) -> Demo:
@@ -87,6 +89,7 @@ class Demo:
             methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
             rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
             num_calibration_samples=48, max_seq_length=512, repeats=5,
+            decode_tokens=16,
         )  # fmt: skip
 
     def changed(self, **fields: Any) -> Demo:
@@ -150,7 +153,11 @@ class _Run:
             model.save_pretrained(folder)  # type: ignore[operator]
             row |= evaluate(model, self.tokenizer, self.protocol, folder=folder)
         with self.stage(f"{name}: time"):
-            speeds = speed_of({"dense": self.dense, name: model}, repeats=self.settings.repeats)
+            speeds = speed_of(
+                {"dense": self.dense, name: model},
+                decode_tokens=self.settings.decode_tokens,
+                repeats=self.settings.repeats,
+            )
             row |= self._scaled(speed_fields(speeds[name]), speed_fields(speeds["dense"]))
             row["flags"] = list(speeds[name].flags)
         row["plain"] = getattr(model.config, "quantization_config", None) is None
