@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "progress": set(),
     "speed_guard": {"edits", "eval", "layers", "methods"},
     "choosing": EVERYTHING,
+    "compression": EVERYTHING,
     "planning": EVERYTHING,
     "pipeline": EVERYTHING,
     "cli": EVERYTHING,

@@ -11,7 +11,7 @@ from conftest import FAMILIES
 from torch import nn
 
 from tinycomp.calib import Replay, chainable, collect
-from tinycomp.calib.collect import fisher_loss
+from tinycomp.calib.loss import fisher_loss
 from tinycomp.data import for_model
 from tinycomp.models import spec_of
 

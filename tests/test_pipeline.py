@@ -194,13 +194,15 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path: Path, monkeyp
 def test_a_model_without_a_row_takes_per_matrix_methods() -> None:
     torch.manual_seed(0)
     config = transformers.FalconConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False, bos_token_id=1, eos_token_id=2
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     model = transformers.FalconForCausalLM(config).eval()
     report = tc.compress_(model, tc.SVD(ratio=0.7), DATA, progress=False)
     assert report.ratio_achieved <= 0.7
+    fresh = transformers.FalconForCausalLM(config).eval()
     with pytest.raises(UsageError, match="no feed-forward sublayer"):
-        tc.compress_(model, tc.WidthPrune(ratio=0.7), DATA, progress=False)
+        tc.compress_(fresh, tc.WidthPrune(ratio=0.7), DATA, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +227,11 @@ def test_bad_requests_say_what_is_allowed(config: Any, message: str) -> None:
 
 def test_bad_weights_data_and_kinds() -> None:
     model = FAMILIES["llama"].build()
-    with pytest.raises(TypeError, match="allowed the configs"):
+    with pytest.raises(TypeError, match="allowed a config among"):
         tc.compress_(model, "svd", DATA)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got no method"):
         tc.compress_(model, [], DATA)
-    with pytest.raises(ValueError, match="empty|no text"):
+    with pytest.raises(ValueError, match=r"empty|no text"):
         tc.compress_(model, tc.SVD(ratio=0.5), [""], tokenizer=object(), progress=False)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")

@@ -169,7 +169,7 @@ def _groups(units: list[UnitSpec], table: dict[str, list[Candidate]]) -> list[Gr
     for unit in units:
         if unit.kind == "ffn":
             inside = [by_path[p] for p in unit.paths if p in by_path]
-            alternatives = [(tuple(table[unit.name]),)]
+            alternatives: list[tuple[tuple[Candidate, ...], ...]] = [(tuple(table[unit.name]),)]
             if inside:
                 alternatives.append(tuple(tuple(table[u.name]) for u in inside))
             taken |= {u.name for u in inside}

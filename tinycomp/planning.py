@@ -87,7 +87,8 @@ def _sizes(
     (m, n) = dims[-1]
     dtype = {16: torch.float16, 32: torch.float32, 64: torch.float64}[bits]
     if isinstance(config, Rounding):
-        width, group = config.bits or 8, config.group(config.bits or 8)
+        width = int(config.bits or 8)
+        group = config.group(width)
         scales = m * (-(-n // group) if group else 1) * bits * (1 if width == 8 else 2)
         return dense, m * (-(-n * width // 8)) * 8 + scales, {"bits": width}
     if isinstance(config, SWSC) and (config.fixed or config.ratio):

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinycomp.calib.loss import fisher_loss, no_cache
 from tinycomp.calib.stats import LinearStats, Rows, add_gram, features_out, linear_paths
 from tinycomp.models import BlockSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]
 STATS_BYTES = 2**31  # statistics held in memory at once; more blocks than fit mean more passes
+GRADIENT_TOKENS = 8192  # output gradients are averaged over about this many tokens; a backward pass costs two forward
 GRADIENT_ROWS = 2  # sequences per backward pass: logits of a large vocabulary dominate its memory
 
 
@@ -80,7 +82,6 @@ def collect(
     needs: frozenset[str],
     *,
     paths: Sequence[str] | None = None,
-    gradient_batches: int | None = None,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> StatsStore:
@@ -92,7 +93,6 @@ def collect(
         batches: dicts of tensors, passed as `model(**batch)`; consumed once into a list.
         paths: linears to observe.
         needs: any of "gram" and "output_gram".
-        gradient_batches: how many batches the output gradients use; None means all.
         seed: of the labels that are sampled for the gradients.
         progress: called with (description, done, total).
 
@@ -113,7 +113,7 @@ def collect(
         label = "calibrating" if len(chunks) == 1 else f"calibrating, part {index + 1} of {len(chunks)}"
         try:
             for done, batch in enumerate(batch_list):
-                gradients = "output_gram" in needs and (gradient_batches is None or done < gradient_batches)
+                gradients = "output_gram" in needs and collector.gradient_tokens_seen < GRADIENT_TOKENS
                 if outputs is not None:
                     outputs.mask = batch.get("attention_mask")
                 collector.run(batch, gradients, seed + done)
@@ -167,6 +167,10 @@ class _Collector:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def gradient_tokens_seen(self) -> int:
+        return max(self.gradient_tokens.values(), default=0)
 
     @property
     def stats(self) -> dict[str, LinearStats]:
@@ -293,53 +297,3 @@ def _embedding_entry(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
                 handle.remove()
 
     return Handles()  # type: ignore[return-value]
-
-
-class no_cache:
-    """Within it the model keeps no key/value cache, which a calibration pass has no use for."""
-
-    def __init__(self, model: nn.Module):
-        self.config = getattr(model, "config", None)
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.config, "use_cache", None)
-        if self.before is not None:
-            self.config.use_cache = False  # type: ignore[union-attr]
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            self.config.use_cache = self.before  # type: ignore[union-attr]
-
-
-def fisher_loss(output: object, mask: Tensor | None, seed: int) -> Tensor:
-    """A scalar whose gradients, squared and averaged, are the curvature of the model's own loss.
-
-    With token or class logits: cross-entropy against labels sampled from the model's own distribution (the true
-    Fisher information, in nats). Otherwise: the outputs times a fixed random sign pattern, scaled so that the
-    curvature is that of the relative squared error of the output (Hutchinson's estimator).
-    """
-    logits = getattr(output, "logits", None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if isinstance(logits, Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
-            flat = logits.reshape(-1, logits.shape[-1]).float()
-            if mask is not None and logits.shape[:-1] == mask.shape:
-                flat = flat[mask.flatten()]
-            labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1).flatten().to(flat.device)
-            return nn.functional.cross_entropy(flat, labels, reduction="sum")
-        hidden = getattr(output, "last_hidden_state", None)
-        value = hidden if isinstance(hidden, Tensor) else next(v for v in _tensors(output) if v.is_floating_point())
-        value = value.float()
-        if mask is not None and value.shape[: mask.ndim] == mask.shape:
-            value = value[mask]
-        signs = torch.randint(0, 2, value.shape).to(value) * 2 - 1
-        # Per row: |d value|^2 / |value|^2, whose second derivative is 2 / |value|^2.
-        scale = (2.0 / value.detach().pow(2).sum(-1, keepdim=True).mean().clamp(min=1e-12)).sqrt()
-        return (value * signs).sum() * scale
-
-
-def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if hasattr(output, "values") else output
-    return [v for v in values if isinstance(v, Tensor)]  # type: ignore[attr-defined]

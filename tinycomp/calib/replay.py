@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp.calib.collect import no_cache
+from tinycomp.calib.loss import no_cache
 from tinycomp.calib.stats import LinearStats, Rows, linear_paths
 from tinycomp.models import Stack
 
@@ -130,7 +130,7 @@ class Replay:
         for path, target in alias.items():
             sums[path] = sums[target]
         return {
-            path: LinearStats(s.gram / s.tokens, None, s.cross / s.tokens, s.tokens)  # type: ignore[operator]
+            path: LinearStats(s.gram / s.tokens, None, s.cross / s.tokens, s.tokens)  # type: ignore[operator, arg-type]
             for path, s in sums.items()
             if s.tokens
         }

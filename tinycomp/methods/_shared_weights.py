@@ -193,7 +193,7 @@ def low_rank(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
         b, a = low_rank(residual.T, r)
         return a.T, b.T
     wide = residual.double()
-    basis = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :r].to(residual.dtype)
+    basis = linalg.eigh(wide.T @ wide)[1].flip(1)[:, :r].to(residual.dtype)
     a = residual @ basis
     root = a.norm(dim=0).sqrt()
     return a / root.clamp_min(1e-20), root[:, None] * basis.T

@@ -57,8 +57,11 @@ class Auto(MethodConfig):
 def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
     """The competing methods with the fields they share with `config`."""
     names = config.families or (BYTE_FAMILIES if config.budget == "bytes" else PARAMETER_FAMILIES)
-    shared = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
-    extra: dict[str, dict[str, Any]] = {"rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None}}
+    shared: dict[str, Any] = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
+    extra: dict[str, dict[str, Any]] = {
+        "rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None},
+        "wanda": {"structured": False, "value_bits": 8},
+    }
     return tuple((_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names)
 
 

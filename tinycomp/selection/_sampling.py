@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from tinycomp import ops
-from tinycomp.linalg import row_pivots
+from tinycomp.linalg import eigh, row_pivots
 from tinycomp.selection._subspaces import Options, fill, leverage_scores, singular_vectors, unused
 
 _NEGLIGIBLE = 1e-12  # energy below this fraction of the total is rounding
@@ -121,7 +121,7 @@ def derandomised(a: Tensor, rank: int, options: Options) -> Tensor:
 
 def _least_expected_error(b: Tensor, norms: Tensor, eligible: Tensor, left: int) -> Tensor:
     """Row of b (m, d) that minimises e_left(B_i) / e_(left-1)(B_i); the longest row if `left` rows span all of b."""
-    squares, vectors = torch.linalg.eigh(b.T @ b)
+    squares, vectors = eigh(b.T @ b)
     kept = squares > _NEGLIGIBLE * squares[-1]
     if int(kept.sum()) <= left:
         return norms.argmax()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinycomp.linalg import eigh
+
 _POWER_STEPS = 2
 
 
@@ -73,7 +75,7 @@ def singular_vectors(a: Tensor, rank: int, seed: int = 0, exact: bool = False) -
     for _ in range(_POWER_STEPS):
         q = orthonormalize(a @ orthonormalize(a.T @ q))
     small = (q.T @ a).double()
-    squares, vectors = torch.linalg.eigh(small @ small.T)
+    squares, vectors = eigh(small @ small.T)
     vectors = vectors.flip(1)[:, :rank]
     s = squares.flip(0)[:rank].clamp_min(0).sqrt()
     v = orthonormalize((vectors.T @ small).T / s.clamp_min(torch.finfo(a.dtype).tiny))

@@ -1,0 +1,239 @@
+"""One method on one model: targets, statistics, the choice of sizes, and the build, block by block."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinycomp import data as text_data
+from tinycomp import linalg
+from tinycomp.calib import Replay, StatsStore, chainable, collect
+from tinycomp.choosing import Choices, choose
+from tinycomp.edits import Plan
+from tinycomp.io import Journal
+from tinycomp.methods import Method, MethodConfig, Result
+from tinycomp.models import BlockSpec, ModelSpec, Stack, spec_of
+from tinycomp.progress import Bars
+from tinycomp.surgery import apply_
+from tinycomp.targets import UnitSpec, check_finite, find_targets, gather, shapes, unit_specs
+
+REFIT_DAMPING = 1e-2  # pull of the refit target towards the original weight; see linalg.refit
+
+
+@dataclass
+class CompressionReport:
+    """What a compression did. Sizes count stored numbers; times are seconds, memory is bytes.
+
+    records: one row per touched linear (see `methods._base.record`); skipped: everything left alone and why.
+    """
+
+    methods: list[dict[str, Any]] = field(default_factory=list)
+    ratio_requested: float | None = None
+    ratio_achieved: float = 1.0
+    targeted_parameters: int = 0
+    parameters_before: int = 0
+    parameters_after: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    allocation: str = ""
+    fingerprint: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def shadow_of(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every tensor with `model`: edits on it replace tensors, never write them."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+@dataclass
+class Calibration:
+    """Where batches come from; made when first asked for, so that data-free methods need no data."""
+
+    model: nn.Module
+    data: Any
+    tokenizer: Any
+    num_calibration_samples: int
+    max_seq_length: int
+    batch_size: int
+    seed: int = 0
+    _made: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        if self.seed not in self._made:
+            raw = text_data.batches(
+                self.data, self.tokenizer, num_calibration_samples=self.num_calibration_samples,
+                max_seq_length=self.max_seq_length, batch_size=self.batch_size, seed=self.seed,
+            )  # fmt: skip
+            device = next(self.model.parameters()).device
+            ready = [text_data.for_model(b, self.model) for b in raw]
+            self._made[self.seed] = [{k: v.to(device) for k, v in b.items()} for b in ready]
+        return self._made[self.seed]
+
+
+class Job:
+    """One method on one model: from targets to a plan and its tensors. `model` is not changed."""
+
+    def __init__(
+        self, model: nn.Module, method: Method, config: MethodConfig, calibration: Calibration, bars: Bars,
+        journal: Journal | None, key: str, statistics: StatsStore | None,
+    ):  # fmt: skip
+        self.model, self.method, self.config = model, method, config
+        self.calibration, self.bars, self.journal, self.key = calibration, bars, journal, key
+        self.statistics = statistics
+        self.spec: ModelSpec = spec_of(model)
+
+    def choose(self) -> Choices:
+        """Targets, statistics and the sizes to build; the model and its weights are only read."""
+        self.targets = find_targets(self.model, self.spec, self.config)
+        families = self.method.families(self.config) if self.method.families else ((self.method, self.config),)
+        kinds: set[str] = {m.unit_kind for m, _ in families}
+        self.units = unit_specs(self.spec, self.targets.paths, kinds, self.method.name)
+        self.paths = sorted({p for u in self.units for p in u.paths}, key=self.targets.paths.index)
+        self._skip(set(self.targets.paths) - set(self.paths), f"{self.method.name} works on feed-forward sublayers")
+        check_finite(self.model, self.paths)
+        needs = self.method.needs(self.config)
+        if self.statistics is None and needs:
+            self.statistics = collect(
+                self.model, self.spec, self.calibration.batches(), needs, paths=self.paths, seed=self.config.seed,
+                progress=self.bars.update,
+            )  # fmt: skip
+        if self.statistics is not None and needs:
+            self._leave_unseen(self.statistics)
+        return choose(
+            self.model, self.spec, self.method, self.config, families, self.units, self.statistics, self.journal,
+            self.key, self.bars,
+        )  # fmt: skip
+
+    def _leave_unseen(self, store: StatsStore) -> None:
+        """Linears whose weight the model reads without calling them (Mamba's dt_proj) cannot be replaced."""
+        unseen = {p for p in self.paths if not store.seen(p)}
+        self.units = [u for u in self.units if not unseen & set(u.paths)]
+        self.paths = [p for p in self.paths if p not in unseen]
+        self._skip(unseen, "never called on the calibration data")
+        if not self.units:
+            raise ValueError("calibration: got no call of any targeted linear, allowed data that reaches them; check")
+
+    def _skip(self, paths: set[str], reason: str) -> None:
+        sizes = shapes(self.model, sorted(paths))
+        self.targets.skipped += [{"path": p, "reason": reason, "parameters": m * n} for p, (m, n) in sizes.items()]
+
+    def run(self, report: CompressionReport) -> tuple[Plan, dict[str, Tensor]]:
+        """The plan and its tensors; `report` gets this job's part."""
+        choices = self.choose()
+        result = self._build(choices)
+        before = {p: m * n for p, (m, n) in shapes(self.model, self.paths).items()}
+        touched = {r["path"]: r["size_before"] - r["size_after"] for r in result.records}
+        report.records += result.records
+        report.skipped += self.targets.skipped + [
+            {"path": p, "reason": "kept dense: no smaller form is worth its loss", "parameters": size}
+            for p, size in before.items()
+            if p not in touched
+        ]
+        report.notes += choices.notes
+        report.targeted_parameters += sum(before.values())
+        achieved = 1 - sum(touched.values()) / sum(before.values())
+        report.ratio_achieved *= achieved
+        report.allocation = choices.allocation
+        provenance = {
+            "method": self.method.name,
+            "config": self.config.model_dump(mode="json"),
+            "seed": self.config.seed,
+            "achieved_ratio": achieved,
+        }
+        report.methods.append(provenance)
+        return Plan(result.edits, [provenance]), result.tensors
+
+    def _build(self, choices: Choices) -> Result:
+        chosen = [u for u in self.units if u.name in choices.by_unit]
+        blocks = [(stack, block) for stack in self.spec.stacks for block in stack.blocks]
+        total = Result()
+        working = shadow_of(self.model)
+        replay: Replay | None = None
+        wants_replay = self.config.sequential and "gram" in self.method.needs(self.config)
+        last_stack: Stack | None = None
+        for number, (stack, block) in enumerate(blocks):
+            if stack is not last_stack:
+                replay = self._replay(stack, working, choices) if wants_replay else None
+                last_stack = stack
+            mine = [u for u in chosen if u.block.path == block.path]
+            key = f"{self.key}:{block.path}"
+            entry = self.journal.get(key) if self.journal else None
+            if entry is not None:
+                result = Result(list(entry.edits), dict(entry.tensors), list(entry.records))
+                apply_(working, Plan(result.edits), result.tensors)
+            else:
+                result = self._build_block(block, mine, choices, replay, working)
+                if self.journal:
+                    self.journal.put(key, result.edits, result.tensors, result.records)
+            total.extend(result)
+            if replay is not None and number + 1 < len(blocks):
+                replay.advance()
+            self.bars.update(f"{self.method.name}: compressing", number + 1, len(blocks))
+        return total
+
+    def _replay(self, stack: Stack, working: nn.Module, choices: Choices) -> Replay | None:
+        batches = self.calibration.batches()
+        reason = chainable(self.model, stack, batches[0])
+        if reason:
+            choices.notes.append(f"fitted on the original model's inputs, not in sequence ({reason})")
+            return None
+        decoder = len(self.spec.stacks) > 1 and stack is self.spec.stacks[-1]
+        return Replay(self.model, working, stack, batches, decoder)
+
+    def _build_block(
+        self, block: BlockSpec, units: list[UnitSpec], choices: Choices, replay: Replay | None, working: nn.Module
+    ) -> Result:
+        """The units of one block, built in call order; later ones see the earlier ones' errors when in sequence."""
+        total = Result()
+        store = self.statistics
+        first = {path: i for i, path in enumerate(block.linears)}
+        for stage in _stages(sorted(units, key=lambda u: first[u.paths[0]]), store):
+            paths = [p for u in stage for p in u.paths]
+            stats = store.get(paths) if store else {}
+            weights: dict[str, Tensor] = {}
+            if replay is not None:
+                for path, fresh in replay.statistics(paths).items():
+                    stats[path].gram = fresh.gram
+                    weights[path] = self._target(path, fresh.cross, fresh.gram)
+            result = Result()
+            for unit in stage:
+                gathered = gather(self.model, unit, stats, weights)
+                result.extend(self.method.build(gathered, choices.by_unit[unit.name], self.config))
+            apply_(working, Plan(result.edits), result.tensors)
+            total.extend(result)
+        return total
+
+    def _target(self, path: str, cross: Tensor | None, gram: Tensor | None) -> Tensor:
+        """The weight that reproduces the original outputs from the compressed prefix's inputs."""
+        module = self.model.get_submodule(path)
+        weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+        weight = (weight if isinstance(module, nn.Linear) else weight.T).float()
+        return linalg.refit(weight, cross, gram, REFIT_DAMPING)  # type: ignore[arg-type]
+
+
+def _stages(units: list[UnitSpec], store: StatsStore | None) -> list[list[UnitSpec]]:
+    """Consecutive units that read the same input are built from the same statistics."""
+    stages: list[list[UnitSpec]] = []
+    for unit in units:
+        source = store.shares_input(unit.paths[0]) if store else unit.paths[0]
+        previous = stages[-1][0].paths[0] if stages else None
+        if (
+            previous is not None
+            and store is not None
+            and unit.kind == "linear"
+            and store.shares_input(previous) == source
+        ):
+            stages[-1].append(unit)
+        else:
+            stages.append([unit])
+    return stages
