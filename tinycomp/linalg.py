@@ -7,6 +7,9 @@ Everything factors in float64 on the tensor's device and returns float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tinycomp import ops
 
+ONE_THREAD_SIZE = 1024
 _FALLBACKS: list[str] = []
 
 
@@ -57,16 +61,25 @@ def cholesky(gram: Tensor, damping: float, name: str = "gram") -> Tensor:
     return (upper * upper.diagonal().sign()[:, None]).T.contiguous()
 
 
-def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of a symmetric matrix.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch uses one thread.
 
-    On a CPU through scipy: torch's own call was measured 50 times slower on a machine whose cores are shared (58 ms
-    against 3.4 s at 576 x 576, float64, 2 threads), because every one of its many short parallel regions waits.
+    For factorisations of a few hundred columns: they consist of many short parallel regions, and every region waits
+    for the slowest core. Measured on two busy cores, eigh at 576 x 576: 59 ms with one thread, 1.5 s with two.
     """
-    if a.device.type != "cpu":
-        return torch.linalg.eigh(a)
-    values, vectors = scipy.linalg.eigh(a.detach().numpy(), driver="evd", check_finite=False)
-    return torch.from_numpy(values), torch.from_numpy(vectors)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix."""
+    with one_thread() if len(a) <= ONE_THREAD_SIZE else nullcontext():
+        return torch.linalg.eigh(a)  # type: ignore[return-value]
 
 
 class Truncation:
@@ -122,16 +135,21 @@ def pivoted_rank(size: float, m: int, n: int) -> int:
 def pivoted_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Store L Rt (m, r) x (r, n) as r of its own rows and the map to the others.
 
-    The rows are chosen by column-pivoted QR of Lᵀ, so that |T| stays moderate.
+    The rows are the pivots of L's LU factorisation, so that |T| stays moderate.
 
     Returns:
         rows (r, n), t (m - r, r), order int32 (m,): output index of row i of [rows; t rows].
     """
     m, rank = left.shape
-    pivots = row_pivots(left.double(), rank, "qr")
+    with one_thread() if m <= 4 * ONE_THREAD_SIZE else nullcontext():
+        swaps = torch.linalg.lu_factor(left.double())[1]
+    places = torch.arange(m, device=left.device)
+    for i, swap in enumerate((swaps - 1).tolist()):
+        places[[i, swap]] = places[[swap, i]]
+    pivots = places[:rank]
     order, rest = row_order(pivots, m)
     square = left[pivots]
-    t = torch.linalg.lstsq(square.T, left[rest].T).solution.T if rank else left.new_zeros(m, 0)
+    t = torch.linalg.solve(square.T, left[rest].T).T if rank else left.new_zeros(m, 0)
     return (square @ right).float(), t.float(), order
 
 
@@ -219,24 +237,14 @@ class Elimination:
         gone = torch.zeros(n, dtype=torch.bool)
         order: list[int] = []
         costs: list[float] = []
-        while len(order) < n:
-            score = (w * gw).sum(0) / (2 * h.diagonal().clamp(min=1e-30))
-            score[gone] = float("inf")
-            picked = torch.topk(score, min(step, n - len(order)), largest=False).indices
-            rows = h[picked]
-            # The picked block of the inverse; numpy, because torch's small solves cost more than the update itself.
-            block = torch.from_numpy(np.linalg.pinv(rows[:, picked].double().numpy(), hermitian=True)).float()
-            removed, pulled = w[:, picked], gw[:, picked]
-            total = 0.5 * float(((removed @ block) * pulled).sum())
-            spread = block @ rows
-            w.addmm_(removed, spread, alpha=-1)
-            gw.addmm_(pulled, spread, alpha=-1)
-            h.addmm_(rows.T, spread, alpha=-1)
-            gone[picked] = True
-            w[:, picked] = 0
-            gw[:, picked] = 0
-            order += picked.tolist()
-            costs += [total / len(picked)] * len(picked)
+        with one_thread():
+            while len(order) < n:
+                score = (w * gw).sum(0) / (2 * h.diagonal().clamp(min=1e-30))
+                score[gone] = float("inf")
+                picked = torch.topk(score, min(step, n - len(order)), largest=False).indices
+                costs += [_remove(w, gw, h, picked) / len(picked)] * len(picked)
+                gone[picked] = True
+                order += picked.tolist()
         self.order = torch.tensor(order)
         self.loss = torch.cat([torch.zeros(1), torch.tensor(costs).clamp(min=0).cumsum(0)])
 
@@ -246,3 +254,18 @@ class Elimination:
         s = damped(gram, damping)
         factor = cholesky(s[kept][:, kept], 0.0, "kept gram")
         return torch.cholesky_solve((weight.double() @ s[:, kept]).T, factor).T.float()
+
+
+def _remove(w: Tensor, gw: Tensor, h: Tensor, picked: Tensor) -> float:
+    """Take columns out of the solution w (and gw = G w, h = the inverse of S), in place; returns what it costs."""
+    rows = h[picked]
+    block = torch.linalg.pinv(rows[:, picked].double(), hermitian=True).float()
+    removed, pulled = w[:, picked], gw[:, picked]
+    total = 0.5 * float(((removed @ block) * pulled).sum())
+    spread = block @ rows
+    w.addmm_(removed, spread, alpha=-1)
+    gw.addmm_(pulled, spread, alpha=-1)
+    h.addmm_(rows.T, spread, alpha=-1)
+    w[:, picked] = 0
+    gw[:, picked] = 0
+    return total
