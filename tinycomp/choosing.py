@@ -13,7 +13,7 @@ from tinycomp.budget import Candidate, Group, Resource, allocate, uniform
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
 from tinycomp.io import Journal
-from tinycomp.methods import Method, MethodConfig, Option
+from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._curing import stored_numbers
 from tinycomp.methods._options import dense_option
 from tinycomp.models import ModelSpec
@@ -133,7 +133,7 @@ def _options(
         for method, family in families:
             if method.unit_kind != spec.kind or (method.name, kind) in losers:
                 continue
-            found = method.options(unit, family)
+            found = _remembered(store, method, family, unit)
             if guard is not None:
                 found = guard.keep(unit, method, family, found)
             mine += [Candidate(method.name, spec.name, _tagged(o, method.name) if competing else o) for o in found]
@@ -145,6 +145,16 @@ def _options(
                 wins[name, kind] = wins.get((name, kind), False) or _ever_best(name, mine)
         bars.update("weighing options", number + 1, len(order))
     return table
+
+
+def _remembered(store: StatsStore | None, method: Method, config: MethodConfig, unit: Unit) -> list[Option]:
+    """Options do not depend on the ratio, so a run with other ratios on the same statistics need not repeat them."""
+    if store is None:
+        return method.options(unit, config)
+    key = (method.name, unit.name, config.model_dump_json(exclude={"ratio", "sequential", "allocation"}))
+    if key not in store.options:
+        store.options[key] = method.options(unit, config)
+    return store.options[key]
 
 
 def _tagged(option: Option, family: str) -> Option:

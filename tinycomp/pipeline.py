@@ -18,8 +18,9 @@ from tinycomp.calib import StatsStore, collect
 from tinycomp.compression import Calibration, CompressionReport, Job, shadow_of
 from tinycomp.edits import Plan
 from tinycomp.eval.machine import peak_memory
+from tinycomp.eval.size import size_of
 from tinycomp.io import Journal, fingerprint
-from tinycomp.methods import MethodConfig, method_of
+from tinycomp.methods import Method, MethodConfig, method_of
 from tinycomp.models import spec_of
 from tinycomp.progress import Bars
 from tinycomp.surgery import apply_
@@ -72,30 +73,38 @@ def compress_(
         max_seq_length or (PAPER_LENGTH if paper else 512), batch_size,
     )  # fmt: skip
     report = CompressionReport(
-        parameters_before=_parameters(model), fingerprint=fingerprint([c.model_dump() for c in found])
+        parameters_before=size_of(model, flops=False).parameters,
+        fingerprint=fingerprint([c.model_dump() for c in found]),
     )
-    shadow = shadow_of(model)
     was_training = model.training
-    shadow.eval()
-    steps: list[tuple[Plan, dict[str, Tensor]]] = []
     linalg.drain_fallbacks()
     with peak_memory() as peak, Bars(progress) as bars:
-        for number, (method, config) in enumerate(methods):
-            calibration.seed = config.seed
-            job = Job(shadow, method, config, calibration, bars, journal, f"{number}:{method.name}", statistics)
-            steps.append(job.run(report))
-            apply_(shadow, *steps[-1])
-            statistics = None  # they describe the model before this step
+        steps = _run(shadow_of(model).eval(), methods, calibration, bars, journal, statistics, report)
     for plan, tensors in steps:
         apply_(model, plan, tensors)
         hf.attach_(model, plan)
     model.train(was_training)
     report.fallbacks += linalg.drain_fallbacks()
     report.ratio_requested = found[-1].ratio if len(found) == 1 else None
-    report.parameters_after = _parameters(model)
+    report.parameters_after = size_of(model, flops=False).parameters
     report.seconds = time.perf_counter() - started
     report.peak_memory_bytes = peak.bytes
     return report
+
+
+def _run(
+    shadow: nn.Module, methods: list[tuple[Method, MethodConfig]], calibration: Calibration, bars: Bars,
+    journal: Journal | None, statistics: StatsStore | None, report: CompressionReport,
+) -> list[tuple[Plan, dict[str, Tensor]]]:  # fmt: skip
+    """Each method's plan and tensors, the next one working on what the one before left of the shadow."""
+    steps: list[tuple[Plan, dict[str, Tensor]]] = []
+    for number, (method, config) in enumerate(methods):
+        calibration.seed = config.seed
+        job = Job(shadow, method, config, calibration, bars, journal, f"{number}:{method.name}", statistics)
+        steps.append(job.run(report))
+        apply_(shadow, *steps[-1])
+        statistics = None  # they describe the model before this step
+    return steps
 
 
 def compress(
@@ -159,7 +168,3 @@ def plan(
 
 def _configs(configs: MethodConfig | Sequence[MethodConfig]) -> list[MethodConfig]:
     return list(configs) if isinstance(configs, list | tuple) else [configs]  # type: ignore[list-item]
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

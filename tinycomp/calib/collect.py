@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ class StatsStore:
     """Statistics of each block in a temporary file, so that memory holds one block's at a time.
 
     last_hidden: block path -> (documents, d) outputs at each text's last real token, when asked for.
+    options: what methods found they could do with these statistics, remembered for other ratios.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class StatsStore:
         self._file: dict[str, Path] = {}
         self._cached: tuple[set[Path], dict[str, Tensor]] = (set(), {})
         self.last_hidden: dict[str, Tensor] = {}
+        self.options: dict[tuple[str, str, str], Any] = {}
 
     def put(self, block: str, stats: dict[str, LinearStats], alias: dict[str, str]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -34,7 +34,7 @@ from tinycomp.methods._options import dense_option, require_finite
 from tinycomp.models import ModelSpec
 from tinycomp.selection import SELECTIONS
 
-LOSS_GRID = 16  # ranks at which the loss of a "rows" approximation is computed; between them it is interpolated
+LOSS_GRID = 16  # ranks that the form "cur" offers: each costs a whole decomposition
 
 
 class CUR(MethodConfig):
@@ -121,33 +121,18 @@ def _selection_matrix(linear: Linear, config: CUR) -> Tensor:
     return _curing.selection_matrix(linear.weight.float(), _curing.input_rms(_gram(linear)), config.signed)
 
 
-def _row_losses(linear: Linear, ranks: list[int], config: CUR) -> list[float]:
-    """Predicted loss at each rank, exact at about LOSS_GRID of them, log-linear between."""
+def row_losses(linear: Linear, config: CUR) -> Tensor:
+    """(min(m, n) + 1,) float64: predicted loss when the first 0, 1, ... rows in pivot order are kept, the others refit.
+
+    With A = W Ls and Q the rows of A orthonormalised in pivot order, keeping r rows leaves the coefficients of A on the
+    later columns q_k of Q, so the loss is the sum over k >= r of c_kᵀ G c_k / 2 with c_k = A q_k.
+    """
     order = select_rows(linear, min(linear.weight.shape), config)
-    every = max(len(ranks) // LOSS_GRID, 1)
-    exact = sorted({*ranks[::every], ranks[-1]})
-    ls = cholesky(_gram(linear), config.damping, linear.path)
-    a = linear.weight.double() @ ls
-    # Rows of Q span the pivots' row space in pivot order, so every rank's projection is a prefix of it.
-    basis = torch.linalg.qr(a[order].T)[0]
-    coefficients = a @ basis
-    found = []
-    for rank in exact:
-        # What the first `rank` directions leave: the later coefficients (and nothing beyond: the basis spans all rows).
-        rest = coefficients[:, rank:]
-        weighted = rest if linear.output_gram is None else linear.output_gram.double() @ rest
-        found.append(max(0.5 * float((weighted * rest).sum()), 1e-30))
-    grid = torch.tensor(exact, dtype=torch.float64)
-    logs = torch.tensor(found, dtype=torch.float64).log()
-    return [float(_interpolated(grid, logs, r).exp()) for r in ranks]
-
-
-def _interpolated(grid: Tensor, values: Tensor, at: int) -> Tensor:
-    right = int(torch.searchsorted(grid, float(at)).clamp(1, max(len(grid) - 1, 1)))
-    if len(grid) == 1:
-        return values[0]
-    share = (at - grid[right - 1]) / (grid[right] - grid[right - 1])
-    return values[right - 1] * (1 - share) + values[right] * share
+    a = linear.weight.double() @ cholesky(_gram(linear), config.damping, linear.path)
+    coefficients = a @ torch.linalg.qr(a[order].T)[0]
+    weighted = coefficients if linear.output_gram is None else linear.output_gram.double() @ coefficients
+    tail = (weighted * coefficients).sum(0).clamp(min=0).flip(0).cumsum(0).flip(0)
+    return 0.5 * torch.cat([tail, tail.new_zeros(1)])
 
 
 def _sizes(linear: Linear, rank: int, config: CUR) -> tuple[int, int]:
@@ -168,7 +153,8 @@ def options(unit: Unit, config: CUR) -> list[Option]:
     for rank in ranks:
         check_rank(linear, rank)
     if rows:
-        losses = _row_losses(linear, ranks, config)
+        table = row_losses(linear, config)
+        losses = [float(table[r]) for r in ranks]
     else:
         ranks = ranks[:: max(len(ranks) // LOSS_GRID, 1)]
         losses = [linear.predicted_loss(linear.weight.float() - _product(*decompose(linear, r, config))) for r in ranks]
