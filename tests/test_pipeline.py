@@ -23,11 +23,14 @@ DATA = [{"input_ids": torch.randint(3, 60, (4, 12), generator=torch.Generator().
 ONE_OF_EACH: dict[str, Any] = {
     "svd": tc.SVD(ratio=0.7),
     "svd-data-free": tc.SVD(ratio=0.7, weighting="none"),
+    "svd-in-sequence": tc.SVD(ratio=0.7, sequential=True),
     "cur-rows": tc.CUR(ratio=0.7),
+    "cur-in-sequence": tc.CUR(ratio=0.7, sequential=True),
+    "width-in-sequence": tc.WidthPrune(ratio=0.6, sequential=True),
     "cur-folded": tc.CUR(ratio=0.7, form="cur", selection="sketch-qr"),
     "cur-paper": tc.CUR(preset="paper"),
     "cur-paper-ratio": tc.CUR(preset="paper", ratio=0.8),
-    "swsc": tc.SWSC(ratio=0.7, sequential=False),
+    "swsc": tc.SWSC(ratio=0.7),
     "swsc-paper": tc.SWSC(preset="paper"),
     "width": tc.WidthPrune(ratio=0.6),
     "wanda": tc.Wanda(ratio=0.6),
@@ -75,7 +78,7 @@ def test_every_architecture_and_dtype(family: str, dtype: torch.dtype) -> None:
     model = FAMILIES[family].build().to(dtype)
     batch = FAMILIES[family].batch()
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-    report = tc.compress_(model, tc.SVD(ratio=0.6), [batch], progress=False)
+    report = tc.compress_(model, tc.SVD(ratio=0.6, sequential=True), [batch], progress=False)
     assert 0.3 < report.ratio_achieved <= 0.6
     with torch.no_grad():
         found = model(**batch)
@@ -129,7 +132,7 @@ def test_a_global_budget_predicts_less_loss_than_equal_shares() -> None:
     losses = {}
     for allocation in ("global", "uniform"):
         model = FAMILIES["llama"].build()
-        report = tc.compress_(model, tc.SVD(ratio=0.6, allocation=allocation, sequential=False), DATA, progress=False)
+        report = tc.compress_(model, tc.SVD(ratio=0.6, allocation=allocation), DATA, progress=False)
         losses[allocation] = sum(r["predicted_loss"] for r in report.records)
     assert losses["global"] < losses["uniform"]
 
@@ -172,8 +175,9 @@ def test_copying_form_leaves_the_model_alone() -> None:
 
 
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tc.SVD(ratio=0.6, sequential=True)
     whole = FAMILIES["llama"].build()
-    tc.compress_(whole, tc.SVD(ratio=0.6), DATA, progress=False)
+    tc.compress_(whole, config, DATA, progress=False)
     model = FAMILIES["llama"].build()
     put, count = Journal.put, []
 
@@ -185,9 +189,9 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Journal, "put", stops)
     with pytest.raises(KeyboardInterrupt):
-        tc.compress_(model, tc.SVD(ratio=0.6), DATA, journal=Journal(tmp_path / "j", "x"), progress=False)
+        tc.compress_(model, config, DATA, journal=Journal(tmp_path / "j", "x"), progress=False)
     monkeypatch.setattr(Journal, "put", put)
-    tc.compress_(model, tc.SVD(ratio=0.6), DATA, journal=Journal(tmp_path / "j", "x"), progress=False)
+    tc.compress_(model, config, DATA, journal=Journal(tmp_path / "j", "x"), progress=False)
     assert torch.equal(output(model, "llama"), output(whole, "llama"))
 
 

@@ -71,7 +71,6 @@ class Demo:
         max_seq_length: tokens of a calibration window.
         repeats: interleaved rounds of the speed measurement.
         decode_tokens: greedy steps in each of them.
-        sequential: fit each block on the compressed prefix's inputs; better, and several times slower.
     """
 
     methods: tuple[str, ...] = ("cur", "swsc", "svd", "widthprune")
@@ -83,7 +82,6 @@ class Demo:
     max_seq_length: int = 256
     repeats: int = 3
     decode_tokens: int = 8
-    sequential: bool = False
 
     @classmethod
     def full(cls) -> Demo:
@@ -91,7 +89,7 @@ class Demo:
             methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
             rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
             num_calibration_samples=48, max_seq_length=512, repeats=5,
-            decode_tokens=16, sequential=True,
+            decode_tokens=16,
         )  # fmt: skip
 
     def changed(self, **fields: Any) -> Demo:
@@ -147,9 +145,7 @@ class _Run:
         return self._shared[seed]
 
     def config(self, method: str, ratio: float | None, seed: int, setting: str) -> Any:
-        return make_configs(
-            method, [setting] if setting else [], ratio=ratio, seed=seed, sequential=self.settings.sequential
-        )[0]
+        return make_configs(method, [setting] if setting else [], ratio=ratio, seed=seed)[0]
 
     def measure(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
         """Add a row: sizes, perplexity, then speed interleaved with the dense model."""

@@ -76,14 +76,12 @@ def compress_(
         parameters_before=size_of(model, flops=False).parameters,
         fingerprint=fingerprint([c.model_dump() for c in found]),
     )
-    was_training = model.training
     linalg.drain_fallbacks()
     with peak_memory() as peak, Bars(progress) as bars:
         steps = _run(shadow_of(model).eval(), methods, calibration, bars, journal, statistics, report)
     for plan, tensors in steps:
         apply_(model, plan, tensors)
         hf.attach_(model, plan)
-    model.train(was_training)
     report.fallbacks += linalg.drain_fallbacks()
     report.ratio_requested = found[-1].ratio if len(found) == 1 else None
     report.parameters_after = size_of(model, flops=False).parameters
