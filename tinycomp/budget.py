@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from tinycomp.methods._base import Option
 
@@ -45,62 +47,74 @@ def allocate(groups: Sequence[Group], budget: float, resource: Resource = "param
     Raises:
         ValueError: even the smallest candidates cost more than `budget`.
     """
-    smallest = [_cheapest(group, resource) for group in groups]
-    least = sum(cost(c.option, resource) for chosen in smallest for c in chosen)
+    tables = [[[_Table(entry, resource) for entry in part] for part in group.alternatives] for group in groups]
+    best = [_pick(alternatives, lambda t: t.costs) for alternatives in tables]
+    least = _total(best)
     if least > budget:
         raise ValueError(
             f"budget: got {budget:,.0f} {resource} for the targeted weights, allowed at least {least:,.0f} with these "
             "methods; raise `ratio`, or allow smaller ranks"
         )
-    best = smallest
     low, high = -60.0, 20.0  # log of the price
-    for _ in range(80):
-        middle = (low + high) / 2
-        chosen = [_at_price(group, math.exp(middle), resource) for group in groups]
-        if sum(cost(c.option, resource) for part in chosen for c in part) <= budget:
-            best, high = chosen, middle
+    for _ in range(60):
+        price = math.exp((low + high) / 2)
+        chosen = [_pick(alternatives, _priced(price)) for alternatives in tables]
+        if _total(chosen) <= budget:
+            best, high = chosen, (low + high) / 2
         else:
-            low = middle
-    return _upgrade([c for part in best for c in part], groups, budget, resource)
+            low = (low + high) / 2
+    return _upgrade([choice for part in best for choice in part], budget)
 
 
-def _cheapest(group: Group, resource: Resource) -> list[Candidate]:
-    return min(
-        (
-            [min(entry, key=lambda c: cost(c.option, resource)) for entry in alternative]
-            for alternative in group.alternatives
-        ),
-        key=lambda chosen: sum(cost(c.option, resource) for c in chosen),
-    )
+class _Table:
+    """The candidates of one unit as arrays."""
+
+    def __init__(self, entry: Sequence[Candidate], resource: Resource) -> None:
+        self.entry = entry
+        self.costs = np.array([cost(c.option, resource) for c in entry])
+        self.losses = np.array([c.option.loss for c in entry])
 
 
-def _at_price(group: Group, price: float, resource: Resource) -> list[Candidate]:
-    def value(candidate: Candidate) -> float:
-        return candidate.option.loss + price * cost(candidate.option, resource)
-
-    return min(
-        ([min(entry, key=value) for entry in alternative] for alternative in group.alternatives),
-        key=lambda chosen: sum(value(c) for c in chosen),
-    )
+_Choice = tuple[_Table, int]
 
 
-def _upgrade(chosen: list[Candidate], groups: Sequence[Group], budget: float, resource: Resource) -> list[Candidate]:
+def _priced(price: float) -> Callable[[_Table], np.ndarray]:
+    return lambda table: table.losses + price * table.costs
+
+
+def _pick(alternatives: list[list[_Table]], value: Callable[[_Table], np.ndarray]) -> list[_Choice]:
+    """The alternative, and in it the candidate of every unit, with the least total value."""
+    found = []
+    for part in alternatives:
+        values = [value(table) for table in part]
+        places = [int(v.argmin()) for v in values]
+        total = sum(float(v[i]) for v, i in zip(values, places, strict=True))
+        found.append((total, list(zip(part, places, strict=True))))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _total(chosen: list[list[_Choice]]) -> float:
+    return sum(float(table.costs[i]) for part in chosen for table, i in part)
+
+
+def _upgrade(chosen: list[_Choice], budget: float) -> list[Candidate]:
     """Spend what is left: repeatedly the upgrade of one unit that gains most loss per cost and still fits."""
-    lists = {entry[0].unit: entry for group in groups for alternative in group.alternatives for entry in alternative}
-    current = {c.unit: c for c in chosen}
-    left = budget - sum(cost(c.option, resource) for c in chosen)
+    places = [i for _, i in chosen]
+    left = budget - sum(float(table.costs[i]) for table, i in chosen)
     while True:
-        best: tuple[float, Candidate] | None = None
-        for unit, now in current.items():
-            for other in lists[unit]:
-                extra = cost(other.option, resource) - cost(now.option, resource)
-                gain = now.option.loss - other.option.loss
-                if 0 < extra <= left and gain > 0 and (best is None or gain / extra > best[0]):
-                    best = (gain / extra, other)
-        if best is None:
-            return list(current.values())
-        left -= cost(best[1].option, resource) - cost(current[best[1].unit].option, resource)
-        current[best[1].unit] = best[1]
+        best = (0.0, 0, 0)
+        for number, (table, _) in enumerate(chosen):
+            now = places[number]
+            extra = table.costs - table.costs[now]
+            gain = table.losses[now] - table.losses
+            rate = np.where((extra > 0) & (extra <= left), gain / np.where(extra > 0, extra, 1.0), 0.0)
+            top = int(rate.argmax())
+            best = max(best, (float(rate[top]), number, top))
+        if best[0] <= 0.0:
+            return [table.entry[i] for (table, _), i in zip(chosen, places, strict=True)]
+        _, number, top = best
+        left -= float(chosen[number][0].costs[top] - chosen[number][0].costs[places[number]])
+        places[number] = top
 
 
 def uniform(groups: Sequence[Group], ratio: float, sizes: dict[str, float], resource: Resource) -> list[Candidate]:
