@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def test_a_model_without_a_row_takes_per_matrix_methods() -> None:
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
-    model = transformers.FalconForCausalLM(config).eval()
+    model = transformers.FalconForCausalLM(copy.deepcopy(config)).eval()
     report = tc.compress_(model, tc.SVD(ratio=0.7), DATA, progress=False)
     assert report.ratio_achieved <= 0.7
     fresh = transformers.FalconForCausalLM(config).eval()
