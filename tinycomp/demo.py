@@ -71,6 +71,7 @@ class Demo:
         max_seq_length: tokens of a calibration window.
         repeats: interleaved rounds of the speed measurement.
         decode_tokens: greedy steps in each of them.
+        short: SWSC without refinement, which takes most of its time.
     """
 
     methods: tuple[str, ...] = ("cur", "swsc", "svd", "widthprune")
@@ -82,6 +83,7 @@ class Demo:
     max_seq_length: int = 256
     repeats: int = 3
     decode_tokens: int = 8
+    short: bool = True
 
     @classmethod
     def full(cls) -> Demo:
@@ -89,7 +91,7 @@ class Demo:
             methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
             rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
             num_calibration_samples=48, max_seq_length=512, repeats=5,
-            decode_tokens=16,
+            decode_tokens=16, short=False,
         )  # fmt: skip
 
     def changed(self, **fields: Any) -> Demo:
@@ -145,7 +147,10 @@ class _Run:
         return self._shared[seed]
 
     def config(self, method: str, ratio: float | None, seed: int, setting: str) -> Any:
-        return make_configs(method, [setting] if setting else [], ratio=ratio, seed=seed)[0]
+        settings = [setting] if setting else []
+        if self.settings.short and method == "swsc":
+            settings += ["iterations=0", "steps=5"]
+        return make_configs(method, settings, ratio=ratio, seed=seed)[0]
 
     def measure(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
         """Add a row: sizes, perplexity, then speed interleaved with the dense model."""

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Replace
-from tinycomp.linalg import cholesky, damped, interpolate, row_pivots
+from tinycomp.linalg import cholesky, damped, interpolate, pivoted_qr, row_pivots
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
@@ -98,11 +98,15 @@ def _gram(linear: Linear) -> Tensor:
 
 def whitened_rows(linear: Linear, damping: float) -> Tensor:
     """diag(G)^(1/2) W Ls (m, n) float64: a row's length is its share of the loss, its direction its outputs."""
-    a = linear.weight.double() @ cholesky(_gram(linear), damping, linear.path)
+    return linear.weight.double() @ cholesky(_gram(linear), damping, linear.path) * _row_scale(linear)[:, None]
+
+
+def _row_scale(linear: Linear) -> Tensor:
+    """diag(G)^(1/2) (m,) float64, ones without G."""
     if linear.output_gram is None:
-        return a
+        return torch.ones(linear.out_features, dtype=torch.float64, device=linear.weight.device)
     diagonal = linear.output_gram.diagonal().double()
-    return a * (diagonal + 1e-6 * diagonal.mean()).clamp(min=1e-30).sqrt()[:, None]
+    return (diagonal + 1e-6 * diagonal.mean()).clamp(min=1e-30).sqrt()
 
 
 def select_rows(linear: Linear, rank: int, config: CUR) -> Tensor:
@@ -127,9 +131,15 @@ def row_losses(linear: Linear, config: CUR) -> Tensor:
     With A = W Ls and Q the rows of A orthonormalised in pivot order, keeping r rows leaves the coefficients of A on the
     later columns q_k of Q, so the loss is the sum over k >= r of c_kᵀ G c_k / 2 with c_k = A q_k.
     """
-    order = select_rows(linear, min(linear.weight.shape), config)
-    a = linear.weight.double() @ cholesky(_gram(linear), config.damping, linear.path)
-    coefficients = a @ torch.linalg.qr(a[order].T)[0]
+    if config.selection == "pivoted":
+        r, order = pivoted_qr(whitened_rows(linear, config.damping))
+        coefficients = torch.empty(r.T.shape, dtype=r.dtype, device=r.device)
+        coefficients[order] = r.T
+        coefficients /= _row_scale(linear)[:, None]
+    else:
+        order = select_rows(linear, min(linear.weight.shape), config)
+        a = linear.weight.double() @ cholesky(_gram(linear), config.damping, linear.path)
+        coefficients = a @ torch.linalg.qr(a[order].T)[0]
     weighted = coefficients if linear.output_gram is None else linear.output_gram.double() @ coefficients
     tail = (weighted * coefficients).sum(0).clamp(min=0).flip(0).cumsum(0).flip(0)
     return 0.5 * torch.cat([tail, tail.new_zeros(1)])
