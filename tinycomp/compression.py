@@ -91,6 +91,7 @@ class Job:
         self.calibration, self.bars, self.journal, self.key = calibration, bars, journal, key
         self.statistics = statistics
         self.spec: ModelSpec = spec_of(model)
+        self.in_sequence = config.sequential and "gram" in method.needs(config)
 
     def choose(self) -> Choices:
         """Targets, statistics and the sizes to build; the model and its weights are only read."""
@@ -159,18 +160,18 @@ class Job:
         total = Result()
         working = shadow_of(self.model)
         replay: Replay | None = None
-        wants_replay = self.config.sequential and "gram" in self.method.needs(self.config)
         last_stack: Stack | None = None
         for number, (stack, block) in enumerate(blocks):
             if stack is not last_stack:
-                replay = self._replay(stack, working, choices) if wants_replay else None
+                replay = self._replay(stack, working, choices) if self.in_sequence else None
                 last_stack = stack
             mine = [u for u in chosen if u.block.path == block.path]
             key = f"{self.key}:{block.path}"
             entry = self.journal.get(key) if self.journal else None
             if entry is not None:
                 result = Result(list(entry.edits), dict(entry.tensors), list(entry.records))
-                apply_(working, Plan(result.edits), result.tensors)
+                if self.in_sequence:
+                    apply_(working, Plan(result.edits), result.tensors)
             else:
                 result = self._build_block(block, mine, choices, replay, working)
                 if self.journal:
@@ -209,7 +210,8 @@ class Job:
             for unit in stage:
                 gathered = gather(self.model, unit, stats, weights)
                 result.extend(self.method.build(gathered, choices.by_unit[unit.name], self.config))
-            apply_(working, Plan(result.edits), result.tensors)
+            if self.in_sequence:
+                apply_(working, Plan(result.edits), result.tensors)
             total.extend(result)
         return total
 

@@ -100,7 +100,8 @@ def _run(
         calibration.seed = config.seed
         job = Job(shadow, method, config, calibration, bars, journal, f"{number}:{method.name}", statistics)
         steps.append(job.run(report))
-        apply_(shadow, *steps[-1])
+        if number + 1 < len(methods):
+            apply_(shadow, *steps[-1])
         statistics = None  # they describe the model before this step
     return steps
 
