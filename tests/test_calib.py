@@ -148,3 +148,16 @@ def test_replay_gives_what_the_model_gives(name: str) -> None:
         for _block in stack.blocks:
             replay.advance()
         assert torch.allclose(replay.hidden["working"][0], seen[0], atol=1e-5)
+
+
+def test_last_hidden_states_are_those_of_the_last_real_tokens() -> None:
+    model = FAMILIES["llama"].build()
+    spec = spec_of(model)
+    ids = text_batches(1)[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = collect(model, spec, [batch], frozenset({"gram", "last_hidden"})).last_hidden[spec.blocks[0].path]
+    with torch.no_grad():
+        hidden = model(**batch, output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(found, torch.stack([hidden[0, -1], hidden[1, 3], hidden[2, -1]]), atol=1e-6)

@@ -102,13 +102,6 @@ def test_size_rule_without_layers() -> None:
 # Layer choice
 
 
-def test_last_tokens_with_padding_on_either_side() -> None:
-    hidden = torch.arange(24.0).reshape(2, 4, 3)
-    assert torch.equal(curing.last_tokens(hidden), hidden[:, 3])
-    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
-    assert torch.equal(curing.last_tokens(hidden, mask), torch.stack([hidden[0, 1], hidden[1, 3]]))
-
-
 def test_layer_scores_are_mean_angles_of_the_inner_layers() -> None:
     def at(*degrees: float) -> Tensor:
         return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])

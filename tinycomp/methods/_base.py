@@ -7,7 +7,7 @@ A method is four things, gathered in `METHODS` (methods/__init__.py):
     options(unit, config) -> list   candidate sizes with the loss each is predicted to cost (pure, cheap to keep)
     build(unit, choice, config)     one chosen candidate as edits and tensors (pure: the model is untouched)
 
-The pipeline collects, allocates one budget over the options of all units, builds in sequence and applies.
+The pipeline collects, allocates one budget over the options of all units, builds block by block and applies.
 """
 
 from __future__ import annotations

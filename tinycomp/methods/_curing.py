@@ -108,14 +108,6 @@ def input_rms(gram: Tensor) -> Tensor:
     return gram.diagonal().clamp_min(0).sqrt()
 
 
-def last_tokens(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Hidden state (B, d) of the last token that is not padding, of (B, T, d) and a mask (B, T) padded on any side."""
-    if attention_mask is None:
-        return hidden[:, -1]
-    positions = torch.arange(hidden.shape[1], device=hidden.device) * (attention_mask != 0)
-    return hidden[torch.arange(len(hidden), device=hidden.device), positions.argmax(1)]
-
-
 def layer_scores(hidden: Sequence[Tensor]) -> dict[int, float]:
     """Mean angular distance arccos(cos(h_(l-1), h_l)) / pi of each candidate layer l = 1..L-2.
 
