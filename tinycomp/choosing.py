@@ -17,11 +17,13 @@ from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._curing import stored_numbers
 from tinycomp.methods._options import dense_option
 from tinycomp.models import ModelSpec
+from tinycomp.parallel import in_order
 from tinycomp.progress import Bars
 from tinycomp.speed_guard import SpeedGuard
 from tinycomp.targets import UnitSpec, gather, shapes
 
 Families = Sequence[tuple[Method, MethodConfig]]
+Found = dict[str, list[tuple[Method, MethodConfig, list[Option]]]]
 
 
 @dataclass
@@ -112,39 +114,70 @@ def _options(
     """Candidates of every unit. Families that never win on the first few blocks are dropped, by kind of linear."""
     competing = len(families) > 1
     screen = getattr(config, "screen", 0) if competing else 0
-    guard = SpeedGuard(model, config, notes) if competing and getattr(config, "guard_speed", False) else None
     blocks = sorted({u.index for u in units})
     probes = {blocks[(i + 1) * len(blocks) // (screen + 1)] for i in range(screen)} if screen else set()
-    order = sorted(units, key=lambda u: (u.index not in probes, u.index))
+    found: Found = {}
     losers: set[tuple[str, str]] = set()
-    wins: dict[tuple[str, str], bool] = {}
-    table: dict[str, list[Candidate]] = {}
-    screened = not probes
-    for number, spec in enumerate(order):
-        if not screened and spec.index not in probes:
-            losers, screened = {key for key, won in wins.items() if not won}, True
+    for part in (sorted(probes), [b for b in blocks if b not in probes]):
+        jobs = [[u for u in units if u.index == index] for index in part]
+
+        def weigh(block: list[UnitSpec], losers: set[tuple[str, str]] = losers) -> Found:
+            return {u.name: _offers(model, u, families, losers, store) for u in block}
+
+        for offers in in_order(weigh, jobs, next(model.parameters()).device):
+            found |= offers
+            bars.update("weighing options", len(found), len(units))
+        if part and probes and not losers:
+            losers = _losers(found, units, families)
             notes += [
                 f"{name} dropped for {kind}: never the best size on {len(probes)} blocks"
                 for name, kind in sorted(losers)
             ]
-        kind = spec.name.rsplit(".", 1)[-1]
-        unit = gather(model, spec, store.get(spec.paths) if store else {})
-        mine: list[Candidate] = []
-        for method, family in families:
-            if method.unit_kind != spec.kind or (method.name, kind) in losers:
-                continue
-            found = _remembered(store, method, family, unit)
-            if guard is not None:
-                found = guard.keep(unit, method, family, found)
-            mine += [Candidate(method.name, spec.name, _tagged(o, method.name) if competing else o) for o in found]
-        if not any(c.option.choice.get("dense") for c in mine) and (competing or not mine):
-            mine.append(Candidate("dense", spec.name, dense_option(unit)))
-        table[spec.name] = mine
-        if not screened:
-            for name in {c.method for c in mine} - {"dense"}:
-                wins[name, kind] = wins.get((name, kind), False) or _ever_best(name, mine)
-        bars.update("weighing options", number + 1, len(order))
-    return table
+    # Timed when nothing else runs any more.
+    guard = SpeedGuard(model, config, notes) if competing and getattr(config, "guard_speed", False) else None
+    return {u.name: _candidates(gather(model, u, store), found[u.name], guard, competing) for u in units}
+
+
+def _offers(
+    model: nn.Module, spec: UnitSpec, families: Families, losers: set[tuple[str, str]], store: StatsStore | None
+) -> list[tuple[Method, MethodConfig, list[Option]]]:
+    """What each family can do for this unit."""
+    unit = gather(model, spec, store)
+    return [
+        (method, family, _remembered(store, method, family, unit))
+        for method, family in families
+        if method.unit_kind == spec.kind and (method.name, _kind(spec)) not in losers
+    ]
+
+
+def _kind(spec: UnitSpec) -> str:
+    return spec.name.rsplit(".", 1)[-1]
+
+
+def _losers(found: Found, units: list[UnitSpec], families: Families) -> set[tuple[str, str]]:
+    """(family, kind of linear) pairs whose options were dominated in every block tried."""
+    known = {u.name: _kind(u) for u in units if u.name in found}
+    tried: set[tuple[str, str]] = set()
+    won: set[tuple[str, str]] = set()
+    for name, offers in found.items():
+        candidates = [Candidate(method.name, name, o) for method, _, options in offers for o in options]
+        for method, _, _ in offers:
+            tried.add((method.name, known[name]))
+            if _ever_best(method.name, candidates):
+                won.add((method.name, known[name]))
+    return tried - won
+
+
+def _candidates(
+    unit: Unit, offers: list[tuple[Method, MethodConfig, list[Option]]], guard: SpeedGuard | None, competing: bool
+) -> list[Candidate]:
+    mine: list[Candidate] = []
+    for method, family, options in offers:
+        kept = options if guard is None else guard.keep(unit, method, family, options)
+        mine += [Candidate(method.name, unit.name, _tagged(o, method.name) if competing else o) for o in kept]
+    if not any(c.option.choice.get("dense") for c in mine) and (competing or not mine):
+        mine.append(Candidate("dense", unit.name, dense_option(unit)))
+    return mine
 
 
 def _remembered(store: StatsStore | None, method: Method, config: MethodConfig, unit: Unit) -> list[Option]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,12 @@ from tinycomp.edits import Plan
 from tinycomp.io import Journal
 from tinycomp.methods import Method, MethodConfig, Result
 from tinycomp.models import BlockSpec, ModelSpec, Stack, spec_of
+from tinycomp.parallel import in_order
 from tinycomp.progress import Bars
 from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, check_finite, find_targets, gather, shapes, unit_specs
 
+Blocks = list[tuple[Stack, BlockSpec]]
 REFIT_DAMPING = 1e-2  # pull of the refit target towards the original weight; see linalg.refit
 
 
@@ -157,30 +160,49 @@ class Job:
     def _build(self, choices: Choices) -> Result:
         chosen = [u for u in self.units if u.name in choices.by_unit]
         blocks = [(stack, block) for stack in self.spec.stacks for block in stack.blocks]
+        mine = {block.path: [u for u in chosen if u.block.path == block.path] for _, block in blocks}
+        built = self._in_sequence(blocks, mine, choices) if self.in_sequence else self._apart(blocks, mine, choices)
         total = Result()
+        for number, result in enumerate(built):
+            total.extend(result)
+            self.bars.update(f"{self.method.name}: compressing", number + 1, len(blocks))
+        return total
+
+    def _apart(self, blocks: Blocks, mine: dict[str, list[UnitSpec]], choices: Choices) -> Iterator[Result]:
+        """Every block from the original model's statistics, on all cores."""
+
+        def build(entry: tuple[Stack, BlockSpec]) -> Result:
+            path = entry[1].path
+            return self._finished(path) or self._keep(path, self._build_block(entry[1], mine[path], choices))
+
+        yield from in_order(build, blocks, next(self.model.parameters()).device)
+
+    def _in_sequence(self, blocks: Blocks, mine: dict[str, list[UnitSpec]], choices: Choices) -> Iterator[Result]:
+        """Every block from the inputs that the compressed blocks before it produce."""
         working = shadow_of(self.model)
         replay: Replay | None = None
         last_stack: Stack | None = None
         for number, (stack, block) in enumerate(blocks):
             if stack is not last_stack:
-                replay = self._replay(stack, working, choices) if self.in_sequence else None
-                last_stack = stack
-            mine = [u for u in chosen if u.block.path == block.path]
-            key = f"{self.key}:{block.path}"
-            entry = self.journal.get(key) if self.journal else None
-            if entry is not None:
-                result = Result(list(entry.edits), dict(entry.tensors), list(entry.records))
-                if self.in_sequence:
-                    apply_(working, Plan(result.edits), result.tensors)
+                replay, last_stack = self._replay(stack, working, choices), stack
+            finished = self._finished(block.path)
+            if finished is None:
+                yield self._keep(block.path, self._build_block(block, mine[block.path], choices, replay, working))
             else:
-                result = self._build_block(block, mine, choices, replay, working)
-                if self.journal:
-                    self.journal.put(key, result.edits, result.tensors, result.records)
-            total.extend(result)
+                apply_(working, Plan(finished.edits), finished.tensors)
+                yield finished
             if replay is not None and number + 1 < len(blocks):
                 replay.advance()
-            self.bars.update(f"{self.method.name}: compressing", number + 1, len(blocks))
-        return total
+
+    def _finished(self, path: str) -> Result | None:
+        """What an earlier, interrupted run has journalled for this block."""
+        entry = self.journal.get(f"{self.key}:{path}") if self.journal else None
+        return None if entry is None else Result(list(entry.edits), dict(entry.tensors), list(entry.records))
+
+    def _keep(self, path: str, result: Result) -> Result:
+        if self.journal:
+            self.journal.put(f"{self.key}:{path}", result.edits, result.tensors, result.records)
+        return result
 
     def _replay(self, stack: Stack, working: nn.Module, choices: Choices) -> Replay | None:
         batches = self.calibration.batches()
@@ -192,9 +214,10 @@ class Job:
         return Replay(self.model, working, stack, batches, decoder)
 
     def _build_block(
-        self, block: BlockSpec, units: list[UnitSpec], choices: Choices, replay: Replay | None, working: nn.Module
-    ) -> Result:
-        """The units of one block, built in call order; later ones see the earlier ones' errors when in sequence."""
+        self, block: BlockSpec, units: list[UnitSpec], choices: Choices, replay: Replay | None = None,
+        working: nn.Module | None = None,
+    ) -> Result:  # fmt: skip
+        """The units of one block, built in call order; later ones see the errors left in `working`."""
         total = Result()
         store = self.statistics
         first = {path: i for i, path in enumerate(block.linears)}
@@ -208,9 +231,9 @@ class Job:
                     weights[path] = self._target(path, fresh.cross, fresh.gram)
             result = Result()
             for unit in stage:
-                gathered = gather(self.model, unit, stats, weights)
+                gathered = gather(self.model, unit, store, stats, weights)
                 result.extend(self.method.build(gathered, choices.by_unit[unit.name], self.config))
-            if self.in_sequence:
+            if working is not None:
                 apply_(working, Plan(result.edits), result.tensors)
             total.extend(result)
         return total

@@ -8,7 +8,7 @@ Everything factors in float64 on the tensor's device and returns float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -20,6 +20,13 @@ from tinycomp import ops
 
 ONE_THREAD_SIZE = 1024
 _FALLBACKS: list[str] = []
+
+Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+
+
+def made_anew(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A `Remember` without a memory."""
+    return make()
 
 
 def drain_fallbacks() -> list[str]:
@@ -88,25 +95,39 @@ class Truncation:
     """The best rank-r approximations of W for every r, in the norm tr(G E S Eᵀ).
 
     A = Lgᵀ W Ls with G = Lg Lgᵀ and S = Ls Lsᵀ turns that norm into the plain Frobenius norm, so the answer is the
-    truncated SVD of A mapped back. Singular vectors come from the Gram matrix of A's smaller side, in float64.
+    truncated SVD of A mapped back. Singular vectors come from the Gram matrix of A's smaller side, in float64, which
+    takes the Cholesky factor of that side's weighting only.
 
     Args:
         weight: (m, n).
         gram: S (n, n), or None for the identity.
         output_gram: G (m, m), or None for the identity.
-        damping: fraction of the mean diagonal added to S; G gets at least 1e-6.
+        damping: fraction of the mean diagonal added to S and G; G, and the side that is factored, get at least 1e-6.
+        remember: see `Linear.remember`.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor | None, output_gram: Tensor | None, damping: float):
+    def __init__(
+        self, weight: Tensor, gram: Tensor | None, output_gram: Tensor | None, damping: float,
+        remember: Remember = made_anew,
+    ):  # fmt: skip
         self.weight = weight.double()
-        self.left = None if output_gram is None else cholesky(output_gram, max(damping, 1e-6), "output gram")
-        self.right = None if gram is None else cholesky(gram, damping)
-        a = self.weight if self.left is None else self.left.T @ self.weight
-        self.a = a if self.right is None else a @ self.right
-        self.by_rows = a.shape[0] <= a.shape[1]
-        values, vectors = eigh(self.a @ self.a.T if self.by_rows else self.a.T @ self.a)
-        self.squares = values.flip(0).clamp(min=0)
-        self.vectors = vectors.flip(1)
+        self.by_rows = weight.shape[0] <= weight.shape[1]
+        near, far = (output_gram, gram) if self.by_rows else (gram, output_gram)
+        self.near = None if near is None else cholesky(near, max(damping, 1e-6), "gram of the smaller side")
+        far_damping = damping if self.by_rows else max(damping, 1e-6)
+        key = f"truncation {gram is None} {output_gram is None} {damping}"
+        found = remember(key, lambda: self._spectrum(far, far_damping))
+        self.squares, self.vectors = found["squares"], found["vectors"].double()
+
+    def _spectrum(self, far: Tensor | None, damping: float) -> dict[str, Tensor]:
+        if far is not None:
+            require_finite("gram of the larger side", far)
+        x = self.weight if self.by_rows else self.weight.T
+        product = (x if far is None else x @ damped(far, damping)) @ x.T
+        if self.near is not None:
+            product = self.near.T @ product @ self.near
+        values, vectors = eigh(product)
+        return {"squares": values.flip(0).clamp(min=0), "vectors": vectors.flip(1).float()}
 
     def losses(self) -> Tensor:
         """(min(m, n) + 1,) float64: tr(G E S Eᵀ)/2 left over at rank 0, 1, ..., min(m, n)."""
@@ -116,15 +137,11 @@ class Truncation:
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """L (m, r), R (r, n) in float64 with L R the best rank-r approximation."""
         v = self.vectors[:, :rank]
+        back = v if self.near is None else torch.linalg.solve_triangular(self.near.T, v, upper=True)
+        forward = v if self.near is None else self.near @ v
         if self.by_rows:
-            back = v if self.left is None else torch.linalg.solve_triangular(self.left.T, v, upper=True)
-            forward = v if self.left is None else self.left @ v
             return back, forward.T @ self.weight
-        forward = v if self.right is None else self.right @ v
-        back = v.T
-        if self.right is not None:
-            back = torch.linalg.solve_triangular(self.right, back, upper=False, left=False)
-        return self.weight @ forward, back
+        return self.weight @ forward, back.T
 
 
 def pivoted_rank(size: float, m: int, n: int) -> int:
@@ -144,15 +161,15 @@ def pivoted_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     m, rank = left.shape
     with one_thread() if m <= 4 * ONE_THREAD_SIZE else nullcontext():
-        swaps = torch.linalg.lu_factor(left.double())[1]
+        packed, swaps = torch.linalg.lu_factor(left.double())
     places = torch.arange(m, device=left.device)
     for i, swap in enumerate((swaps - 1).tolist()):
         places[[i, swap]] = places[[swap, i]]
     pivots = places[:rank]
-    order, rest = row_order(pivots, m)
-    square = left[pivots]
-    t = torch.linalg.solve(square.T, left[rest].T).T if rank else left.new_zeros(m, 0)
-    return (square @ right).float(), t.float(), order
+    order, _ = row_order(pivots, m)
+    # left[places] = [L1; L2] U, so T = L2 L1^-1; its rows are brought into the order of `order`.
+    t = torch.linalg.solve_triangular(packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True)
+    return (left[pivots] @ right).float(), t[places[rank:].argsort()].float(), order
 
 
 def row_pivots(a: Tensor, count: int, method: str) -> Tensor:
@@ -177,14 +194,18 @@ def row_pivots(a: Tensor, count: int, method: str) -> Tensor:
     return torch.from_numpy(order[:count].astype(np.int64))
 
 
-def pivoted_qr(a: Tensor) -> tuple[Tensor, Tensor]:
-    """R (k, m) upper trapezoidal and the order (m,) int64 with aᵀ[:, order] = Q R, for a (m, n), k = min(m, n).
+def pivoted_cholesky(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """U (count, m) upper trapezoidal and the order (m,) int64 with gram[order][:, order] ~ Uᵀ U, pivots descending.
 
-    Column i of R holds the coefficients of row order[i] of `a` on the rows before it, orthonormalised.
+    Of A Aᵀ these are the pivots and the R of the column-pivoted QR of Aᵀ, several times faster. Column i of U holds
+    the coefficients of row order[i] of A on the rows before it, orthonormalised. Rows of U below the numerical rank
+    are zero.
     """
-    r, order = scipy.linalg.qr(a.detach().cpu().numpy().T, mode="r", pivoting=True, check_finite=False)
-    rows = torch.from_numpy(r[: min(a.shape)]).to(a.device)
-    return rows, torch.from_numpy(order.astype(np.int64)).to(a.device)
+    upper, places, rank, _ = scipy.linalg.lapack.dpstrf(gram.double().cpu().numpy().T, lower=0)
+    rows = torch.from_numpy(upper[:count]).triu()
+    rows[rank:] = 0.0
+    order = torch.from_numpy(places.astype(np.int64) - 1)
+    return rows.to(gram.device), order.to(gram.device)
 
 
 def row_order(pivots: Tensor, m: int) -> tuple[Tensor, Tensor]:

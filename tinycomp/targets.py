@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
+from tinycomp.linalg import made_anew
 from tinycomp.methods import Linear, MethodConfig, Unit
 from tinycomp.models import BlockSpec, ModelSpec
 
@@ -106,9 +109,13 @@ def unit_specs(spec: ModelSpec, paths: Iterable[str], kinds: set[str], method: s
     return found
 
 
-def gather(model: nn.Module, spec: UnitSpec, stats: dict[str, Any], weights: dict[str, Tensor] | None = None) -> Unit:
-    """The unit's linears with their statistics; `weights` replaces the model's own where given."""
+def gather(
+    model: nn.Module, spec: UnitSpec, store: StatsStore | None, stats: dict[str, Any] | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> Unit:  # fmt: skip
+    """The unit's linears with their statistics; `stats` and `weights` replace the stored and the model's own ones."""
     linears = []
+    stats = stats or (store.get(spec.paths) if store else {})
     for path in spec.paths:
         module = model.get_submodule(path)
         weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
@@ -123,6 +130,7 @@ def gather(model: nn.Module, spec: UnitSpec, stats: dict[str, Any], weights: dic
                 output_gram=None if entry is None else entry.output_gram,
                 transposed=transposed,
                 dtype=weight.dtype,
+                remember=made_anew if store is None or weights else partial(store.remember, path),
             )
         )
     return Unit(spec.name, spec.kind, tuple(linears), spec.index, spec.block.ffn if spec.kind == "ffn" else None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinycomp.calib.loss import fisher_loss, no_cache
-from tinycomp.calib.stats import LinearStats, Rows, add_gram, features_out, linear_paths
+from tinycomp.calib.stats import LinearStats, Rows, add_gram, features_out, linear_paths, mirrored
 from tinycomp.models import BlockSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]
@@ -33,7 +35,8 @@ class StatsStore:
         self._alias: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
         self._file: dict[str, Path] = {}
-        self._cached: tuple[set[Path], dict[str, Tensor]] = (set(), {})
+        self._remembered: dict[tuple[str, str], Path] = {}
+        self._cached = threading.local()  # units of one block are asked for one after another, by one thread
         self.last_hidden: dict[str, Tensor] = {}
         self.options: dict[tuple[str, str, str], Any] = {}
 
@@ -54,9 +57,10 @@ class StatsStore:
         """Statistics of these linears; those that share an input share its Gram matrix."""
         files = {self._file[p] for p in paths if p in self._file}
         files |= {self._file[self._alias[p]] for p in paths if self._alias.get(p) in self._file}
-        if files != self._cached[0]:  # units of one block are asked for one after another
-            self._cached = (files, {k: v for file in files for k, v in load_file(file).items()})
-        loaded = self._cached[1]
+        if files != getattr(self._cached, "files", None):
+            self._cached.tensors = {k: v for file in files for k, v in load_file(file).items()}
+            self._cached.files = files
+        loaded = self._cached.tensors
         return {
             p: LinearStats(
                 gram=loaded.get(f"{self._alias.get(p, p)}|gram"),
@@ -73,6 +77,17 @@ class StatsStore:
     def seen(self, path: str) -> bool:
         """Whether the model called this linear at all."""
         return self._tokens.get(path, 0) > 0
+
+    def remember(self, path: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`make()`, or what it returned the first time this linear and key came; kept in the temporary folder."""
+        known = self._remembered.get((path, key))
+        if known is not None:
+            return load_file(known)
+        made = make()
+        target = Path(self._folder.name) / f"remembered-{uuid.uuid4().hex}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, target)
+        self._remembered[path, key] = target
+        return made
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -189,8 +204,8 @@ class _Collector:
                         "check the weights and the data, or load the model in float32"
                     )
             out[path] = LinearStats(
-                None if gram is None else gram / entry.tokens,
-                None if grad is None else grad / tokens,
+                None if gram is None else mirrored(gram) / entry.tokens,
+                None if grad is None else mirrored(grad) / tokens,
                 None,
                 entry.tokens,
             )

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 
+GRAM_SLABS = 4
+
 
 @dataclass
 class LinearStats:
@@ -54,8 +56,24 @@ class Rows:
 
 
 def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
-    """total + rowsᵀ rows, allocating a float32 accumulator the first time."""
+    """total + rowsᵀ rows, allocating a float32 accumulator the first time.
+
+    On the CPU only the upper triangle is kept up, in slabs: two thirds of the time. `mirrored` fills the rest.
+    """
+    n = rows.shape[-1]
     if total is None:
-        total = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=torch.float32, device=rows.device)
-    ops.gram_accumulate_(total, rows)
+        total = torch.zeros(n, n, dtype=torch.float32, device=rows.device)
+    if rows.device.type != "cpu":
+        ops.gram_accumulate_(total, rows)
+        return total
+    wide = rows.float()
+    height = -(-n // GRAM_SLABS)
+    for start in range(0, n, height):
+        stop = start + height
+        total[start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
     return total
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrix of which `total` holds the upper triangle."""
+    return total.triu() + total.triu(1).T

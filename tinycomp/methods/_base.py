@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tinycomp.edits import Edit
+from tinycomp.linalg import Remember, made_anew
 from tinycomp.models import FFNSpec
 
 NEEDS = frozenset({"gram", "output_gram", "last_hidden"})
@@ -67,6 +68,8 @@ class Linear:
         output, or None. tr(G dW S dWᵀ)/2 predicts the loss in nats per token (K-FAC).
     transposed: the module stores its weight as (in, out) (GPT-2's Conv1D).
     dtype: the module's dtype, which stored factors take.
+    remember: `remember(key, make)` returns `make()`, from memory when these statistics have seen `key` for this linear:
+        for factorisations that options, other ratios and `build` share.
     """
 
     path: str
@@ -76,6 +79,7 @@ class Linear:
     output_gram: Tensor | None = None
     transposed: bool = False
     dtype: torch.dtype = torch.float32
+    remember: Remember = field(default=made_anew, repr=False)
     _energy: float | None = field(default=None, repr=False)
 
     @property

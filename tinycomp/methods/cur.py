@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Replace
-from tinycomp.linalg import cholesky, damped, interpolate, pivoted_qr, row_pivots
+from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
@@ -111,18 +111,31 @@ def _row_scale(linear: Linear) -> Tensor:
 
 def select_rows(linear: Linear, rank: int, config: CUR) -> Tensor:
     """Indices (rank,) int64 of the rows that stay, in the order of choice."""
-    a = whitened_rows(linear, config.damping)
     if config.selection == "pivoted":
-        return row_pivots(a, rank, "qr")
+        return _pivoted(linear, config)["order"][:rank]
     if config.selection in _curing.GREEDY:
         return _curing.choose_indices(_selection_matrix(linear, config), rank, config.selection, config.seed)[0]
     from tinycomp import selection
 
-    return selection.select(a, rank, config.selection, config.seed)
+    return selection.select(whitened_rows(linear, config.damping), rank, config.selection, config.seed)
 
 
 def _selection_matrix(linear: Linear, config: CUR) -> Tensor:
     return _curing.selection_matrix(linear.weight.float(), _curing.input_rms(_gram(linear)), config.signed)
+
+
+def _pivoted(linear: Linear, config: CUR) -> dict[str, Tensor]:
+    """All rows in pivot order, and the predicted losses of keeping the first r of them (see `row_losses`)."""
+
+    def make() -> dict[str, Tensor]:
+        weight, scale = linear.weight.double(), _row_scale(linear)
+        gram = weight @ damped(_gram(linear), config.damping) @ weight.T * torch.outer(scale, scale)
+        upper, order = pivoted_cholesky(gram, min(weight.shape))
+        coefficients = torch.empty(upper.T.shape, dtype=upper.dtype, device=upper.device)
+        coefficients[order] = upper.T
+        return {"order": order, "losses": _losses(linear, coefficients / scale[:, None])}
+
+    return linear.remember(f"pivoted rows {config.damping}", make)
 
 
 def row_losses(linear: Linear, config: CUR) -> Tensor:
@@ -132,14 +145,13 @@ def row_losses(linear: Linear, config: CUR) -> Tensor:
     later columns q_k of Q, so the loss is the sum over k >= r of c_kᵀ G c_k / 2 with c_k = A q_k.
     """
     if config.selection == "pivoted":
-        r, order = pivoted_qr(whitened_rows(linear, config.damping))
-        coefficients = torch.empty(r.T.shape, dtype=r.dtype, device=r.device)
-        coefficients[order] = r.T
-        coefficients /= _row_scale(linear)[:, None]
-    else:
-        order = select_rows(linear, min(linear.weight.shape), config)
-        a = linear.weight.double() @ cholesky(_gram(linear), config.damping, linear.path)
-        coefficients = a @ torch.linalg.qr(a[order].T)[0]
+        return _pivoted(linear, config)["losses"]
+    order = select_rows(linear, min(linear.weight.shape), config)
+    a = linear.weight.double() @ cholesky(_gram(linear), config.damping, linear.path)
+    return _losses(linear, a @ torch.linalg.qr(a[order].T)[0])
+
+
+def _losses(linear: Linear, coefficients: Tensor) -> Tensor:
     weighted = coefficients if linear.output_gram is None else linear.output_gram.double() @ coefficients
     tail = (weighted * coefficients).sum(0).clamp(min=0).flip(0).cumsum(0).flip(0)
     return 0.5 * torch.cat([tail, tail.new_zeros(1)])

@@ -53,7 +53,7 @@ def _truncation(linear: Linear, config: SVD) -> Truncation:
     require_finite(linear)
     gram = None if config.weighting == "none" else linear.gram
     output_gram = linear.output_gram if config.weighting == "loss" else None
-    return Truncation(linear.weight, gram, output_gram, config.damping)
+    return Truncation(linear.weight, gram, output_gram, config.damping, linear.remember)
 
 
 def decompose(linear: Linear, rank: int, config: SVD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
