@@ -128,6 +128,7 @@ def fit(
     metric: Metric | None = None,
     iterations: int = 2,
     lloyd: Lloyd | None = None,
+    start: Clusters | None = None,
 ) -> tuple[Factors, list[float]]:
     """Factors of an (m, n) fp32 weight, and the weighted |W - W'| after every half-step (never rising).
 
@@ -139,6 +140,7 @@ def fit(
         metric: of that axis; the plain Frobenius norm when None.
         lloyd: settings of the first k-means; refinements take at most five steps from where they are.
         iterations: rounds of k-means on W - A B, then the low-rank step on W minus the shared part, after the first.
+        start: the first clustering, where it is known.
 
     Raises:
         ValueError: more clusters than channels, or a rank above min(m, n).
@@ -146,7 +148,7 @@ def fit(
     require_fits(weight.shape[0], weight.shape[1], k, r, axis)
     metric, lloyd = metric or Metric(), lloyd or Lloyd()
     target = metric.whiten_along((weight if axis == 0 else weight.T).float())
-    clusters = cluster_step(target, k, metric, lloyd)
+    clusters = start or cluster_step(target, k, metric, lloyd)
     a, b = _correct(target - clusters.expand(), r, metric)
     history = [_norm(target - clusters.expand() - a @ b, metric)]
     for _ in range(iterations):

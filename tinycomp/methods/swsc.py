@@ -26,14 +26,16 @@ makes that plain k-means: see `_shared_weights.cluster_step`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from tinycomp.edits import Replace
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
-from tinycomp.methods._kmeans import Lloyd
+from tinycomp.methods._kmeans import Clusters, Lloyd
 from tinycomp.methods._options import dense_option, require_finite, size_grid
 from tinycomp.methods._shared_weights import (
     Metric,
@@ -147,17 +149,40 @@ def options(unit: Unit, config: SWSC) -> list[Option]:
     m, n = linear.weight.shape
     number_bits = linear.dtype.itemsize * 8
     sizes = candidates(m, n, number_bits, config)
-    metric, axis = config.metric(linear), config.layout["axis"]
-    target = metric.whiten_along((linear.weight if axis == 0 else linear.weight.T).float())
+    fitting = _Fitting(linear, config)
     tails, found = {}, {}
     for k in sorted({k for pairs in sizes for k, _ in pairs}):
-        tails[k] = squared_tail(target, cluster_step(target, k, metric, config.lloyd), metric)
+        tails[k] = fitting.first(k)["tail"]
     for pairs in sizes:
         k, r = min(pairs, key=lambda pair: float(tails[pair[0]][pair[1]]))
         size = stored_numbers(m, n, k, r, **config.layout)
         bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
         found[k, r] = Option(size, bits, 0.5 * float(tails[k][r]), {"clusters": k, "rank": r})
     return list(found.values()) + ([] if config.fixed else [dense_option(unit)])
+
+
+class _Fitting:
+    """One matrix under one config: the metric, made when first needed, and the first clustering for every k."""
+
+    def __init__(self, linear: Linear, config: SWSC):
+        self.linear, self.config = linear, config
+
+    @cached_property
+    def metric(self) -> Metric:
+        return self.config.metric(self.linear)
+
+    def first(self, k: int) -> dict[str, Tensor]:
+        """labels, centroids and scales of the first pass, and `tail`: the squared error left at every rank."""
+        apart = {"ratio", "bits", "rank", "clusters", "targets", "ignore", "iterations", "sequential", "allocation"}
+        return self.linear.remember(f"SWSC {k} {self.config.model_dump_json(exclude=apart)}", lambda: self._first(k))
+
+    def _first(self, k: int) -> dict[str, Tensor]:
+        weight = self.linear.weight if self.config.axis == "output" else self.linear.weight.T
+        target = self.metric.whiten_along(weight.float())
+        found = cluster_step(target, k, self.metric, self.config.lloyd)
+        made = {"labels": found.labels, "centroids": found.centroids, "scales": found.scales}
+        made["tail"] = squared_tail(target, found, self.metric)
+        return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
 def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tuple[int, int]]]:
@@ -200,14 +225,17 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
     require_finite(linear)
     m, n = linear.weight.shape
     k, r, axis = choice["clusters"], choice["rank"], config.layout["axis"]
+    fitting = _Fitting(linear, config)
+    first = fitting.first(k)
     factors, history = fit(
         linear.weight,
         k,
         r,
         axis=axis,
-        metric=config.metric(linear),
+        metric=fitting.metric,
         iterations=config.iterations,
         lloyd=config.lloyd,
+        start=Clusters(first["labels"], first["centroids"], first.get("scales")),
     )
     factors = factors.to(linear.dtype)
     labels = factors.labels.to(torch.uint8 if k <= 256 else torch.int32)

@@ -57,11 +57,15 @@ class Selection:
             raise ValueError(f"{down.path}: got no calibration statistics, allowed WidthPrune with data; pass `data`")
         self.down, self.config = down, config
         if config.selection == "surgeon":
-            self.elimination = Elimination(down.weight, down.gram, down.output_gram, config.damping)
-            self.order = self.elimination.order
+            found = down.remember(f"elimination {config.damping}", self._eliminate)
+            self.order, self.losses = found["order"], found["losses"]
         else:
             energy = down.weight.float().pow(2).sum(0) * down.gram.diagonal()
             self.order = energy.argsort(stable=True)
+
+    def _eliminate(self) -> dict[str, Tensor]:
+        found = Elimination(self.down.weight, self.down.gram, self.down.output_gram, self.config.damping)  # type: ignore[arg-type]
+        return {"order": found.order, "losses": found.loss}
 
     def kept(self, count: int) -> Tensor:
         """Ascending indices of the units kept at this width."""
@@ -76,7 +80,7 @@ class Selection:
     def loss(self, count: int) -> float:
         """Predicted loss in nats per token."""
         if self.config.selection == "surgeon" and self.config.refit:
-            return float(self.elimination.loss[len(self.order) - count])
+            return float(self.losses[len(self.order) - count])
         kept = self.kept(count)
         approximation = torch.zeros_like(self.down.weight, dtype=torch.float32)
         approximation[:, kept] = self.weight(kept)
