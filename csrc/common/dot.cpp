@@ -56,6 +56,10 @@ void widen(Type type, const void* from, float* to, int64_t n) {
   choice().table->widen[static_cast<int>(type)](from, to, n);
 }
 
+void narrow(Type type, const float* from, void* to, int64_t n) {
+  choice().table->narrow[static_cast<int>(type)](from, to, n);
+}
+
 const char* instruction_set() { return choice().name; }
 
 }  // namespace tinycomp

@@ -21,6 +21,9 @@ void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, c
 // Exact float32 copies of n adjacent f32, bf16, f16 or i8 values.
 void widen(Type type, const void* from, float* to, int64_t n);
 
+// n float32 values rounded to f32, bf16 or f16.
+void narrow(Type type, const float* from, void* to, int64_t n);
+
 // "avx512", "avx2" or "portable".
 const char* instruction_set();
 

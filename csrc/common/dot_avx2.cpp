@@ -11,7 +11,8 @@ namespace {
 
 struct Avx2 {
   using Vec = __m256;
-  static constexpr int width = 8, max_rows = 2;
+  static constexpr int width = 8, inputs = 2;
+  static constexpr bool narrows = false;
 
   TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -31,6 +32,12 @@ struct Avx2 {
     const __m256i eight = _mm256_set1_epi32(8);
     low = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), eight));
     high = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), eight));
+  }
+  template <class T>
+  TINYCOMP_TARGET static Vec load_first(const T* p, int64_t n) {
+    T padded[width] = {};
+    std::copy_n(p, n, padded);
+    return load(padded);
   }
   TINYCOMP_TARGET static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   TINYCOMP_TARGET static float sum(Vec v) {

@@ -11,7 +11,8 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int width = 16, max_rows = 4;
+  static constexpr int width = 16, inputs = 6;
+  static constexpr bool narrows = true;
 
   TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -26,6 +27,22 @@ struct Avx512 {
   TINYCOMP_TARGET static Vec load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  TINYCOMP_TARGET static __m256i first16(const void* p, int64_t n) {
+    return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+  TINYCOMP_TARGET static Vec load_first(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+  TINYCOMP_TARGET static Vec load_first(const torch::headeronly::BFloat16* p, int64_t n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(first16(p, n)), 16));
+  }
+  TINYCOMP_TARGET static Vec load_first(const torch::headeronly::Half* p, int64_t n) {
+    return _mm512_cvtph_ps(first16(p, n));
+  }
+  TINYCOMP_TARGET static Vec load_first(const int8_t* p, int64_t n) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
   TINYCOMP_TARGET static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
     // A table look-up by the low four bits of each lane is the mask, the subtraction and the conversion at once.
     const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -34,6 +51,16 @@ struct Avx512 {
     high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels);
   }
   TINYCOMP_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  TINYCOMP_TARGET static void store(torch::headeronly::BFloat16* p, Vec v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  TINYCOMP_TARGET static void store(torch::headeronly::Half* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   TINYCOMP_TARGET static __m256 halve(Vec v) {
     return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   }

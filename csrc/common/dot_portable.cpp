@@ -8,7 +8,8 @@ namespace {
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
-  static constexpr int width = 4, max_rows = 2;
+  static constexpr int width = 4, inputs = 2;
+  static constexpr bool narrows = false;
 
   static Vec zero() { return Vec{}; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -17,6 +18,12 @@ struct Portable {
     Vec v;
     for (int i = 0; i < width; ++i) v[i] = static_cast<float>(p[i]);
     return v;
+  }
+  template <class T>
+  static Vec load_first(const T* p, int64_t n) {
+    T padded[width] = {};
+    std::copy_n(p, n, padded);
+    return load(padded);
   }
   static void store(float* p, Vec v) {
     for (int i = 0; i < width; ++i) p[i] = v[i];

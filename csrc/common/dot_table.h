@@ -9,8 +9,10 @@ struct DotTable {
   using Dot = void (*)(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                        int64_t m, float* out, int64_t ldo);
   using Widen = void (*)(const void* from, float* to, int64_t n);
+  using Narrow = void (*)(const float* from, void* to, int64_t n);
   Dot dot[5];
   Widen widen[4];
+  Narrow narrow[3];
 };
 
 extern const DotTable portable_dot;

@@ -7,10 +7,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "dot.h"
+#include "parallel.h"
 #include "register.h"
 
 namespace tinycomp {
@@ -18,9 +20,6 @@ namespace tinycomp {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
-
-// Up to this many input rows the kernels stream weights through `dot`; beyond, GEMM in torch is faster.
-constexpr int64_t kFewRows = 16;
 
 template <class T>
 constexpr ScalarType scalar_type = std::is_same_v<T, float>      ? ScalarType::Float
@@ -148,55 +147,121 @@ inline std::vector<int32_t> permutation(const Tensor& t, int64_t size, const cha
   return values;
 }
 
-// The few rows of an input in float32, adjacent.
-class FewInputs {
+// Floats for the length of a call, kept by the thread for the next one unless they are many.
+class Scratch {
  public:
-  template <class T>
-  FewInputs(const Tensor& matrix, T) : tensor_(torch::stable::contiguous(matrix)) {
-    const void* from = tensor_.const_data_ptr();
-    if constexpr (std::is_same_v<T, float>) {
-      data_ = static_cast<const float*>(from);
+  Scratch(int slot, int64_t floats) {
+    constexpr int64_t kKept = 1 << 20;
+    thread_local std::vector<float> kept[kSlots];
+    if (floats > kKept) {
+      own_.reset(new float[floats]);
+      data_ = own_.get();
     } else {
-      copy_.resize(tensor_.numel());
-      widen(dot_type<T>, from, copy_.data(), tensor_.numel());
-      data_ = copy_.data();
+      if (static_cast<int64_t>(kept[slot].size()) < floats) kept[slot].resize(floats);
+      data_ = kept[slot].data();
     }
   }
-  const float* data() const { return data_; }
+  float* data() const { return data_; }
+  static constexpr int kSlots = 5;
 
  private:
+  std::unique_ptr<float[]> own_;
+  float* data_;
+};
+// Slots: two scratch areas that are alive together need different ones.
+enum { kInputSlot, kMiddleSlot, kLinkSlot, kResultSlot, kLowSlot };
+
+// The rows of an input in float32, adjacent. Narrow ones are widened by `prepare`, the first stage of a call.
+class Inputs {
+ public:
+  template <class T>
+  Inputs(const Tensor& x, T)
+      : tensor_(x.is_contiguous() ? x : torch::stable::contiguous(x)),
+        from_(static_cast<const char*>(tensor_.const_data_ptr())),
+        cols(x.size(x.dim() - 1)),
+        rows(cols == 0 ? rows_of(x) : x.numel() / cols),
+        type_(dot_type<T>),
+        width_(sizeof(T)),
+        wide_(kInputSlot, type_ == Type::f32 ? 0 : rows * cols) {}
+
+  const float* data() const { return type_ == Type::f32 ? reinterpret_cast<const float*>(from_) : wide_.data(); }
+  Stage stage() const { return {type_ == Type::f32 ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
+  void prepare(int64_t first, int64_t last) const {
+    widen(type_, from_ + first * cols * width_, wide_.data() + first * cols, (last - first) * cols);
+  }
+
+ private:
+  static constexpr int64_t one = 1;
+  static int64_t rows_of(const Tensor& x) {
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+    return rows;
+  }
   Tensor tensor_;
-  std::vector<float> copy_;
-  const float* data_;
+  const char* from_;
+
+ public:
+  const int64_t cols, rows;
+
+ private:
+  Type type_;
+  int64_t width_;
+  Scratch wide_;
 };
 
-inline int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+// Inputs taken through the rows of a weight together, and rows whose results are stored together.
+constexpr int64_t kInputsAtOnce = 512, kBatch = 64;
 
-// store(j, i, value) for each input row j and each weight row i in the given blocks; inputs are `cols` floats apart.
-template <class Store>
-void dot_blocks(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, Store store) {
-  constexpr int64_t kBatch = 64;
-  float out[kFewRows * kBatch];
-  const int64_t end = std::min(last * kBlockRows, w.rows);
-  for (int64_t i = first * kBlockRows; i < end; i += kBatch) {
-    const int64_t n = std::min(kBatch, end - i);
-    dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x, w.cols, m, out, kBatch);
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t r = 0; r < n; ++r) store(j, i + r, out[j * kBatch + r]);
+// Weight rows as a stage: a chunk streams at least 32 KiB, and begins where a cache line of results does.
+inline Stage row_stage(const Weight& w) {
+  const int64_t rows = 32768 / std::max<int64_t>(w.stride, 1) / 16 * 16;
+  return {w.rows, std::clamp<int64_t>(rows, 16, kBatch)};
+}
+
+inline double weight_estimate(const Weight& w, int64_t m) {
+  return microseconds(static_cast<double>(w.rows) * w.stride, static_cast<double>(w.rows) * w.cols * m);
+}
+
+// out[j * ldo + i] for each of m inputs and each weight row i in [first, last); inputs are `w.cols` floats apart.
+inline void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, float* out, int64_t ldo) {
+  for (int64_t j = 0; j < m; j += kInputsAtOnce)
+    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * w.cols, w.cols,
+        std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo);
+}
+
+// Results of a layer: rows of `cols` values of type T, and what is added to each.
+template <class T>
+struct Output {
+  T* data;
+  int64_t cols;
+  const std::vector<float>& bias;  // empty: none
+
+  // Row j, results i to i + n, from float32 that may be overwritten.
+  void store(int64_t j, int64_t i, float* values, int64_t n) const {
+    if (!bias.empty())
+      for (int64_t c = 0; c < n; ++c) values[c] += bias[i + c];
+    narrow(dot_type<T>, values, data + j * cols + i, n);
   }
-}
+  // The same where result c belongs at column order[c].
+  void scatter(int64_t j, const int32_t* order, const float* values, int64_t n) const {
+    T* row = data + j * cols;
+    for (int64_t c = 0; c < n; ++c)
+      row[order[c]] = static_cast<T>(bias.empty() ? values[c] : values[c] + bias[order[c]]);
+  }
+};
 
-// Blocks of weight rows over threads; a thread is worth waking for 64 KiB of weights.
-template <class Body>
-void parallel_blocks(int64_t count, int64_t bytes_per_row, Body body) {
-  const int64_t grain = 1 + 65536 / (kBlockRows * std::max<int64_t>(bytes_per_row, 1));
-  torch::stable::parallel_for(0, count, grain, body);
-}
-
+// store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).
 template <class Store>
-void rows_dot(const Weight& w, const float* x, int64_t m, Store store) {
-  parallel_blocks(blocks(w.rows), w.stride,
-                  [&](int64_t first, int64_t last) { dot_blocks(w, x, m, first, last, store); });
+void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+  const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
+  for (int64_t start = 0; start < m; start += kInputsAtOnce) {
+    const int64_t inputs = std::min(kInputsAtOnce, m - start);
+    for (int64_t i = first; i < last; i += kBatch) {
+      const int64_t n = std::min(kBatch, last - i);
+      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * w.cols, w.cols, inputs, out.data(), kBatch);
+      for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
+    }
+  }
 }
 
 // x wᵀ through torch, outside any gradient graph.

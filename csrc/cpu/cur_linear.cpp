@@ -1,17 +1,26 @@
-// cur_linear: three factors in a row. Few inputs: each factor is streamed once.
+// cur_linear: three factors in a row, each streamed once, in one parallel region; products stay in float32 and cache.
 #include "../common/linear.h"
 
 namespace tinycomp {
 namespace {
 
 template <class T>
-void few(const FewInputs& x, int64_t m, const Weight& r, const Weight& u, const Weight& c,
-         const std::vector<float>& bias, T* y) {
-  std::vector<float> z(m * r.rows), linked(m * u.rows);
-  rows_dot(r, x.data(), m, [&](int64_t j, int64_t i, float value) { z[j * r.rows + i] = value; });
-  rows_dot(u, z.data(), m, [&](int64_t j, int64_t i, float value) { linked[j * u.rows + i] = value; });
-  rows_dot(c, linked.data(), m, [&](int64_t j, int64_t i, float value) {
-    y[j * c.rows + i] = static_cast<T>(bias.empty() ? value : value + bias[i]);
+void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, const Output<T>& y) {
+  const int64_t m = x.rows;
+  const Scratch middle(kMiddleSlot, m * r.rows), linked(kLinkSlot, m * u.rows);
+  const Stage stages[] = {x.stage(), row_stage(r), row_stage(u), row_stage(c)};
+  const double estimate = weight_estimate(r, m) + weight_estimate(u, m) + weight_estimate(c, m);
+  run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) {
+      x.prepare(first, last);
+    } else if (stage == 1) {
+      dot_rows(r, x.data(), m, first, last, middle.data(), r.rows);
+    } else if (stage == 2) {
+      dot_rows(u, middle.data(), m, first, last, linked.data(), u.rows);
+    } else {
+      dot_rows(c, linked.data(), m, first, last,
+               [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+    }
   });
 }
 
@@ -24,19 +33,16 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
     const Weight link(u, dot_type<T>, scalar_type<T>, rows.rows, "cur_linear: u");
     const Weight columns(c, dot_type<T>, scalar_type<T>, link.rows, "cur_linear: c");
     const auto shift = entries<T>(bias, columns.rows, "cur_linear: bias");
-    const Tensor inputs = as_matrix(x);
-    const int64_t m = inputs.size(0);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (m <= kFewRows) {
-        const Tensor y = empty(x, shape_with_last(x, columns.rows), scalar_type<T>);
-        few<T>(FewInputs(inputs, zero), m, rows, link, columns, shift, static_cast<T*>(y.mutable_data_ptr()));
-        return y;
-      }
-    }
-    const Tensor y = torch::stable::contiguous(gemm(gemm(gemm(inputs, r), u), c));
-    add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), m, columns.rows, shift);
     const std::vector<int64_t> shape = shape_with_last(x, columns.rows);
-    return torch::stable::view(y, {shape.data(), shape.size()});
+    if constexpr (std::is_same_v<T, double>) {
+      const Tensor inputs = as_matrix(x), y = torch::stable::contiguous(gemm(gemm(gemm(inputs, r), u), c));
+      add_bias(static_cast<T*>(y.mutable_data_ptr()), inputs.size(0), columns.rows, shift);
+      return torch::stable::view(y, {shape.data(), shape.size()});
+    } else {
+      const Tensor y = empty(x, shape, scalar_type<T>);
+      stream<T>(Inputs(x, zero), rows, link, columns, {static_cast<T*>(y.mutable_data_ptr()), columns.rows, shift});
+      return y;
+    }
   });
 }
 

@@ -1,40 +1,45 @@
-// lowrank_linear: z = x rᵀ, then t zᵀ, written where `order` says. Few inputs: both factors are streamed once.
+// lowrank_linear: z = x rᵀ, then t zᵀ, written where `order` says. One parallel region; z stays in float32 and cache.
 #include "../common/linear.h"
 
 namespace tinycomp {
 namespace {
 
 template <class T>
-void few(const FewInputs& x, int64_t m, const Weight& r, const Weight& t, const std::vector<int32_t>& order,
-         const std::vector<float>& bias, T* y, int64_t out_features) {
+void stream(const Inputs& x, const Weight& r, const Weight& t, const std::vector<int32_t>& order, const Output<T>& y) {
+  const int64_t m = x.rows, rank = r.rows;
   const bool pivoted = !order.empty();
-  std::vector<float> z(m * r.rows);
-  auto write = [&](int64_t j, int64_t i, float value) {
-    const int64_t at = pivoted ? order[i] : i;
-    y[j * out_features + at] = static_cast<T>(bias.empty() ? value : value + bias[at]);
-  };
-  rows_dot(r, x.data(), m, [&](int64_t j, int64_t i, float value) {
-    z[j * r.rows + i] = value;
-    if (pivoted) write(j, i, value);
+  const Scratch middle(kMiddleSlot, m * rank);
+  float* z = middle.data();
+  const Stage stages[] = {x.stage(), row_stage(r), row_stage(t)};
+  run_stages(stages, weight_estimate(r, m) + weight_estimate(t, m), [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) {
+      x.prepare(first, last);
+    } else if (stage == 1) {
+      dot_rows(r, x.data(), m, first, last, z, rank);
+      for (int64_t j = 0; j < m && pivoted; ++j) y.scatter(j, &order[first], z + j * rank + first, last - first);
+    } else {
+      dot_rows(t, z, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
+        if (pivoted)
+          y.scatter(j, &order[rank + i], values, n);
+        else
+          y.store(j, i, values, n);
+      });
+    }
   });
-  const int64_t kept = pivoted ? r.rows : 0;
-  rows_dot(t, z.data(), m, [&](int64_t j, int64_t i, float value) { write(j, kept + i, value); });
 }
 
-template <class T>
-void many(const Tensor& x, const Tensor& r, const Tensor& t, const std::vector<int32_t>& order,
-          const std::vector<Accumulate<T>>& bias, T* y, int64_t out_features) {
+void through_torch(const Tensor& x, const Tensor& r, const Tensor& t, const std::vector<int32_t>& order,
+                   const std::vector<double>& bias, double* y, int64_t out_features) {
   const Tensor z = torch::stable::contiguous(gemm(x, r)), rest = torch::stable::contiguous(gemm(z, t));
-  const T *kept = static_cast<const T*>(z.const_data_ptr()), *other = static_cast<const T*>(rest.const_data_ptr());
+  const double *kept = static_cast<const double*>(z.const_data_ptr()),
+               *other = static_cast<const double*>(rest.const_data_ptr());
   const int64_t rank = r.size(0), others = t.size(0), first = order.empty() ? 0 : rank;
-  auto write = [&](T* row, int64_t i, T value) {
-    const int64_t at = order.empty() ? i : order[i];
-    row[at] = bias.empty() ? value : static_cast<T>(static_cast<Accumulate<T>>(value) + bias[at]);
-  };
   parallel_rows(x.size(0), out_features, [&](int64_t j) {
-    T* row = y + j * out_features;
-    for (int64_t i = 0; i < first; ++i) write(row, i, kept[j * rank + i]);
-    for (int64_t i = 0; i < others; ++i) write(row, first + i, other[j * others + i]);
+    for (int64_t i = 0; i < first + others; ++i) {
+      const int64_t at = order.empty() ? i : order[i];
+      const double value = i < first ? kept[j * rank + i] : other[j * others + i - first];
+      y[j * out_features + at] = bias.empty() ? value : value + bias[at];
+    }
   });
 }
 
@@ -49,16 +54,11 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
     const auto to = order ? permutation(*order, out_features, "lowrank_linear: order") : std::vector<int32_t>{};
     const auto shift = entries<T>(bias, out_features, "lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
-    const Tensor inputs = as_matrix(x);
-    const int64_t m = inputs.size(0);
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (!std::is_same_v<T, double>) {
-      if (m <= kFewRows) {
-        few<T>(FewInputs(inputs, zero), m, rows, rest, to, shift, out, out_features);
-        return y;
-      }
-    }
-    many<T>(inputs, r, t, to, shift, out, out_features);
+    if constexpr (std::is_same_v<T, double>)
+      through_torch(as_matrix(x), r, t, to, shift, out, out_features);
+    else
+      stream<T>(Inputs(x, zero), rows, rest, to, {out, out_features, shift});
     return y;
   });
 }

@@ -5,6 +5,14 @@
 namespace tinycomp {
 namespace {
 
+constexpr int64_t kFewRows = 16;
+inline int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+template <class Body>
+void parallel_blocks(int64_t count, int64_t bytes_per_row, Body body) {
+  const int64_t grain = 1 + 65536 / (kBlockRows * std::max<int64_t>(bytes_per_row, 1));
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
 // The weight after checking; S is the type of scales and zeros, which are contiguous (rows, groups).
 template <class S>
 struct Rounded {
@@ -97,7 +105,9 @@ Tensor run(const Tensor& x, const Rounded<S>& w, const std::optional<Tensor>& bi
   if constexpr (!std::is_same_v<T, double>) {
     if (m <= kFewRows) {
       const Tensor y = empty(x, shape, scalar_type<T>);
-      few<T>(w, GroupInputs(w, FewInputs(inputs, T{}).data(), m), m, shift, static_cast<T*>(y.mutable_data_ptr()));
+      const Inputs wide(inputs, T{});
+      wide.prepare(0, wide.stage().size);
+      few<T>(w, GroupInputs(w, wide.data(), m), m, shift, static_cast<T*>(y.mutable_data_ptr()));
       return y;
     }
   }

@@ -1,5 +1,4 @@
-// swsc_linear: shared centroids and a low-rank correction. Few inputs: two parallel regions, the first over the rows of
-// everything that reads x, the second over the outputs.
+// swsc_linear: shared centroids and a low-rank correction, in one parallel region.
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -14,70 +13,87 @@ struct Layer {
   int64_t clusters, in_features, out_features;
 
   Accumulate<T> scale(int64_t i) const { return scales.empty() ? 1 : scales[i]; }
+  double estimate(int64_t m) const {
+    return weight_estimate(centroids, m) + weight_estimate(b, m) + weight_estimate(a, m);
+  }
   Accumulate<T> shift(int64_t i) const { return bias.empty() ? 0 : bias[i]; }
 };
 
+// Output channels share: everything that reads x is one stage, the second gathers and corrects.
 template <class T>
-void few_outputs_shared(const Layer<T>& layer, const float* x, int64_t m, T* y) {
-  const int64_t k = layer.clusters, rank = layer.b.rows, first_b = blocks(k);
-  std::vector<float> z(m * k), low(m * rank);
-  parallel_blocks(first_b + blocks(rank), layer.b.stride, [&](int64_t first, int64_t last) {
-    dot_blocks(layer.centroids, x, m, first, std::min(last, first_b),
-               [&](int64_t j, int64_t i, float value) { z[j * k + i] = value; });
-    dot_blocks(layer.b, x, m, std::max<int64_t>(first - first_b, 0), std::max<int64_t>(last - first_b, 0),
-               [&](int64_t j, int64_t i, float value) { low[j * rank + i] = value; });
-  });
-  rows_dot(layer.a, low.data(), m, [&](int64_t j, int64_t i, float value) {
-    y[j * layer.out_features + i] =
-        static_cast<T>(layer.scale(i) * z[j * k + layer.labels[i]] + value + layer.shift(i));
-  });
-}
-
-template <class T>
-void few_inputs_shared(const Layer<T>& layer, const float* x, int64_t m, T* y) {
-  const int64_t k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
-  std::vector<float> sums(m * k, 0.0f), low(m * rank), shared(m * n);
-  for (int64_t j = 0; j < m; ++j)
-    for (int64_t i = 0; i < layer.in_features; ++i)
-      sums[j * k + layer.labels[i]] += layer.scale(i) * x[j * layer.in_features + i];
-  rows_dot(layer.b, x, m, [&](int64_t j, int64_t i, float value) { low[j * rank + i] = value; });
-  parallel_blocks(blocks(n), layer.centroids.stride + layer.a.stride, [&](int64_t first, int64_t last) {
-    dot_blocks(layer.centroids, sums.data(), m, first, last,
-               [&](int64_t j, int64_t i, float value) { shared[j * n + i] = value; });
-    dot_blocks(layer.a, low.data(), m, first, last, [&](int64_t j, int64_t i, float value) {
-      y[j * n + i] = static_cast<T>(shared[j * n + i] + value + layer.shift(i));
-    });
+void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
+  const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
+  const Scratch shared(kMiddleSlot, m * k), low(kLowSlot, m * rank);
+  const Stage readers{k + rank, row_stage(layer.centroids).chunk};
+  const Stage stages[] = {x.stage(), readers, {layer.out_features, kBatch}};
+  run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) {
+      x.prepare(first, last);
+    } else if (stage == 1) {
+      if (first < k) dot_rows(layer.centroids, x.data(), m, first, std::min(last, k), shared.data(), k);
+      if (last > k) dot_rows(layer.b, x.data(), m, std::max(first, k) - k, last - k, low.data(), rank);
+    } else {
+      dot_rows(layer.a, low.data(), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
+        const float* z = shared.data() + j * k;
+        for (int64_t c = 0; c < n; ++c) values[c] += layer.scale(i + c) * z[layer.labels[i + c]];
+        y.store(j, i, values, n);
+      });
+    }
   });
 }
 
+// Input channels share: their sums replace the inputs of the centroids.
 template <class T>
-void many(const Layer<T>& layer, const Tensor& x, const Tensor& centroids, const Tensor& b, const Tensor& a,
-          int64_t axis, T* y) {
+void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
+  const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
+  const Scratch sums(kMiddleSlot, m * k), low(kLowSlot, m * rank), shared(kLinkSlot, m * n);
+  const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b), row_stage(layer.centroids)};
+  run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) {
+      x.prepare(first, last);
+    } else if (stage == 1) {
+      for (int64_t j = first; j < last; ++j) {
+        float* to = std::fill_n(sums.data() + j * k, k, 0.0f) - k;
+        for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * x.data()[j * x.cols + i];
+      }
+    } else if (stage == 2) {
+      dot_rows(layer.b, x.data(), m, first, last, low.data(), rank);
+    } else {
+      dot_rows(layer.centroids, sums.data(), m, first, last, shared.data(), n);
+      dot_rows(layer.a, low.data(), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t count) {
+        for (int64_t c = 0; c < count; ++c) values[c] += shared.data()[j * n + i + c];
+        y.store(j, i, values, count);
+      });
+    }
+  });
+}
+
+void through_torch(const Layer<double>& layer, const Tensor& x, const Tensor& centroids, const Tensor& b,
+                   const Tensor& a, int64_t axis, double* y) {
   const int64_t m = x.size(0), n = layer.out_features, k = layer.clusters;
   Tensor shared;
   if (axis == 0) {
     shared = gemm(x, centroids);
   } else {
-    const Tensor inputs = torch::stable::contiguous(x), sums = empty(x, {m, k}, scalar_type<T>);
-    const T* from = static_cast<const T*>(inputs.const_data_ptr());
-    T* to = static_cast<T*>(sums.mutable_data_ptr());
+    const Tensor inputs = torch::stable::contiguous(x), sums = empty(x, {m, k}, scalar_type<double>);
+    const double* from = static_cast<const double*>(inputs.const_data_ptr());
+    double* to = static_cast<double*>(sums.mutable_data_ptr());
     parallel_rows(m, layer.in_features, [&](int64_t j) {
-      std::vector<Accumulate<T>> total(k, 0);
+      std::vector<double> total(k, 0);
       for (int64_t i = 0; i < layer.in_features; ++i)
-        total[layer.labels[i]] += layer.scale(i) * static_cast<Accumulate<T>>(from[j * layer.in_features + i]);
-      for (int64_t c = 0; c < k; ++c) to[j * k + c] = static_cast<T>(total[c]);
+        total[layer.labels[i]] += layer.scale(i) * from[j * layer.in_features + i];
+      for (int64_t c = 0; c < k; ++c) to[j * k + c] = total[c];
     });
     shared = gemm(sums, centroids);
   }
   shared = torch::stable::contiguous(shared);
   const Tensor low = torch::stable::contiguous(gemm(gemm(x, b), a));
-  const T *z = static_cast<const T*>(shared.const_data_ptr()), *rest = static_cast<const T*>(low.const_data_ptr());
-  using A = Accumulate<T>;
+  const double *z = static_cast<const double*>(shared.const_data_ptr()),
+               *rest = static_cast<const double*>(low.const_data_ptr());
   parallel_rows(m, n, [&](int64_t j) {
     for (int64_t i = 0; i < n; ++i) {
-      const A value =
-          axis == 0 ? layer.scale(i) * static_cast<A>(z[j * k + layer.labels[i]]) : static_cast<A>(z[j * n + i]);
-      y[j * n + i] = static_cast<T>(value + static_cast<A>(rest[j * n + i]) + layer.shift(i));
+      const double value = axis == 0 ? layer.scale(i) * z[j * k + layer.labels[i]] : z[j * n + i];
+      y[j * n + i] = value + rest[j * n + i] + layer.shift(i);
     }
   });
 }
@@ -103,17 +119,14 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
         out};
     STD_TORCH_CHECK(axis == 0 || layer.centroids.rows == out, "swsc_linear: centroids: shape does not fit");
     const Tensor y = empty(x, shape_with_last(x, out), scalar_type<T>);
-    const Tensor inputs = as_matrix(x);
-    const int64_t m = inputs.size(0);
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (!std::is_same_v<T, double>) {
-      if (m <= kFewRows) {
-        const FewInputs few(inputs, zero);
-        axis == 0 ? few_outputs_shared<T>(layer, few.data(), m, to) : few_inputs_shared<T>(layer, few.data(), m, to);
-        return y;
-      }
+    if constexpr (std::is_same_v<T, double>) {
+      through_torch(layer, as_matrix(x), centroids, b, a, axis, to);
+    } else {
+      const Inputs inputs(x, zero);
+      const Output<T> results{to, out, layer.bias};
+      axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }
-    many<T>(layer, inputs, centroids, b, a, axis, to);
     return y;
   });
 }

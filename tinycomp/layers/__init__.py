@@ -3,6 +3,7 @@
 from torch import nn
 
 from tinycomp.layers._base import CompressedLinear
+from tinycomp.layers.dense import DenseLinear
 from tinycomp.layers.elastic import ElasticLinear
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
@@ -22,6 +23,7 @@ __all__ = [
     "LAYERS",
     "CURLinear",
     "CompressedLinear",
+    "DenseLinear",
     "ElasticLinear",
     "LowRankLinear",
     "MaskedLinear",

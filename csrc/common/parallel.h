@@ -1,0 +1,65 @@
+// Work in stages over threads: one parallel region for a whole call, and none where waking a thread costs more.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tinycomp {
+
+// What a call takes on one thread, in microseconds, below which a second one is not woken: region and barrier cost
+// about 3 on an idle machine.
+constexpr double kWorthwhile = 8.0;
+
+// Rates of one core for that estimate: bytes streamed, multiply-adds.
+inline double microseconds(double bytes, double multiply_adds) { return bytes / 14e3 + multiply_adds / 50e3; }
+
+struct Stage {
+  int64_t size, chunk;  // items, and how many a thread claims at a time
+};
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// body(stage, first, last) over all items of stage 0, then stage 1, ...; every item of a stage is done before the next
+// begins. Threads claim chunks, so a thread that comes late (or never, inside another parallel region) holds up nobody.
+template <int S, class Body>
+void run_stages(const Stage (&stages)[S], double estimate, const Body& body) {
+  const int64_t threads = estimate < kWorthwhile ? 1 : torch::stable::get_num_threads();
+  if (threads == 1) {
+    for (int s = 0; s < S; ++s)
+      if (stages[s].size > 0) body(s, int64_t{0}, stages[s].size);
+    return;
+  }
+  std::atomic<int64_t> claimed[S] = {}, done[S] = {};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    for (int64_t slot = from; slot < to; ++slot)
+      for (int s = 0; s < S; ++s) {
+        const int64_t size = stages[s].size, chunk = stages[s].chunk;
+        for (int64_t first; (first = claimed[s].fetch_add(chunk)) < size;) {
+          const int64_t last = first + chunk < size ? first + chunk : size;
+          body(s, first, last);
+          done[s].fetch_add(last - first, std::memory_order_release);
+        }
+        // Another thread is at work on what is missing; if it has lost its core, let it have this one.
+        for (int turn = 0; done[s].load(std::memory_order_acquire) < size; ++turn) {
+          if (turn < 4096)
+            pause();
+          else
+            std::this_thread::yield();
+        }
+      }
+  });
+}
+
+}  // namespace tinycomp

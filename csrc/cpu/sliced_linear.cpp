@@ -1,0 +1,49 @@
+// sliced_linear: the corner of a weight that is asked for, read in place; the whole of it is a dense layer.
+#include "../common/linear.h"
+
+namespace tinycomp {
+namespace {
+
+Tensor prefix(const Tensor& t, int64_t dim, int64_t size) {
+  Tensor whole = detach(t);
+  return torch::stable::narrow(whole, dim, 0, size);
+}
+
+Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t in_features,
+                     int64_t out_features) {
+  STD_TORCH_CHECK(x.dim() >= 1 && w.dim() == 2 && in_features >= 0 && out_features >= 0 && in_features <= w.size(1) &&
+                      in_features <= x.size(x.dim() - 1) && out_features <= w.size(0),
+                  "sliced_linear: shapes do not fit");
+  return with_float_type(x.scalar_type(), "sliced_linear", [&](auto zero) {
+    using T = decltype(zero);
+    Weight corner(w, dot_type<T>, scalar_type<T>, w.size(1), "sliced_linear: w");
+    corner.rows = out_features, corner.cols = in_features;
+    const auto shift = entries<T>(bias, w.size(0), "sliced_linear: bias");
+    const Tensor cut = in_features < x.size(x.dim() - 1) ? prefix(x, x.dim() - 1, in_features) : x;
+    const std::vector<int64_t> shape = shape_with_last(x, out_features);
+    if constexpr (std::is_same_v<T, double>) {
+      const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
+      const Tensor y = torch::stable::contiguous(gemm(as_matrix(cut), part));
+      add_bias(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
+      return torch::stable::view(y, {shape.data(), shape.size()});
+    } else {
+      const Tensor result = empty(x, shape, scalar_type<T>);
+      const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), out_features, shift};
+      const Inputs inputs(cut, zero);
+      const Stage stages[] = {inputs.stage(), row_stage(corner)};
+      run_stages(stages, weight_estimate(corner, inputs.rows), [&](int stage, int64_t first, int64_t last) {
+        if (stage == 0)
+          inputs.prepare(first, last);
+        else
+          dot_rows(corner, inputs.data(), inputs.rows, first, last,
+                   [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+      });
+      return result;
+    }
+  });
+}
+
+TINYCOMP_CPU_KERNEL(sliced_linear, sliced_linear)
+
+}  // namespace
+}  // namespace tinycomp

@@ -1,0 +1,24 @@
+"""Dense linear layer on the library's own kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tinycomp import ops
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` multiplied by `ops.sliced_linear`: the same weight under the same name, shared or tied as before.
+
+    Worth it for 16-bit weights on processors without 16-bit arithmetic, where they are widened on the way.
+    """
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear) -> DenseLinear:
+        """A layer with the parameters of `module` themselves, so that ties hold."""
+        layer = cls(module.in_features, module.out_features, module.bias is not None, device="meta")
+        layer.weight, layer.bias = module.weight, module.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sliced_linear(x, self.weight, self.bias, self.in_features, self.out_features)
