@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinycomp.errors import UsageError
+from tinycomp.recovery import recover
 
 USAGE, REFUSED, GATE_FAILED = 2, 3, 4
 QUICK_START = """\
@@ -112,10 +113,8 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -343,6 +342,8 @@ def demo(
     if as_json:
         emit(results)
 
+
+app.command()(guarded(recover))
 
 if __name__ == "__main__":
     app()

@@ -14,6 +14,7 @@ class Bars:
     def __init__(self, enabled: bool) -> None:
         columns = (
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         self._progress = Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True)
         self._tasks: dict[str, object] = {}
@@ -27,8 +28,8 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def update(self, description: str, done: int, total: int) -> None:
-        """Show `done` of `total` on the bar with this description; it is made when first named."""
+    def update(self, description: str, done: int, total: int, note: str = "") -> None:
+        """Show `done` of `total`, and `note`, on the bar with this description; it is made when first named."""
         if description not in self._tasks:
-            self._tasks[description] = self._progress.add_task(description, total=total)
-        self._progress.update(self._tasks[description], completed=done, total=total)  # type: ignore[arg-type]
+            self._tasks[description] = self._progress.add_task(description, total=total, note=note)
+        self._progress.update(self._tasks[description], completed=done, total=total, note=note)  # type: ignore[arg-type]

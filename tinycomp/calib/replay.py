@@ -19,14 +19,14 @@ class _Stop(Exception):
 
 
 @dataclass
-class _Call:
+class Call:
     """How the model calls one block: everything but the hidden state."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-def _hidden_first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -89,13 +89,13 @@ class Replay:
         self.batches, self.decoder = batches, decoder
         self.rows = Rows()
         self.hidden = {"original": [], "working": []}  # type: dict[str, list[Tensor]]
-        self.calls = {"original": [], "working": []}  # type: dict[str, list[list[_Call]]]
+        self.calls = {"original": [], "working": []}  # type: dict[str, list[list[Call]]]
         self.index = 0
         self._original: list[tuple[dict[str, Tensor], Tensor]] = []  # of the current block, once it has run
         for name, model in (("original", original), ("working", working)):
             alike = False
             for batch in batches:
-                hidden, calls = _capture(model, stack, batch, stop=alike)
+                hidden, calls = capture(model, stack, batch, stop=alike)
                 alike = alike or len(calls) == 1
                 self.hidden[name].append(hidden)
                 self.calls[name].append(calls)
@@ -108,7 +108,7 @@ class Replay:
         calls = self.calls[name][number]
         call = calls[self.index] if len(calls) > 1 else calls[0]
         with torch.no_grad():
-            return _hidden_first(self._block(name)(self.hidden[name][number], *call.args, **call.kwargs))
+            return first_tensor(self._block(name)(self.hidden[name][number], *call.args, **call.kwargs))
 
     def statistics(self, paths: Sequence[str]) -> dict[str, LinearStats]:
         """gram (of the working stream) and cross (original x working) of these linears of the current block."""
@@ -194,19 +194,19 @@ def _record(
     return [m.register_forward_pre_hook(recorder(p)) for p, m in linear_paths(model, list(paths)).items()]
 
 
-def _capture(model: nn.Module, stack: Stack, batch: dict[str, Tensor], stop: bool) -> tuple[Tensor, list[_Call]]:
+def capture(model: nn.Module, stack: Stack, batch: dict[str, Tensor], stop: bool) -> tuple[Tensor, list[Call]]:
     """The first block's input, and how each block is called (one entry when all are called alike).
 
     stop: blocks are known to be called alike, so the pass ends at the first one.
     """
     first: list[Tensor] = []
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not first:
             first.append(args[0])
         kwargs = {k: None if k in ("past_key_value", "past_key_values") else v for k, v in kwargs.items()}
-        calls.append(_Call(args[1:], kwargs))
+        calls.append(Call(args[1:], kwargs))
         if stop:
             raise _Stop
 
@@ -222,7 +222,7 @@ def _capture(model: nn.Module, stack: Stack, batch: dict[str, Tensor], stop: boo
     return first[0], calls[:1] if all(_same(call, calls[0]) for call in calls) else calls
 
 
-def _same(a: _Call, b: _Call) -> bool:
+def _same(a: Call, b: Call) -> bool:
     return (
         len(a.args) == len(b.args)
         and a.kwargs.keys() == b.kwargs.keys()

@@ -1,0 +1,145 @@
+"""`tinycomp recover`: load the teacher, store its answers, let it go, load the student, heal it, save it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from tinycomp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the samples come from: None is the bundled speeches."""
+
+    data: str | None = None
+    held_out: str | None = None
+    num_samples: int = 256
+    max_seq_length: int = 512
+
+
+def make_config(settings: Sequence[str], **fields: Any) -> Any:
+    """The recovery's configuration from `FIELD=VALUE` settings; `fields` that are None keep their default.
+
+    Raises:
+        UsageError: unknown field, or a value outside its range.
+    """
+    from tinycomp.train import Distill
+
+    values = {name: value for name, value in fields.items() if value is not None}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set: got {setting!r}, allowed: FIELD=VALUE")
+        values[key.replace("-", "_")] = yaml.safe_load(value)
+    try:
+        return Distill(**values)
+    except ValidationError as error:
+        details = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'Distill'}: got {p['input']!r}, {p['msg']}" for p in error.errors()
+        )
+        raise UsageError(f"recover: {details}; the fields are {', '.join(Distill.model_fields)}") from error
+
+
+def run(
+    source: str, teacher: str | None, output_dir: str | os.PathLike[str], config: Any, inputs: Inputs, *,
+    resume: bool = False, force: bool = False, command: str = "", progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Recover `source` and save the result; teacher and student are never in memory together.
+
+    Args:
+        source: model folder, .gguf file or Hub name of the student.
+        teacher: the same of the original; None trains on labels alone.
+        output_dir: checked before any work; written whole at the end.
+        config: a `Distill`.
+        inputs: the samples.
+        resume: continue an interrupted run.
+        force: replace a non-empty `output_dir`.
+        command: recorded in the recipe.
+        progress: show progress bars.
+
+    Returns:
+        JSON: {"output_dir", "report"}.
+    """
+    from tinycomp.io import check_output_dir, load_model, save_model
+    from tinycomp.train import cache_teacher, recover_
+
+    path = check_output_dir(output_dir, force)
+    work = path.parent / f".{path.name}.tinycomp-recovery"
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first and work.exists() and not resume:
+        raise ValueError(f"recover: an interrupted run left its work in {work}; pass --resume, or delete that folder")
+    samples: dict[str, Any] = {
+        "held_out": inputs.held_out, "num_samples": inputs.num_samples, "max_seq_length": inputs.max_seq_length,
+        "progress": progress,
+    }  # fmt: skip
+    answers = None
+    try:
+        if teacher is not None:
+            original, tokenizer = load_model(teacher)
+            answers = work / "teacher"
+            cache_teacher(original, inputs.data, answers, config, tokenizer=tokenizer, **samples)
+            del original
+            gc.collect()
+        model, tokenizer = load_model(source)
+        report = recover_(
+            model, answers, inputs.data, config, tokenizer=tokenizer, output_dir=work, resume=resume, **samples
+        ).to_dict()
+    except BaseException:
+        if first and not (work / "recovery.json").exists():  # refused before the work proper: leave no trace
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    recipe = {
+        "model": source, "teacher": teacher, "model_class": type(model).__name__, "method_names": ["recover"],
+        "methods": [config.model_dump(mode="json")], "calibration": vars(inputs), "command": command,
+        "quant_method": "tinycomp" if getattr(model.config, "quantization_config", None) is not None else None,
+    }  # fmt: skip
+    if first:
+        save_model(model, tokenizer, path, report, recipe, force, source if os.path.isdir(source) else None)
+        shutil.rmtree(work)
+    return {"output_dir": str(path), "report": report}
+
+
+def recover(
+    model: Annotated[str, typer.Argument(help="compressed model: folder, .gguf file or Hub name", show_default=False)],
+    output_dir: Annotated[Path, typer.Option(help="new folder for the result", show_default=False)],
+    teacher: Annotated[str | None, typer.Option(help="the original; without one, labels alone (--set ce=1)")] = None,
+    data: Annotated[str | None, typer.Option(help=".txt, .jsonl or .parquet; default: bundled speeches")] = None,
+    held_out: Annotated[str | None, typer.Option(help="data to judge by; default: the last part of --data")] = None,
+    num_samples: Annotated[int, typer.Option(min=2, help="windows of text")] = 256,
+    max_seq_length: Annotated[int, typer.Option(min=1, help="tokens per window")] = 512,
+    train: Annotated[str | None, typer.Option(help="u, factors, lora or all")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="optimizer steps; 0: closed form only")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recovery; repeatable")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run of the same command")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace what is in the output folder")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+) -> None:
+    """Heal a compressed model: closed form first, then distillation from the original."""
+    from tinycomp import cli
+
+    config = make_config(settings or (), train=train, steps=steps)
+    result = run(
+        model, teacher, output_dir, config, Inputs(data, held_out, num_samples, max_seq_length), resume=resume,
+        force=force, command=shlex.join(["tinycomp", *sys.argv[1:]]), progress=not as_json,
+    )  # fmt: skip
+    if as_json:
+        cli.emit(result)
+        return
+    report = result["report"]
+    for name in ("loss_before", "loss_healed", "loss_after", "steps", "best_step", "trained_parameters", "seconds"):
+        cli.out.print(f"{name.replace('_', ' '):24} {cli._cell(report[name])}")
+    for note in report["notes"]:
+        cli.out.print(f"note: {note}", markup=False)
+    cli.out.print(f"saved in {result['output_dir']}", markup=False, soft_wrap=True)

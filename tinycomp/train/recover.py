@@ -1,0 +1,326 @@
+"""`recover_`: heal a compressed model on data, in closed form first and by training after, and never make it worse."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from tinycomp.calib.loss import no_cache
+from tinycomp.io import fingerprint
+from tinycomp.io.journal import write_atomic
+from tinycomp.io.provenance import model_fingerprint
+from tinycomp.models import spec_of
+from tinycomp.progress import Bars
+from tinycomp.train.config import Distill
+from tinycomp.train.heal import heal_
+from tinycomp.train.parameters import training_parameters
+from tinycomp.train.samples import Split, split_samples, task_of
+from tinycomp.train.teacher import Teacher, questions_of, store
+from tinycomp.train.trainer import Objective, RecoveryTrainer, arguments, last_checkpoint, load_into
+
+JOB, START = "recovery.json", "start.safetensors"
+
+
+@dataclass
+class RecoveryReport:
+    """What a recovery did. Losses are the objective on held-out samples; `*_terms` hold its terms, unweighted.
+
+    curve: one entry per judgement: step, seconds since training began (not known for steps of an earlier, killed run),
+        loss and terms.
+    healed: one record per block that the closed form changed or looked at.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    loss_before: float = 0.0
+    loss_healed: float = 0.0
+    loss_after: float = 0.0
+    terms_before: dict[str, float] = field(default_factory=dict)
+    terms_after: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    best_step: int = 0
+    trained_parameters: int = 0
+    samples: int = 0
+    held_out_samples: int = 0
+    seconds: float = 0.0
+    healed: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def recover_(
+    model: nn.Module,
+    teacher: nn.Module | str | os.PathLike[str] | None,
+    data: Any = None,
+    config: Distill | None = None,
+    *,
+    tokenizer: Any = None,
+    held_out: Any = None,
+    num_samples: int = 256,
+    max_seq_length: int = 512,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> RecoveryReport:
+    """Heal a compressed model in place; it never ends with a worse held-out loss, and an error leaves it as it was.
+
+    First a refit in closed form, then training by the stock transformers Trainer on `config`'s objective; the best
+    state on held-out samples is what remains. Under `torchrun` every process calls it alike.
+
+    Args:
+        model: the student: any transformers model, compressed or with fewer blocks than the teacher.
+        teacher: the original model; or the folder that `cache_teacher` filled, so that it need not be in memory; or
+            None to train on labels alone (`Distill(kl=0, ce=1)`).
+        data: samples, in any of the forms of `tinycomp.data.batches`; None is the bundled text.
+        config: what to do.
+        tokenizer: needed for text.
+        held_out: samples to judge by, in the same forms; None takes the last part of `data`.
+        num_samples: windows of text.
+        max_seq_length: tokens per window.
+        output_dir: where checkpoints and the teacher's answers are kept; None keeps no checkpoints.
+        resume: continue a killed run of the same job in `output_dir`, with the same result.
+        progress: show progress bars.
+
+    Returns:
+        RecoveryReport.
+
+    Raises:
+        ValueError, TypeError: bad config, data or job; the message says what is allowed.
+    """
+    started = time.perf_counter()
+    config = config or Distill()
+    _check(model, teacher, config, output_dir)
+    report = RecoveryReport(config=config.model_dump())
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with _workspace(output_dir) as folder, Bars(progress and _rank() == 0) as bars, torch.random.fork_rng(devices=[]):
+        try:
+            split = split_samples(model, data, held_out, tokenizer, config, num_samples, max_seq_length)
+            report.samples, report.held_out_samples = len(split.train), len(split.held_out)
+            with no_cache(model):
+                job = _Job(model, _answers(model, teacher, split, folder, config, bars), split, config, report, bars)
+                job.run(None if output_dir is None else folder, str(folder), resume)
+        except BaseException:
+            load_into(dict(model.named_parameters()), original)
+            raise
+        if not report.loss_after <= report.loss_before:
+            load_into(dict(model.named_parameters()), original)
+            report.notes.append(f"nothing helped (best held-out loss {report.loss_after:.6g}): the model is as it was")
+            report.loss_after, report.terms_after, report.best_step = report.loss_before, report.terms_before, 0
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def cache_teacher(
+    teacher: nn.Module, data: Any, folder: str | os.PathLike[str], config: Distill | None = None, *,
+    tokenizer: Any = None, held_out: Any = None, num_samples: int = 256, max_seq_length: int = 512,
+    progress: bool = True,
+) -> None:  # fmt: skip
+    """Store everything `recover_` will ask this teacher, so that it need not be in memory then.
+
+    Pass the same `data`, `config`, `held_out` and sizes to `recover_`, with `folder` as its teacher.
+
+    Args:
+        teacher: the original model.
+        data: as for `recover_`, like all that follow.
+        folder: made when missing; a killed call continues where it was.
+        config: decides what is stored.
+        tokenizer: needed for text.
+        held_out: samples to judge by.
+        num_samples: windows of text.
+        max_seq_length: tokens per window.
+        progress: show a progress bar.
+    """
+    config = config or Distill()
+    split = split_samples(teacher, data, held_out, tokenizer, config, num_samples, max_seq_length)
+    with Bars(progress and _rank() == 0) as bars:
+        _ask(teacher, split, Path(folder), config, bars)
+
+
+class _Job:
+    """One recovery: judge, heal, train, judge again."""
+
+    def __init__(
+        self, model: nn.Module, teacher: Teacher | None, split: Split, config: Distill, report: RecoveryReport,
+        bars: Bars,
+    ):  # fmt: skip
+        self.model, self.teacher, self.split, self.config = model, teacher, split, config
+        self.report, self.bars = report, bars
+        device = next(model.parameters()).device
+        sample = {k: v.to(device) for k, v in split.train.batches(1)[0].items()}
+        task, classes = task_of(model, sample)
+        _check_task(task.kind, classes, teacher, config)
+        self.objective = Objective(model, task, teacher, config)
+
+    def run(self, folder: Path | None, scratch: str, resume: bool) -> None:
+        """`folder` is where checkpoints go, if anywhere."""
+        report, config = self.report, self.config
+        job = self._open(folder, resume)
+        report.terms_before = job.get("before") or self._judge()
+        report.loss_before = report.terms_before["loss"]
+        with training_parameters(self.model, config) as chosen:
+            report.trained_parameters = sum(p.numel() for p in chosen.values()) if config.steps else 0
+            healed = self._heal(folder, job)
+            report.loss_healed = healed["loss"]
+            if config.steps:
+                self._train(chosen, folder, scratch, healed, resume)
+        report.terms_after = self._judge()
+        report.loss_after = report.terms_after["loss"]
+
+    def _judge(self) -> dict[str, float]:
+        return self.objective.judge(self.split.held_out, self.config.batch_size)
+
+    def _open(self, folder: Path | None, resume: bool) -> dict[str, Any]:
+        """What an earlier run of this job left; {} for a new one."""
+        if folder is None:
+            return {}
+        identity = fingerprint(
+            self.config, model_fingerprint(self.model), [*self.split.train.rows, *self.split.held_out.rows]
+        )
+        path = folder / JOB
+        if not path.exists():
+            if _rank() == 0:
+                write_atomic(path, json.dumps({"identity": identity}).encode())
+            return {}
+        job = json.loads(path.read_text())
+        if job["identity"] != identity:
+            raise ValueError(
+                f"recover: {folder} holds another job (its model, data or config differ); name another folder"
+            )
+        if not resume and _rank() == 0:
+            raise ValueError(f"recover: {folder} holds this job already; pass resume to continue it, or delete it")
+        return dict(job)
+
+    def _heal(self, folder: Path | None, job: dict[str, Any]) -> dict[str, float]:
+        """The judgement after healing; healing that does not help is undone."""
+        report, parameters = self.report, dict(self.model.named_parameters())
+        if "healed" in job:
+            assert folder is not None
+            changed = load_file(folder / START)
+            load_into({name: parameters[name] for name in changed}, changed)
+            report.healed, report.notes = job["records"], job["notes"]
+            return dict(job["healed"])
+        before, changed = report.terms_before, {}
+        if self.config.heal and self.teacher is not None:
+            old = {name: p.detach().clone() for name, p in parameters.items()}
+            training = self.model.training
+            self.model.eval()
+            samples = min(self.config.heal_samples, len(self.split.train))
+            report.healed, notes = heal_(
+                self.model, self.split, self.teacher, samples, self.config.batch_size, self.bars.update
+            )
+            self.model.train(training)
+            report.notes += notes
+            after = self._judge()
+            if after["loss"] < before["loss"]:
+                changed = {name: p.detach().clone() for name, p in parameters.items() if not torch.equal(p, old[name])}
+                before = after
+            else:
+                load_into(parameters, old)
+                report.notes.append(f"the closed form did not help (held-out loss {after['loss']:.6g}) and was undone")
+        if folder is not None and _rank() == 0:
+            write_atomic(folder / START, save({name: p.cpu() for name, p in changed.items()}))
+            job = json.loads((folder / JOB).read_text()) | {
+                "before": report.terms_before, "healed": before, "records": report.healed, "notes": report.notes,
+            }  # fmt: skip
+            write_atomic(folder / JOB, json.dumps(job).encode())
+        return before
+
+    def _train(
+        self, chosen: dict[str, nn.Parameter], folder: Path | None, scratch: str, start: dict[str, float], resume: bool
+    ) -> None:
+        def on_progress(done: int, total: int, loss: float | None) -> None:
+            self.bars.update("recovering", done, total, "" if loss is None else f"loss {loss:.4g}")
+
+        device = next(self.model.parameters()).device
+        args = arguments(self.config, folder, scratch, _world(), device.type == "cpu")
+        trainer = RecoveryTrainer(self.objective, self.split, chosen, folder, args, start, on_progress)
+        training = self.model.training
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume and folder is not None else None)
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # autocast stays on otherwise
+        self.model.train(training)
+        load_into(chosen, trainer.best)
+        self.report.steps, self.report.best_step = trainer.state.global_step, trainer.best_step
+        self.report.curve = trainer.curve
+
+
+def _answers(model: nn.Module, teacher: Any, split: Split, folder: Path, config: Distill, bars: Bars) -> Teacher | None:
+    """The stored answers, matched to the student's blocks; a live teacher is asked first."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, nn.Module):
+        _ask(teacher, split, folder / "teacher", config, bars)
+        teacher = folder / "teacher"
+    answers = Teacher(teacher, questions_of(split, config))
+    answers.fit(model, spec_of(model), config.hidden > 0)
+    return answers
+
+
+def _ask(teacher: nn.Module, split: Split, folder: Path, config: Distill, bars: Bars) -> None:
+    """Store the answers, every process its share; all of them are there when it returns."""
+    cpu = next(teacher.parameters()).device.type == "cpu"
+    if _world() > 1:
+        arguments(config, folder, str(folder), _world(), cpu).device  # noqa: B018 (starts the process group)
+    store(teacher, split, folder, config, bars.update, _rank(), _world())
+    if _world() > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _workspace(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """`output_dir`, made when missing, or a temporary folder."""
+    if output_dir is None:
+        with tempfile.TemporaryDirectory(prefix="tinycomp-recover-") as name:
+            yield Path(name)
+        return
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check(model: nn.Module, teacher: Any, config: Distill, output_dir: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"recover: got a {type(model).__name__} as model, allowed is a torch module; load it first")
+    if any(hasattr(m, "base_layer") and hasattr(m, "merge") for m in model.modules()):
+        raise ValueError("recover: got a model with adapters attached, allowed are plain weights; merge them first")
+    if config.steps and importlib.util.find_spec("accelerate") is None:
+        raise RuntimeError("recover: training needs the package accelerate; install tinycomp[train], or use steps=0")
+    if teacher is model:
+        raise ValueError("recover: got the same object as model and teacher; pass the original as teacher")
+    if teacher is None and (config.kl or config.hidden):
+        raise ValueError("recover: got no teacher with kl or hidden above 0; pass one, or Distill(kl=0, ce=1)")
+    if _world() > 1 and output_dir is None:
+        raise ValueError("recover: got no output_dir on several processes; name a folder that all of them see")
+
+
+def _check_task(kind: str, classes: int, teacher: Teacher | None, config: Distill) -> None:
+    if kind == "none" and (config.kl or config.ce):
+        raise ValueError(
+            "recover: got kl or ce above 0 for a model without class logits; use Distill(kl=0, ce=0, hidden=1)"
+        )
+    if teacher is not None and config.kl and (kind, classes) != (teacher.task.kind, teacher.classes):
+        raise ValueError(
+            f"recover: the student gives {classes} {kind} logits and the teacher {teacher.classes} "
+            f"{teacher.task.kind} ones; allowed is a teacher with the same head"
+        )
