@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "serve": {"hf", "io", "layers", "ops"},
     "progress": set(),
     "parallel": set(),
-    "speed_guard": {"edits", "eval", "layers", "methods"},
+    "layer_times": {"edits", "eval", "layers", "methods"},
     "choosing": EVERYTHING,
     "compression": EVERYTHING,
     "planning": EVERYTHING,

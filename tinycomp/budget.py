@@ -11,7 +11,10 @@ import numpy as np
 
 from tinycomp.methods._base import Option
 
-Resource = Literal["parameters", "bytes"]
+Resource = Literal["parameters", "bytes", "time"]
+
+
+UNITS = {"parameters": "parameters", "bytes": "bytes", "time": "seconds"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Group:
 
 
 def cost(option: Option, resource: Resource) -> float:
-    """What the budget counts: stored numbers, or bytes."""
-    return option.size if resource == "parameters" else option.bits / 8
+    """What the budget counts: stored numbers, bytes, or measured seconds per call."""
+    return {"parameters": option.size, "bytes": option.bits / 8, "time": option.seconds}[resource]
 
 
 def allocate(groups: Sequence[Group], budget: float, resource: Resource = "parameters") -> list[Candidate]:
@@ -52,8 +55,8 @@ def allocate(groups: Sequence[Group], budget: float, resource: Resource = "param
     least = _total(best)
     if least > budget:
         raise ValueError(
-            f"budget: got {budget:,.0f} {resource} for the targeted weights, allowed at least {least:,.0f} with these "
-            "methods; raise `ratio`, or allow smaller ranks"
+            f"budget: got {budget:,.6g} {UNITS[resource]} for the targeted weights, allowed at least {least:,.6g} "
+            "with these methods; raise `ratio`, or allow smaller ranks"
         )
     low, high = -60.0, 20.0  # log of the price
     for _ in range(60):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,13 @@ from tinycomp.budget import Candidate, Group, Resource, allocate, uniform
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
 from tinycomp.io import Journal
+from tinycomp.layer_times import LayerTimes
 from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._curing import stored_numbers
 from tinycomp.methods._options import dense_option
 from tinycomp.models import ModelSpec
 from tinycomp.parallel import in_order
 from tinycomp.progress import Bars
-from tinycomp.speed_guard import SpeedGuard
 from tinycomp.targets import UnitSpec, gather, shapes
 
 Families = Sequence[tuple[Method, MethodConfig]]
@@ -56,7 +57,7 @@ def choose(
         sizes = {p: stored_numbers(*at[p], choice["rank"]) for p, choice in assigned.items()}
         found = Choices(assigned, "published rule", sizes={p: (n, n * width[p]) for p, n in sizes.items()})
     else:
-        found = _budgeted(model, config, families, units, store, bars)
+        found = _budgeted(model, config, families, units, store, bars, method.families is not None)
     if journal:
         journal.put(f"{key}:choices", [], {}, [json.loads(json.dumps(vars(found)))])
     return found
@@ -69,12 +70,13 @@ def _budgeted(
     units: list[UnitSpec],
     store: StatsStore | None,
     bars: Bars,
+    competing: bool,
 ) -> Choices:
     resource: Resource = getattr(config, "budget", "bytes" if type(config).__name__ == "Rounding" else "parameters")
     notes: list[str] = []
-    table = _options(model, config, families, units, store, bars, notes)
+    table = _options(model, config, families, units, store, bars, notes, competing)
     groups = _groups(units, table)
-    dense = {u.name: _dense_cost(model, u, resource) for u in units}
+    dense = {u.name: _dense_cost(model, u, resource, table[u.name]) for u in units}
     if config.ratio is None:
         chosen = [_only(entry) for group in groups for entry in group.alternatives[0]]
         allocation = "as configured"
@@ -82,8 +84,8 @@ def _budgeted(
         chosen = uniform(groups, config.ratio, dense, resource)
         allocation = f"uniform: every unit keeps {config.ratio:g} of its {resource}"
     else:
-        linears = {p for u in units for p in u.paths}
-        budget = config.ratio * sum(_dense_cost(model, None, resource, [p]) for p in linears)
+        alone = {p for u in units if u.kind == "linear" for p in u.paths}
+        budget = config.ratio * sum(dense[u.name] for u in units if u.kind == "linear" or not alone & set(u.paths))
         chosen = allocate(groups, budget, resource)
         allocation = f"global: {config.ratio:g} of the targeted {resource}, spread by predicted loss"
     chosen = [c for c in chosen if not c.option.choice.get("dense")]
@@ -91,8 +93,10 @@ def _budgeted(
     return Choices({c.unit: c.option.choice for c in chosen}, allocation, notes, sizes)
 
 
-def _dense_cost(model: nn.Module, unit: UnitSpec | None, resource: Resource, paths: Sequence[str] = ()) -> float:
-    weights = [model.get_submodule(p).weight for p in (unit.paths if unit else paths)]
+def _dense_cost(model: nn.Module, unit: UnitSpec, resource: Resource, candidates: list[Candidate]) -> float:
+    if resource == "time":
+        return next(c.option.seconds for c in candidates if c.option.choice.get("dense"))
+    weights = [model.get_submodule(p).weight for p in unit.paths]
     return float(sum(w.numel() * (w.element_size() if resource == "bytes" else 1) for w in weights))  # type: ignore[union-attr, operator, misc, arg-type]
 
 
@@ -109,11 +113,10 @@ def _only(entry: Sequence[Candidate]) -> Candidate:
 
 def _options(
     model: nn.Module, config: MethodConfig, families: Families, units: list[UnitSpec], store: StatsStore | None,
-    bars: Bars, notes: list[str],
+    bars: Bars, notes: list[str], competing: bool,
 ) -> dict[str, list[Candidate]]:  # fmt: skip
     """Candidates of every unit. Families that never win on the first few blocks are dropped, by kind of linear."""
-    competing = len(families) > 1
-    screen = getattr(config, "screen", 0) if competing else 0
+    screen = getattr(config, "screen", 0) if len(families) > 1 else 0
     blocks = sorted({u.index for u in units})
     probes = {blocks[(i + 1) * len(blocks) // (screen + 1)] for i in range(screen)} if screen else set()
     found: Found = {}
@@ -134,8 +137,14 @@ def _options(
                 for name, kind in sorted(losers)
             ]
     # Timed when nothing else runs any more.
-    guard = SpeedGuard(model, config, notes) if competing and getattr(config, "guard_speed", False) else None
-    return {u.name: _candidates(gather(model, u, store), found[u.name], guard, competing) for u in units}
+    guarded = competing and getattr(config, "guard_speed", False)
+    timed = guarded or getattr(config, "budget", "") == "time"
+    times = LayerTimes(model, config.rows) if timed else None  # type: ignore[attr-defined]
+    lost: Counter[str] = Counter()
+    seen = lost if guarded else None
+    table = {u.name: _candidates(gather(model, u, store), found[u.name], times, seen, competing) for u in units}
+    notes += [f"{what}: {n} sizes slower than dense at {config.rows} rows, not offered" for what, n in lost.items()]  # type: ignore[attr-defined]
+    return table
 
 
 def _offers(
@@ -169,14 +178,24 @@ def _losers(found: Found, units: list[UnitSpec], families: Families) -> set[tupl
 
 
 def _candidates(
-    unit: Unit, offers: list[tuple[Method, MethodConfig, list[Option]]], guard: SpeedGuard | None, competing: bool
-) -> list[Candidate]:
+    unit: Unit, offers: list[tuple[Method, MethodConfig, list[Option]]], times: LayerTimes | None,
+    lost: Counter[str] | None, competing: bool,
+) -> list[Candidate]:  # fmt: skip
+    """All options of one unit, tagged where methods compete; those slower than dense are left out into `lost`."""
     mine: list[Candidate] = []
     for method, family, options in offers:
-        kept = options if guard is None else guard.keep(unit, method, family, options)
-        mine += [Candidate(method.name, unit.name, _tagged(o, method.name) if competing else o) for o in kept]
+        offered = options if times is None else times.timed(unit, method, family, options)
+        if lost is not None and times is not None:
+            fast = [o for o in offered if o.seconds <= times.dense(unit)]
+            if len(fast) < len(offered):
+                lost[f"{method.name} on {unit.name.rsplit('.', 1)[-1]}"] += len(offered) - len(fast)
+            offered = fast
+        mine += [Candidate(method.name, unit.name, _tagged(o, method.name) if competing else o) for o in offered]
     if not any(c.option.choice.get("dense") for c in mine) and (competing or not mine):
-        mine.append(Candidate("dense", unit.name, dense_option(unit)))
+        whole = dense_option(unit)
+        mine.append(
+            Candidate("dense", unit.name, whole if times is None else replace(whole, seconds=times.dense(unit)))
+        )
     return mine
 
 

@@ -128,12 +128,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate: stored numbers, bits on disk in all, predicted loss in nats per token, and what `build` needs."""
+    """One candidate: stored numbers, bits on disk in all, predicted loss in nats per token, and what `build` needs.
+
+    seconds: of one call, where it was measured.
+    """
 
     size: int
     bits: int
     loss: float
     choice: dict[str, Any]
+    seconds: float = 0.0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Per matrix or per feed-forward sublayer the best of the other methods, under one budget of parameters or bytes.
+"""Per matrix or per feed-forward sublayer the best of the other methods, under one budget of parameters, bytes or time.
 
 Every family offers its sizes with the loss each is predicted to cost; one Lagrangian allocation takes the cheapest
 combination. Nothing here is a method of its own: what `Auto` builds is exactly what the chosen method builds.
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from tinycomp.methods import cur, rounding, svd, swsc, wanda, width
 from tinycomp.methods._base import Method, MethodConfig, Option, Result, Unit
 
-# Masks and rounding store the same numbers in fewer bits, so they compete only where bytes are the budget.
+# Masks and rounding store the same numbers in fewer bits: they compete where bytes or time are the budget.
 PARAMETER_FAMILIES = ("svd", "cur", "swsc", "widthprune")
 BYTE_FAMILIES = (*PARAMETER_FAMILIES, "rounding", "wanda")
 _METHODS = {
@@ -30,15 +30,17 @@ class Auto(MethodConfig):
     """The best method for each part of the model.
 
     Args:
-        budget: what `ratio` is a fraction of: the targeted "parameters", or their "bytes".
+        budget: what `ratio` is a fraction of: the targeted "parameters", their "bytes", or the measured "time" of their
+            calls at `rows` batch rows on this machine.
         families: methods that compete; empty means all that fit the budget's kind.
         rows: batch rows (sequences times tokens per step) at which a layer must not be slower than dense.
-        guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine.
+        guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine,
+            unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
         bits: widths that rounding may use.
     """
 
-    budget: Literal["parameters", "bytes"] = "parameters"
+    budget: Literal["parameters", "bytes", "time"] = "parameters"
     families: tuple[str, ...] = ()
     rows: int = Field(default=1, ge=1)
     guard_speed: bool = True
@@ -56,7 +58,7 @@ class Auto(MethodConfig):
 
 def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
     """The competing methods with the fields they share with `config`."""
-    names = config.families or (BYTE_FAMILIES if config.budget == "bytes" else PARAMETER_FAMILIES)
+    names = config.families or (PARAMETER_FAMILIES if config.budget == "parameters" else BYTE_FAMILIES)
     shared: dict[str, Any] = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
     extra: dict[str, dict[str, Any]] = {
         "rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None},

@@ -1,0 +1,117 @@
+"""Measured seconds of the layers that options would become: for budgets of time, and to leave out slow layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tinycomp.edits import Replace
+from tinycomp.eval.timing import time_interleaved
+from tinycomp.layers import LAYERS
+from tinycomp.methods import Method, MethodConfig, Option, Unit
+
+POINTS = 5  # sizes measured per method and shape; times between them are interpolated
+REPEATS = 7
+COLD_BYTES = 2**26  # weights rotate through this much memory, so that none stays in cache
+MAX_COPIES = 64  # tiny matrices would need thousands of modules
+
+Shape = tuple[int, ...]
+
+
+class LayerTimes:
+    """Seconds per call of every option, from a few measured sizes of each method on each weight shape.
+
+    Args:
+        model: gives the dtype.
+        rows: batch rows (sequences times tokens per step) of a call.
+    """
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.rows = rows
+        self.dtype = next(model.parameters()).dtype
+        self._dense: dict[Shape, float] = {}
+        self._curves: dict[tuple[str, Shape], tuple[np.ndarray, np.ndarray]] = {}
+
+    def dense(self, unit: Unit) -> float:
+        """Seconds of the unit's own linears, one after another."""
+        return sum(self._dense_seconds(x.out_features, x.in_features) for x in unit.linears)
+
+    def timed(self, unit: Unit, method: Method, config: MethodConfig, options: list[Option]) -> list[Option]:
+        """The options with their `seconds`."""
+        whole = self.dense(unit)
+        smaller = sorted((o for o in options if not o.choice.get("dense")), key=lambda o: (o.bits, o.size))
+        if not smaller:
+            return [replace(o, seconds=whole) for o in options]
+        key = (method.name, tuple(n for x in unit.linears for n in x.weight.shape))
+        if key not in self._curves:
+            places = np.unique(np.linspace(0, len(smaller) - 1, POINTS).round().astype(int))
+            points = [smaller[i] for i in places]
+            seconds = self._widths(unit, points) if unit.kind == "ffn" else self._layers(unit, method, config, points)
+            # A larger layer is not faster; where it measured so, that is noise.
+            self._curves[key] = np.array([o.bits for o in points], float), np.maximum.accumulate(seconds)
+        bits, seconds = self._curves[key]
+        return [
+            replace(o, seconds=whole if o.choice.get("dense") else float(np.interp(o.bits, bits, seconds)))
+            for o in options
+        ]
+
+    def _dense_seconds(self, m: int, n: int) -> float:
+        if (m, n) not in self._dense:
+            self._dense[m, n] = self._measure({"dense": self._linear(m, n)})["dense"]
+        return self._dense[m, n]
+
+    def _widths(self, unit: Unit, points: list[Option]) -> np.ndarray:
+        """Narrower plain linears."""
+        full = unit.linears[-1].in_features
+        seconds = []
+        for option in points:
+            width = max(round(full * option.size / unit.size), 1)
+            *inputs, down = unit.linears
+            dims = [(width, x.in_features) for x in inputs] + [(down.out_features, width)]
+            seconds.append(sum(self._dense_seconds(m, n) for m, n in dims))
+        return np.array(seconds)
+
+    def _layers(self, unit: Unit, method: Method, config: MethodConfig, points: list[Option]) -> np.ndarray:
+        """The layers that the method builds at these sizes, interleaved with the dense one that they stand for."""
+        (linear,) = unit.linears
+        runs = {"dense": self._linear(linear.out_features, linear.in_features)}
+        for number, option in enumerate(points):
+            (edit,) = method.build(unit, option.choice, config).edits
+            assert isinstance(edit, Replace)
+            runs[str(number)] = self._layer(edit, self._copies(linear.out_features, linear.in_features))
+        found = self._measure(runs)
+        scale = self._dense_seconds(linear.out_features, linear.in_features) / found["dense"]  # drift of the machine
+        return np.array([found[str(i)] * scale for i in range(len(points))])
+
+    def _measure(self, runs: dict[str, tuple[Callable[[], None], int]]) -> dict[str, float]:
+        with torch.no_grad():
+            times = time_interleaved({name: run for name, (run, _) in runs.items()}, repeats=REPEATS)
+        return {name: times[name].median / copies for name, (_, copies) in runs.items()}
+
+    def _copies(self, m: int, n: int) -> int:
+        return min(max(COLD_BYTES // (m * n * self.dtype.itemsize), 1), MAX_COPIES)
+
+    def _linear(self, m: int, n: int) -> tuple[Callable[[], None], int]:
+        x = torch.randn(self.rows, n).to(self.dtype)
+        weights = [torch.randn(m, n).to(self.dtype) for _ in range(self._copies(m, n))]
+
+        def run() -> None:
+            for weight in weights:
+                F.linear(x, weight)
+
+        return run, len(weights)
+
+    def _layer(self, edit: Replace, copies: int) -> tuple[Callable[[], None], int]:
+        x = torch.randn(self.rows, edit.kwargs["in_features"]).to(self.dtype)
+        layers = [LAYERS[edit.layer](**edit.kwargs, dtype=self.dtype).eval() for _ in range(copies)]
+
+        def run() -> None:
+            for layer in layers:
+                layer(x)
+
+        return run, copies
