@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dot_table.h"
+#include "rounded.h"
 
 namespace tinycomp {
 namespace {
@@ -13,6 +14,7 @@ namespace {
 struct Choice {
   const char* name;
   const DotTable* table;
+  const RoundedTable* rounded;
   bool runs;
 };
 
@@ -23,10 +25,12 @@ Choice choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Choice choices[] = {
-      {"avx512", &avx512_dot, has_avx512}, {"avx2", &avx2_dot, has_avx2}, {"portable", &portable_dot, true}};
+  const RoundedTable* rounded512 = __builtin_cpu_supports("avx512vnni") ? &avx512_rounded : &avx2_rounded;
+  const Choice choices[] = {{"avx512", &avx512_dot, rounded512, has_avx512},
+                            {"avx2", &avx2_dot, &avx2_rounded, has_avx2},
+                            {"portable", &portable_dot, &portable_rounded, true}};
 #else
-  const Choice choices[] = {{"portable", &portable_dot, true}};
+  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, true}};
 #endif
   const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
   const std::string forced = variable ? variable : "";
@@ -59,6 +63,8 @@ void widen(Type type, const void* from, float* to, int64_t n) {
 void narrow(Type type, const float* from, void* to, int64_t n) {
   choice().table->narrow[static_cast<int>(type)](from, to, n);
 }
+
+const RoundedTable& rounded() { return *choice().rounded; }
 
 const char* instruction_set() { return choice().name; }
 

@@ -6,19 +6,17 @@
 
 namespace tinycomp {
 
-enum class Type { f32, bf16, f16, i8, u4 };
+enum class Type { f32, bf16, f16, i8, u4 };  // rows of the last two are for rounded.h
 
 // Rows are computed in blocks of this many; a block's arithmetic does not depend on which thread runs it.
 constexpr int64_t kBlockRows = 4;
 
 // out[j * ldo + i] = sum_c w[i, c] * x[j * ldx + c] for i < rows, j < m, summed in float32.
 // `w` points at row 0; rows are `stride` bytes apart and their entries adjacent.
-// Type::u4: byte b of a row holds inputs 2b (low half) and 2b + 1 (high half) as value + 8; `x` rows then hold the
-// even inputs first and the odd ones `(cols + 1) / 2` floats later, a missing last odd input being 0.
 void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
          float* out, int64_t ldo);
 
-// Exact float32 copies of n adjacent f32, bf16, f16 or i8 values.
+// Exact float32 copies of n adjacent f32, bf16 or f16 values.
 void widen(Type type, const void* from, float* to, int64_t n);
 
 // n float32 values rounded to f32, bf16 or f16.

@@ -24,15 +24,6 @@ struct Avx2 {
   TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  TINYCOMP_TARGET static Vec load(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
-  TINYCOMP_TARGET static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m256i eight = _mm256_set1_epi32(8);
-    low = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), eight));
-    high = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), eight));
-  }
   template <class T>
   TINYCOMP_TARGET static Vec load_first(const T* p, int64_t n) {
     T padded[width] = {};

@@ -24,9 +24,6 @@ struct Avx512 {
   TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  TINYCOMP_TARGET static Vec load(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
   TINYCOMP_TARGET static __m256i first16(const void* p, int64_t n) {
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
   }
@@ -38,17 +35,6 @@ struct Avx512 {
   }
   TINYCOMP_TARGET static Vec load_first(const torch::headeronly::Half* p, int64_t n) {
     return _mm512_cvtph_ps(first16(p, n));
-  }
-  TINYCOMP_TARGET static Vec load_first(const int8_t* p, int64_t n) {
-    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-  }
-  TINYCOMP_TARGET static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
-    // A table look-up by the low four bits of each lane is the mask, the subtraction and the conversion at once.
-    const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    low = _mm512_permutexvar_ps(bytes, levels);
-    high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels);
   }
   TINYCOMP_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   TINYCOMP_TARGET static void store(torch::headeronly::BFloat16* p, Vec v) {

@@ -3,7 +3,7 @@
 //
 // V has: Vec, width, inputs (2 or 6 input rows per tile, so that accumulators stay in registers), zero(), fma(a, b, c),
 // sum4(four vectors, out), sum(vector), load(const T*) widening T to float32, load_first(const T*, n) with zeros after
-// the first n < width, load_u4(bytes, low, high), store(float*, vector), and where `narrows` also store to 16-bit
+// the first n < width, store(float*, vector), and where `narrows` also store to 16-bit
 // types.
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -18,9 +18,8 @@
 namespace tinycomp {
 namespace {
 
-// Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048: weights of one byte or less
-// keep the out-of-order window busy with few bytes, and gain from the longer distance.
-constexpr int64_t kAhead = 512, kAheadNarrow = 2048;
+// Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048.
+constexpr int64_t kAhead = 512;
 
 // Columns per pass over many inputs: as many as keep the inputs in the second-level cache and four rows in the first.
 constexpr int64_t kInputFloats = 128 * 1024, kLeastColumns = 256, kMostColumns = 2048;
@@ -59,7 +58,7 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
     Vec v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = V::load(row[r] + c);
-      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + (sizeof(T) == 1 ? kAheadNarrow : kAhead));
+      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + kAhead);
     }
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load(x + j * ldx + c);
@@ -77,54 +76,6 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   finish<V, R, M>(acc, out, ldo, add);
 }
 
-struct U4 {};
-
-template <class V, int R, int M>
-TINYCOMP_TARGET void tile_u4(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
-                             int64_t ldo, bool add) {
-  using Vec = typename V::Vec;
-  const int64_t bytes = (cols + 1) / 2;
-  const uint8_t* row[R];
-  for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const uint8_t*>(w + r * stride);
-  Vec acc[M][R];
-  for (int j = 0; j < M; ++j)
-    for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
-  int64_t c = 0;
-  for (; c + V::width <= bytes; c += V::width) {
-    Vec low[R], high[R];
-    for (int r = 0; r < R; ++r) {
-      V::load_u4(row[r] + c, low[r], high[r]);
-      __builtin_prefetch(row[r] + c + kAheadNarrow);
-    }
-    for (int j = 0; j < M; ++j) {
-      const Vec even = V::load(x + j * ldx + c), odd = V::load(x + j * ldx + bytes + c);
-      for (int r = 0; r < R; ++r) acc[j][r] = V::fma(high[r], odd, V::fma(low[r], even, acc[j][r]));
-    }
-  }
-  finish<V, R, M>(acc, out, ldo, add);
-  for (int j = 0; j < M && c < bytes; ++j) {
-    const float *even = x + j * ldx, *odd = even + bytes;
-    for (int r = 0; r < R; ++r) {
-      float total = 0;
-      for (int64_t i = c; i < bytes; ++i) {
-        total += static_cast<float>((row[r][i] & 15) - 8) * even[i];
-        total += static_cast<float>((row[r][i] >> 4) - 8) * odd[i];
-      }
-      out[j * ldo + r] += total;
-    }
-  }
-}
-
-template <class V, class T, int R, int M>
-TINYCOMP_TARGET void one(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
-                         int64_t ldo, bool add) {
-  if constexpr (std::is_same_v<T, U4>) {
-    tile_u4<V, R, M>(w, stride, cols, x, ldx, out, ldo, add);
-  } else {
-    tile<V, T, R, M>(w, stride, cols, x, ldx, out, ldo, add);
-  }
-}
-
 // R rows against all inputs in tiles of equal size: the rows stay in the nearest cache while the inputs pass by.
 template <class V, class T, int R>
 TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, int64_t m,
@@ -135,17 +86,17 @@ TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, con
     float* to = out + j * ldo;
     switch (take) {
       case 1:
-        one<V, T, R, 1>(w, stride, cols, from, ldx, to, ldo, add);
+        tile<V, T, R, 1>(w, stride, cols, from, ldx, to, ldo, add);
         break;
       case 2:
-        one<V, T, R, 2>(w, stride, cols, from, ldx, to, ldo, add);
+        tile<V, T, R, 2>(w, stride, cols, from, ldx, to, ldo, add);
         break;
       default:
         if constexpr (V::inputs > 2) {
-          if (take == 3) one<V, T, R, 3>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 4) one<V, T, R, 4>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 5) one<V, T, R, 5>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 6) one<V, T, R, 6>(w, stride, cols, from, ldx, to, ldo, add);
+          if (take == 3) tile<V, T, R, 3>(w, stride, cols, from, ldx, to, ldo, add);
+          if (take == 4) tile<V, T, R, 4>(w, stride, cols, from, ldx, to, ldo, add);
+          if (take == 5) tile<V, T, R, 5>(w, stride, cols, from, ldx, to, ldo, add);
+          if (take == 6) tile<V, T, R, 6>(w, stride, cols, from, ldx, to, ldo, add);
         }
     }
     j += take;
@@ -159,7 +110,7 @@ TINYCOMP_TARGET void widen_typed(const void* from, float* to, int64_t n);
 template <class V, class T, int R>
 TINYCOMP_TARGET void rows_against_all(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx,
                                       int64_t m, float* out, int64_t ldo, bool add) {
-  if constexpr (!std::is_same_v<T, float> && !std::is_same_v<T, U4>) {
+  if constexpr (!std::is_same_v<T, float>) {
     if (m > V::inputs) {
       alignas(64) float wide[R * kMostColumns];
       for (int r = 0; r < R; ++r) widen_typed<V, T>(w + r * stride, wide + r * cols, cols);
@@ -174,12 +125,10 @@ template <class V, class T>
 TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                                int64_t m, float* out, int64_t ldo) {
   int64_t pass = cols;
-  if constexpr (!std::is_same_v<T, U4>)
-    if (m > V::inputs) pass = std::clamp(kInputFloats / m / 64 * 64, kLeastColumns, kMostColumns);
+  if (m > V::inputs) pass = std::clamp(kInputFloats / m / 64 * 64, kLeastColumns, kMostColumns);
   for (int64_t c = 0, n; c == 0 || c < cols; c += std::max<int64_t>(n, 1)) {
     n = std::min(pass, cols - c);
-    const char* from = w;
-    if constexpr (!std::is_same_v<T, U4>) from += c * static_cast<int64_t>(sizeof(T));
+    const char* from = w + c * static_cast<int64_t>(sizeof(T));
     int64_t i = 0;
     for (; i + kBlockRows <= rows; i += kBlockRows)
       rows_against_all<V, T, kBlockRows>(from + i * stride, stride, n, x + c, ldx, m, out + i, ldo, c > 0);
@@ -208,8 +157,8 @@ template <class V>
 DotTable make_table() {
   using torch::headeronly::BFloat16, torch::headeronly::Half;
   return {
-      {dot_typed<V, float>, dot_typed<V, BFloat16>, dot_typed<V, Half>, dot_typed<V, int8_t>, dot_typed<V, U4>},
-      {widen_typed<V, float>, widen_typed<V, BFloat16>, widen_typed<V, Half>, widen_typed<V, int8_t>},
+      {dot_typed<V, float>, dot_typed<V, BFloat16>, dot_typed<V, Half>},
+      {widen_typed<V, float>, widen_typed<V, BFloat16>, widen_typed<V, Half>},
       {narrow_typed<V, float>, narrow_typed<V, BFloat16>, narrow_typed<V, Half>},
   };
 }

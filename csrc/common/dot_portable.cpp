@@ -28,12 +28,6 @@ struct Portable {
   static void store(float* p, Vec v) {
     for (int i = 0; i < width; ++i) p[i] = v[i];
   }
-  static void load_u4(const uint8_t* p, Vec& low, Vec& high) {
-    for (int i = 0; i < width; ++i) {
-      low[i] = static_cast<float>((p[i] & 15) - 8);
-      high[i] = static_cast<float>((p[i] >> 4) - 8);
-    }
-  }
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);

@@ -1,4 +1,4 @@
-// What each instruction set offers to dot.cpp: one entry per Type, in its order.
+// What each instruction set offers to dot.cpp: one entry per floating Type, in its order.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ struct DotTable {
                        int64_t m, float* out, int64_t ldo);
   using Widen = void (*)(const void* from, float* to, int64_t n);
   using Narrow = void (*)(const float* from, void* to, int64_t n);
-  Dot dot[5];
-  Widen widen[4];
+  Dot dot[3];
+  Widen widen[3];
   Narrow narrow[3];
 };
 

@@ -162,14 +162,25 @@ class Scratch {
     }
   }
   float* data() const { return data_; }
-  static constexpr int kSlots = 5;
+  static constexpr int kSlots = 10;
 
  private:
   std::unique_ptr<float[]> own_;
   float* data_;
 };
 // Slots: two scratch areas that are alive together need different ones.
-enum { kInputSlot, kMiddleSlot, kLinkSlot, kResultSlot, kLowSlot };
+enum {
+  kInputSlot,
+  kMiddleSlot,
+  kLinkSlot,
+  kLowSlot,
+  kLevelSlot,
+  kMiddleLevelSlot,  // the above belong to a call, the rest to each of its threads
+  kResultSlot,
+  kScaleSlot,
+  kRebuildSlot,
+  kShiftSlot
+};
 
 // The rows of an input in float32, adjacent. Narrow ones are widened by `prepare`, the first stage of a call.
 class Inputs {
@@ -278,13 +289,27 @@ void parallel_rows(int64_t rows, int64_t cols, Body body) {
   });
 }
 
+// Results of a low-rank layer in double from its two products, z (m, rank) and rest (m, others).
+inline void place(const Tensor& z, const Tensor& rest, const std::vector<int32_t>& order,
+                  const std::vector<double>& bias, double* y) {
+  const Tensor first = torch::stable::contiguous(z), second = torch::stable::contiguous(rest);
+  const double *kept = static_cast<const double*>(first.const_data_ptr()),
+               *other = static_cast<const double*>(second.const_data_ptr());
+  const int64_t rank = z.size(1), others = rest.size(1), skipped = order.empty() ? 0 : rank, n = skipped + others;
+  parallel_rows(z.size(0), n, [&](int64_t j) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = order.empty() ? i : order[i];
+      const double value = i < skipped ? kept[j * rank + i] : other[j * others + i - skipped];
+      y[j * n + at] = bias.empty() ? value : value + bias[at];
+    }
+  });
+}
+
 // y += bias by rows of a contiguous matrix.
-template <class T>
-void add_bias(T* y, int64_t rows, int64_t cols, const std::vector<Accumulate<T>>& bias) {
+inline void add_bias(double* y, int64_t rows, int64_t cols, const std::vector<double>& bias) {
   if (bias.empty()) return;
   parallel_rows(rows, cols, [&](int64_t j) {
-    for (int64_t i = 0; i < cols; ++i)
-      y[j * cols + i] = static_cast<T>(static_cast<Accumulate<T>>(y[j * cols + i]) + bias[i]);
+    for (int64_t i = 0; i < cols; ++i) y[j * cols + i] += bias[i];
   });
 }
 

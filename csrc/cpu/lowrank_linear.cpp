@@ -28,21 +28,6 @@ void stream(const Inputs& x, const Weight& r, const Weight& t, const std::vector
   });
 }
 
-void through_torch(const Tensor& x, const Tensor& r, const Tensor& t, const std::vector<int32_t>& order,
-                   const std::vector<double>& bias, double* y, int64_t out_features) {
-  const Tensor z = torch::stable::contiguous(gemm(x, r)), rest = torch::stable::contiguous(gemm(z, t));
-  const double *kept = static_cast<const double*>(z.const_data_ptr()),
-               *other = static_cast<const double*>(rest.const_data_ptr());
-  const int64_t rank = r.size(0), others = t.size(0), first = order.empty() ? 0 : rank;
-  parallel_rows(x.size(0), out_features, [&](int64_t j) {
-    for (int64_t i = 0; i < first + others; ++i) {
-      const int64_t at = order.empty() ? i : order[i];
-      const double value = i < first ? kept[j * rank + i] : other[j * others + i - first];
-      y[j * out_features + at] = bias.empty() ? value : value + bias[at];
-    }
-  });
-}
-
 Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const std::optional<Tensor>& order,
                       const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() >= 1, "lowrank_linear: x has no dimension");
@@ -55,10 +40,12 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
     const auto shift = entries<T>(bias, out_features, "lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (std::is_same_v<T, double>)
-      through_torch(as_matrix(x), r, t, to, shift, out, out_features);
-    else
+    if constexpr (std::is_same_v<T, double>) {
+      const Tensor z = gemm(as_matrix(x), r);
+      place(z, gemm(z, t), to, shift, out);
+    } else {
       stream<T>(Inputs(x, zero), rows, rest, to, {out, out_features, shift});
+    }
     return y;
   });
 }

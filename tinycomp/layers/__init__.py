@@ -8,6 +8,7 @@ from tinycomp.layers.elastic import ElasticLinear
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
+from tinycomp.layers.quant_low_rank import QuantLowRankLinear
 from tinycomp.layers.swsc import SWSCLinear
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -15,6 +16,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "CURLinear": CURLinear,
     "SWSCLinear": SWSCLinear,
     "QuantLinear": QuantLinear,
+    "QuantLowRankLinear": QuantLowRankLinear,
     "MaskedLinear": MaskedLinear,
     "ElasticLinear": ElasticLinear,
 }
@@ -28,5 +30,6 @@ __all__ = [
     "LowRankLinear",
     "MaskedLinear",
     "QuantLinear",
+    "QuantLowRankLinear",
     "SWSCLinear",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size
-from tinycomp.ops.quant_linear import dequantize, quantize
+from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
 
 class QuantLinear(CompressedLinear):
@@ -25,6 +25,8 @@ class QuantLinear(CompressedLinear):
         group_size: inputs per scale, even; 0 for the whole row.
         bias: whether a bias is added.
         symmetric: levels symmetric around zero, without `zeros`.
+        activation_bits: 0 leaves inputs as they are; 8 rounds them by row and group on the way in, which is faster for
+            many inputs.
         device: where the tensors are.
         dtype: dtype of scales, zeros and bias.
     """
@@ -43,6 +45,7 @@ class QuantLinear(CompressedLinear):
         symmetric: bool = True,
         device: Any = None,
         dtype: Any = None,
+        activation_bits: int = 0,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         check_size("QuantLinear", "group_size", group_size, 0)
@@ -50,7 +53,9 @@ class QuantLinear(CompressedLinear):
             raise ValueError(f"QuantLinear: bits is {bits!r}, allowed 4 or 8; change it")
         if group_size % 2:
             raise ValueError(f"QuantLinear: group_size is {group_size}, allowed even numbers or 0; change it")
+        check_activation_bits("QuantLinear", activation_bits)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.activation_bits = activation_bits
         groups = -(-in_features // group_size) if group_size else 1
         columns, integer = (in_features, torch.int8) if bits == 8 else (-(-in_features // 2), torch.uint8)
         self.register_buffer("qweight", torch.zeros(out_features, columns, dtype=integer, device=device))
@@ -59,7 +64,9 @@ class QuantLinear(CompressedLinear):
         self.register_buffer("zeros", zeros)
 
     @classmethod
-    def from_linear(cls, module: nn.Linear, bits: int, group_size: int = 0, symmetric: bool = True) -> QuantLinear:
+    def from_linear(
+        cls, module: nn.Linear, bits: int, group_size: int = 0, symmetric: bool = True, activation_bits: int = 0
+    ) -> QuantLinear:
         """Round the weight of an nn.Linear to the nearest levels."""
         w = module.weight.detach()
         layer = cls(
@@ -71,6 +78,7 @@ class QuantLinear(CompressedLinear):
             symmetric,
             "meta",
             w.dtype,
+            activation_bits,
         )
         layer.qweight, layer.scales, layer.zeros = quantize(w, bits, group_size, symmetric)
         layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach())
@@ -84,7 +92,9 @@ class QuantLinear(CompressedLinear):
         return self.in_features * self.out_features + self.scales.numel() + zeros
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.quant_linear(x, self.qweight, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+        return ops.quant_linear(
+            *(x, self.qweight, self.scales, self.zeros, self.bias, self.bits, self.group_size, self.activation_bits)
+        )
 
     def dense_weight(self) -> Tensor:
         w = dequantize(self.qweight, self.scales, self.zeros, self.in_features, self.bits, self.group_size)
@@ -92,4 +102,5 @@ class QuantLinear(CompressedLinear):
 
     def extra_repr(self) -> str:
         more = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
+        more += f", activation_bits={self.activation_bits}"
         return f"{super().extra_repr()}, {more}"

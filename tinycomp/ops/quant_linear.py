@@ -14,6 +14,8 @@ from tinycomp.ops._registry import Cost, Op, Sample, define
 from tinycomp.ops._sampling import Draw, sliced, transposed
 
 _NAME = "quant_linear"
+# Inputs that share a scale where activations are rounded and weights have one scale for the whole row.
+ACTIVATION_GROUP = 128
 
 
 class Quantized(NamedTuple):
@@ -32,10 +34,13 @@ def quant_linear(
     bias: Tensor | None = None,
     bits: int = 8,
     group_size: int = 0,
+    activation_bits: int = 0,
 ) -> Tensor:
-    """Multiply by a rounded weight, activations unrounded: y = x wᵀ + bias, w = (q - zeros) scales by group.
+    """Multiply by a rounded weight: y = x wᵀ + bias, w = (q - zeros) scales by group.
 
-    The weight is rebuilt in float32 and rounded to the dtype of x; a kernel may skip that second rounding.
+    activation_bits 0: the weight is rebuilt in float32 and rounded to the dtype of x; a kernel may skip that second
+    rounding. activation_bits 8: x is rounded too, by row and group (`round_activations`), and neither is rounded
+    again; gradients pass through the rounding of x as if it were not there.
 
     Args:
         x: (..., in_features) float32, bfloat16, float16 or float64.
@@ -46,17 +51,18 @@ def quant_linear(
         bias: (out_features,) in the dtype of x, or None.
         bits: 8 or 4.
         group_size: 0 or a positive even number.
+        activation_bits: 0 or 8.
 
     Returns:
         (..., out_features) in the dtype of x.
 
     Raises:
-        ValueError: shapes do not fit, or bits or group_size are not allowed.
+        ValueError: shapes do not fit, or bits, group_size or activation_bits are not allowed.
         TypeError: dtypes are not supported.
 
     Cost: 2 M N K FLOPs; at M = 1 the bytes of qweight, scales and zeros. Differentiable in x, scales, zeros and bias.
     """
-    return _call(x, qweight, scales, zeros, bias, bits, group_size)
+    return _call(x, qweight, scales, zeros, bias, bits, group_size, activation_bits)
 
 
 def quantize(w: Tensor, bits: int = 8, group_size: int = 0, symmetric: bool = True) -> Quantized:
@@ -131,11 +137,39 @@ def unpack_int4(packed: Tensor, size: int) -> Tensor:
     return halves[..., :size].to(torch.int8) - 8
 
 
+def round_activations(x: Tensor, group_size: int = 0) -> Tensor:
+    """x rounded to 255 levels by row and group, in float32 (float64 for float64): level * (largest / 127).
+
+    level = round(x * (127 / largest)) in float32, ties to even; groups of `group_size`, or ACTIVATION_GROUP for 0.
+    """
+    size = group_size or ACTIVATION_GROUP
+    k = x.shape[-1]
+    groups = -(-k // size)
+    wide = F.pad(x.float(), (0, groups * size - k)).reshape(*x.shape[:-1], groups, size)
+    largest = wide.abs().amax(-1, keepdim=True) if k else wide.sum(-1, keepdim=True)
+    levels = (wide * torch.where(largest == 0, 0.0, 127.0 / largest)).round().clamp(-127, 127)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rounded = levels.to(dtype) * (largest / 127.0).to(dtype)
+    return rounded.reshape(*x.shape[:-1], groups * size)[..., :k]
+
+
+def straight_through(x: Tensor, group_size: int) -> Tensor:
+    """`round_activations` whose gradient is that of x itself."""
+    rounded = round_activations(x.detach(), group_size)
+    return x.to(rounded.dtype) + (rounded - x.detach().to(rounded.dtype))
+
+
 def _check_layout(where: str, bits: int, group_size: int) -> None:
     if bits not in (4, 8):
         raise ValueError(f"{where}: bits is {bits}, allowed 4 or 8; choose one")
     if group_size < 0 or group_size % 2:
         raise ValueError(f"{where}: group_size is {group_size}, allowed 0 or a positive even number; choose one")
+
+
+def check_activation_bits(where: str, activation_bits: int) -> None:
+    """Raise unless activations are left alone or rounded to 8 bits."""
+    if activation_bits not in (0, 8):
+        raise ValueError(f"{where}: activation_bits is {activation_bits}, allowed 0 or 8; choose one")
 
 
 def check_factor(
@@ -160,35 +194,53 @@ def check_factor(
 
 
 def _check(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation_bits: int,
 ) -> None:
     _checks.tensor(_NAME, "x", x)
+    check_activation_bits(_NAME, activation_bits)
     check_factor(_NAME, "qweight", qweight, scales, zeros, x.shape[-1], bits, group_size, x)
     _checks.bias(_NAME, bias, qweight.shape[0], x)
 
 
 def _reference(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation_bits: int,
 ) -> Tensor:
-    return F.linear(x, dequantize(qweight, scales, zeros, x.shape[-1], bits, group_size).to(x.dtype), bias)
+    w = dequantize(qweight, scales, zeros, x.shape[-1], bits, group_size)
+    if not activation_bits:
+        return F.linear(x, w.to(x.dtype), bias)
+    rounded = straight_through(x, group_size)
+    return F.linear(rounded, w.to(rounded.dtype), None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
 
 
-def _fake(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+def _fake(x: Tensor, qweight: Tensor, *args) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
-    x, qweight, scales, zeros, _, bits, group_size = args
+    x, qweight, scales, zeros, _, bits, group_size, activation_bits = args
     gx, gs, gz = None, None, None
     gy2 = gy.reshape(-1, gy.shape[-1])
     if needs[0]:
         w = dequantize(qweight, scales, zeros, x.shape[-1], bits, group_size).to(gy.dtype)
         gx = (gy2 @ w).reshape(x.shape)
     if needs[2] or needs[3]:
-        gs, gz = scale_gradients(gy2.t() @ x.reshape(-1, x.shape[-1]), qweight, scales, zeros, bits, group_size)
-    return gx, None, gs, gz, gy2.sum(0) if needs[4] else None, None, None
+        used = round_activations(x, group_size).to(x.dtype) if activation_bits else x
+        gs, gz = scale_gradients(gy2.t() @ used.reshape(-1, x.shape[-1]), qweight, scales, zeros, bits, group_size)
+    return gx, None, gs, gz, gy2.sum(0) if needs[4] else None, None, None, None
 
 
 def scale_gradients(
@@ -213,8 +265,7 @@ def _cost(
     scales: Tensor,
     zeros: Tensor | None = None,
     bias: Tensor | None = None,
-    bits: int = 8,
-    group_size: int = 0,
+    *sizes: int,
 ) -> Cost:
     rows = x.numel() // max(x.shape[-1], 1)
     weights = qweight.nbytes + scales.nbytes + sum(t.nbytes for t in (zeros, bias) if t is not None)
@@ -224,11 +275,18 @@ def _cost(
 
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     def make(
-        lead: tuple[int, ...], k: int, n: int, bits: int, group_size: int, symmetric: bool, bias: bool = True
+        lead: tuple[int, ...],
+        k: int,
+        n: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        bias: bool = True,
+        activation_bits: int = 0,
     ) -> tuple[Tensor | int | None, ...]:
         draw = Draw(dtype)
         q = quantize(draw(n, k), bits, group_size, symmetric)
-        return draw(*lead, k), *q, draw(n) if bias else None, bits, group_size
+        return draw(*lead, k), *q, draw(n) if bias else None, bits, group_size, activation_bits
 
     for bits in (8, 4):
         yield Sample(f"int{bits}-1row", make((1,), 64, 48, bits, 0, True))
@@ -237,6 +295,10 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"int{bits}-grouped-symmetric", make((3,), 34, 7, bits, 10, True))
         yield Sample(f"int{bits}-many-rows", make((70,), 100, 90, bits, 0, False))
         yield Sample(f"int{bits}-0rows", make((0,), 33, 41, bits, 8, True))
+        yield Sample(f"int{bits}-rounded-1row", make((1,), 300, 48, bits, 0, True, activation_bits=8))
+        yield Sample(f"int{bits}-rounded-odd", make((2, 3), 33, 41, bits, 8, False, False, 8))
+        yield Sample(f"int{bits}-rounded-many-rows", make((70,), 201, 90, bits, 128, False, activation_bits=8))
+        yield Sample(f"int{bits}-rounded-0rows", make((0,), 33, 41, bits, 0, True, activation_bits=8))
         base = make((5,), 33, 41, bits, 8, False)
         yield Sample(f"int{bits}-transposed", tuple(transposed(v) if isinstance(v, Tensor) else v for v in base))
         yield Sample(f"int{bits}-sliced", tuple(sliced(v) if isinstance(v, Tensor) else v for v in base))
@@ -247,7 +309,7 @@ _call = define(
         name=_NAME,
         schema=(
             "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros=None, Tensor? bias=None, int bits=8, "
-            "int group_size=0) -> Tensor"
+            "int group_size=0, int activation_bits=0) -> Tensor"
         ),
         check=_check,
         reference=_reference,

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinycomp.ops import _checks
 from tinycomp.ops._registry import OPS, Cost, Op, Sample, define
 from tinycomp.ops._sampling import Draw, sliced, transposed
-from tinycomp.ops.quant_linear import check_factor, dequantize, quantize, scale_gradients
+from tinycomp.ops.quant_linear import (
+    ACTIVATION_GROUP,
+    check_activation_bits,
+    check_factor,
+    dequantize,
+    pack_int4,
+    quantize,
+    round_activations,
+    scale_gradients,
+    straight_through,
+)
 
 _NAME = "quant_lowrank_linear"
 _FLOAT = OPS["lowrank_linear"]
@@ -28,11 +39,14 @@ def quant_lowrank_linear(
     bias: Tensor | None = None,
     bits: int = 8,
     group_size: int = 0,
+    activation_bits: int = 0,
 ) -> Tensor:
     """`lowrank_linear` on rounded factors: each is rebuilt as (q - zeros) scales.
 
-    The factors are rebuilt in float32 and rounded to the dtype of x. Activations, x and the product with r alike,
-    stay in the dtype of x; a kernel may keep float32 in both places.
+    activation_bits 0: the factors are rebuilt in float32 and rounded to the dtype of x. Activations, x and the product
+    with r alike, stay in the dtype of x; a kernel may keep float32 in both places.
+    activation_bits 8: x, and again the float32 product with r that t multiplies, are rounded as in `quant_linear`;
+    gradients pass through that rounding as if it were not there.
 
     Args:
         x: (..., in_features) float32, bfloat16, float16 or float64.
@@ -46,18 +60,19 @@ def quant_lowrank_linear(
         bias: (out_features,) in the dtype of x, or None.
         bits: 8 or 4, for both factors.
         group_size: inputs per scale, 0 for a whole row, for both factors.
+        activation_bits: 0 or 8.
 
     Returns:
         (..., out_features) in the dtype of x.
 
     Raises:
-        ValueError: shapes do not fit, or bits or group_size are not allowed.
+        ValueError: shapes do not fit, or bits, group_size or activation_bits are not allowed.
         TypeError: dtypes are not supported.
 
     Cost: the FLOPs of `lowrank_linear`; at M = 1 the bytes of the rounded factors. Differentiable in x, scales, zeros
     and bias.
     """
-    return _call(x, r, r_scales, t, t_scales, order, r_zeros, t_zeros, bias, bits, group_size)
+    return _call(x, r, r_scales, t, t_scales, order, r_zeros, t_zeros, bias, bits, group_size, activation_bits)
 
 
 def _check(
@@ -72,8 +87,10 @@ def _check(
     bias: Tensor | None,
     bits: int,
     group_size: int,
+    activation_bits: int,
 ) -> None:
     _checks.tensor(_NAME, "x", x)
+    check_activation_bits(_NAME, activation_bits)
     check_factor(_NAME, "r", r, r_scales, r_zeros, x.shape[-1], bits, group_size, x)
     check_factor(_NAME, "t", t, t_scales, t_zeros, r.shape[0], bits, group_size, x)
     out_features = t.shape[0]
@@ -85,13 +102,23 @@ def _check(
 
 
 def _factors(args: Sequence) -> tuple[Tensor, Tensor]:
-    x, r, r_scales, t, t_scales, _, r_zeros, t_zeros, _, bits, group_size = args
-    wide_r = dequantize(r, r_scales, r_zeros, x.shape[-1], bits, group_size).to(x.dtype)
-    return wide_r, dequantize(t, t_scales, t_zeros, r.shape[0], bits, group_size).to(x.dtype)
+    x, r, r_scales, t, t_scales, _, r_zeros, t_zeros, _, bits, group_size, activation_bits = args
+    dtype = torch.promote_types(x.dtype, torch.float32) if activation_bits else x.dtype
+    wide_r = dequantize(r, r_scales, r_zeros, x.shape[-1], bits, group_size).to(dtype)
+    return wide_r, dequantize(t, t_scales, t_zeros, r.shape[0], bits, group_size).to(dtype)
 
 
 def _reference(*args) -> Tensor:
-    return _FLOAT.reference(args[0], *_factors(args), args[5], args[8])
+    x, order, bias, group_size, activation_bits = args[0], args[5], args[8], args[10], args[11]
+    r, t = _factors(args)
+    if not activation_bits:
+        return _FLOAT.reference(x, r, t, order, bias)
+    z = F.linear(straight_through(x, group_size), r)
+    y = F.linear(straight_through(z, group_size), t)
+    if order is not None:
+        y = torch.cat([z, y], -1)
+        y = torch.zeros_like(y).index_copy(-1, order.long(), y)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def _fake(*args) -> Tensor:
@@ -100,17 +127,26 @@ def _fake(*args) -> Tensor:
 
 
 def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
-    x, r, r_scales, t, t_scales, order, r_zeros, t_zeros, bias, bits, group_size = args
+    x, r, r_scales, t, t_scales, order, r_zeros, t_zeros, bias, bits, group_size, activation_bits = args
     assert _FLOAT.backward is not None
     on_r, on_t = needs[2] or needs[6], needs[4] or needs[7]
-    float_needs = (needs[0], on_r, on_t, False, needs[8])
-    gx, gr, gt, _, gb = _FLOAT.backward((x, *_factors(args), order, bias), float_needs, gy)
+    wide_r, wide_t = _factors(args)
+    wide_gy = gy.to(wide_r.dtype)
+    used = round_activations(x, group_size) if activation_bits else x
+    gx, gr, gt, _, gb = _FLOAT.backward(
+        (used, wide_r, wide_t, order, bias), (needs[0], on_r, on_t and not activation_bits, False, needs[8]), wide_gy
+    )
+    if on_t and activation_bits:
+        rest = wide_gy if order is None else wide_gy.index_select(-1, order.long())[..., r.shape[0] :]
+        z = round_activations(used @ wide_r.t(), group_size)
+        gt = rest.reshape(-1, rest.shape[-1]).t() @ z.reshape(-1, z.shape[-1])
     gs: list[Tensor | None] = [None, None, None, None]
     if gr is not None:
         gs[0], gs[2] = scale_gradients(gr, r, r_scales, r_zeros, bits, group_size)
     if gt is not None:
         gs[1], gs[3] = scale_gradients(gt, t, t_scales, t_zeros, bits, group_size)
-    return gx, None, gs[0], None, gs[1], None, gs[2], gs[3], gb, None, None
+    gx, gb = (None if g is None else g.to(x.dtype) for g in (gx, gb))
+    return gx, None, gs[0], None, gs[1], None, gs[2], gs[3], gb, None, None, None
 
 
 def _cost(*args) -> Cost:
@@ -124,18 +160,37 @@ def _cost(*args) -> Cost:
 
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     def make(
-        lead: tuple[int, ...], k: int, n: int, rank: int, pivoted: bool, bits: int, group: int, symmetric: bool
+        lead: tuple[int, ...],
+        k: int,
+        n: int,
+        rank: int,
+        pivoted: bool,
+        bits: int,
+        group: int,
+        symmetric: bool,
     ) -> tuple[Tensor | int | None, ...]:
         draw = Draw(dtype)
         r = quantize(draw(rank, k), bits, group, symmetric)
         t = quantize(draw(n - rank if pivoted else n, rank), bits, group, symmetric)
         order = draw.permutation(n) if pivoted else None
         x, bias = draw(*lead, k), draw(n)
-        return x, r.qweight, r.scales, t.qweight, t.scales, order, r.zeros, t.zeros, bias, bits, group
+        return x, r.qweight, r.scales, t.qweight, t.scales, order, r.zeros, t.zeros, bias, bits, group, 0
+
+    def exact(lead: tuple[int, ...], k: int, n: int, rank: int, pivoted: bool, bits: int) -> tuple:
+        # Powers of two for all scales: the product with r is exact, so its rounding is the same however it is summed.
+        draw = Draw(dtype)
+        x, r, t = ((3 * draw(*s)).round().clamp(-7, 7) for s in ((*lead, k), (rank, k), (n - rank * pivoted, rank)))
+        packed = [pack_int4(q.to(torch.int8)) if bits == 4 else q.to(torch.int8) for q in (r, t)]
+        scales = [torch.full((q.shape[0], 1), 0.125, dtype=dtype) for q in packed]
+        x[..., ::ACTIVATION_GROUP] = 127
+        order = draw.permutation(n) if pivoted else None
+        return x, packed[0], scales[0], packed[1], scales[1], order, None, None, draw(n), bits, 0, 8
 
     for bits in (8, 4):
         yield Sample(f"int{bits}-plain-1row", make((1,), 64, 48, 16, False, bits, 0, True))
         yield Sample(f"int{bits}-pivoted-odd", make((2, 3), 33, 41, 7, True, bits, 8, False))
+        yield Sample(f"int{bits}-rounded-1row", exact((1,), 300, 48, 150, False, bits))
+        yield Sample(f"int{bits}-rounded-pivoted", exact((2, 10), 33, 41, 7, True, bits))
         yield Sample(f"int{bits}-0rows", make((0,), 33, 41, 7, True, bits, 0, True))
         base = make((5,), 33, 41, 7, True, bits, 8, False)
         yield Sample(f"int{bits}-transposed", tuple(transposed(v) if isinstance(v, Tensor) else v for v in base))
@@ -147,7 +202,8 @@ _call = define(
         name=_NAME,
         schema=(
             "(Tensor x, Tensor r, Tensor r_scales, Tensor t, Tensor t_scales, Tensor? order=None, "
-            "Tensor? r_zeros=None, Tensor? t_zeros=None, Tensor? bias=None, int bits=8, int group_size=0) -> Tensor"
+            "Tensor? r_zeros=None, Tensor? t_zeros=None, Tensor? bias=None, int bits=8, int group_size=0, "
+            "int activation_bits=0) -> Tensor"
         ),
         check=_check,
         reference=_reference,

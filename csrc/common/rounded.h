@@ -1,0 +1,59 @@
+// Rows of a weight rounded to 8 or 4 bits against a few input rows, which are float32 or rounded to 8 bits themselves.
+#pragma once
+
+#include <cstdint>
+
+namespace tinycomp {
+
+// Inputs that share an activation scale where weights have one scale for the whole row.
+constexpr int64_t kActivationGroup = 128;
+
+// w[i, c] = (level(i, c) - middle) * scales[i, group of c], with levels as stored: signed bytes and middle 0 for 8
+// bits, two to a byte (even input in the low half) and middle 8 for 4 bits. Groups begin at even inputs.
+struct RoundedRows {
+  const uint8_t* data;
+  int64_t stride;  // bytes between rows
+  int64_t cols, group, groups;
+  bool four_bits;
+  const float* scales;   // (rows, scale_groups)
+  int64_t scale_groups;  // groups, or 1
+  int64_t size(int64_t g) const { return cols - g * group < group ? cols - g * group : group; }
+};
+
+// Inputs in the order in which the levels of a group are read: 4-bit levels read even inputs first, then odd ones.
+// Every half of a group is padded with zeros to a multiple of kPad.
+constexpr int64_t kPad = 64;
+
+// Levels are read as unsigned numbers around `middle` (8 or 128). What that adds to each 32-bit sum is kept for each
+// input row and group, negated, as the value a sum starts from: kLanes numbers.
+constexpr int64_t kLanes = 16;
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+inline int64_t half_width(const RoundedRows& w) { return padded(w.four_bits ? (w.group + 1) / 2 : w.group); }
+inline int64_t group_width(const RoundedRows& w) { return half_width(w) * (w.four_bits ? 2 : 1); }
+inline int64_t input_width(const RoundedRows& w) { return group_width(w) * w.groups; }
+
+struct RoundedTable {
+  // One input row rounded by group: levels = round(x * 127 / largest), scale = largest / 127, their sums, and starts.
+  void (*round_inputs)(const RoundedRows& w, const float* x, int8_t* levels, float* scales, int32_t* sums,
+                       int32_t* starts);
+  // One input row in group order; sums may be null.
+  void (*order_inputs)(const RoundedRows& w, const float* x, float* ordered, float* sums);
+  // out[j * ldo + i] for i < rows, j < m: integer products within a group, float32 beyond.
+  void (*dot_levels)(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                     const int32_t* starts, int64_t m, float* out, int64_t ldo);
+  // The same with ordered float32 inputs.
+  void (*dot_floats)(const RoundedRows& w, int64_t rows, const float* x, int64_t m, float* out, int64_t ldo);
+  // Rows rebuilt in float32, `cols` apart.
+  void (*rebuild)(const RoundedRows& w, int64_t rows, float* out);
+};
+
+const RoundedTable& rounded();
+
+extern const RoundedTable portable_rounded;
+#if defined(__x86_64__)
+extern const RoundedTable avx2_rounded;
+extern const RoundedTable avx512_rounded;  // needs VNNI too
+#endif
+
+}  // namespace tinycomp

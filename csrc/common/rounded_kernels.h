@@ -1,0 +1,246 @@
+// The loops behind rounded.h, written once against a vector type V, as in dot_kernels.h.
+//
+// V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), load(p), store(p, v), load_i8(p, n)
+// and load_u4(p, n, low, high) of n <= width entries with zero levels (-8 for u4) after them; Int (32-bit sums), bytes
+// (levels per step), inputs (per tile), no_sums(), load_sums(p), store_sums(p, sums), set_bytes(v), dot(sums, unsigned
+// levels, signed levels), load_bytes(p, n) with zeros after n <= bytes, offset(v) adding 128 to signed levels, low(v),
+// high(v) halves of bytes, to_float(sums); largest(x, n) of magnitudes, round(x, factor, n, levels) to int8.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "rounded.h"
+
+namespace tinycomp {
+namespace {
+
+constexpr int64_t kRowsAhead = 4;  // a tile prefetches what the next rows will read at the same place
+
+// x in the order of rounded.h; the padding is written too.
+template <class T>
+TINYCOMP_TARGET void arrange(const RoundedRows& w, int64_t size, const T* x, T* to) {
+  const int64_t half = half_width(w);
+  if (!w.four_bits) {
+    std::fill(std::copy_n(x, size, to), to + half, T(0));
+    return;
+  }
+  for (int64_t i = 0; i < size / 2; ++i) to[i] = x[2 * i], to[half + i] = x[2 * i + 1];
+  if (size % 2) to[size / 2] = x[size - 1];
+  std::fill(to + (size + 1) / 2, to + half, T(0));
+  std::fill(to + half + size / 2, to + 2 * half, T(0));
+}
+
+template <class V>
+TINYCOMP_TARGET void round_inputs(const RoundedRows& w, const float* x, int8_t* levels, float* scales, int32_t* sums,
+                                  int32_t* starts) {
+  std::vector<int8_t> plain(w.four_bits ? w.group : 0);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t size = w.size(g);
+    const float* from = x + g * w.group;
+    const float largest = V::largest(from, size);
+    scales[g] = largest / 127.0f;
+    const float factor = largest == 0 ? 0.0f : 127.0f / largest;
+    int8_t* to = levels + g * group_width(w);
+    int32_t sum = 0;
+    if (!w.four_bits) {
+      V::round(from, factor, size, to);
+      std::fill(to + size, to + group_width(w), int8_t(0));
+      for (int64_t i = 0; i < size; ++i) sum += to[i];
+    } else {
+      V::round(from, factor, size, plain.data());
+      arrange(w, size, static_cast<const int8_t*>(plain.data()), to);
+      for (int64_t i = 0; i < size; ++i) sum += plain[i];
+    }
+    sums[g] = sum;
+    const typename V::Int middle = V::set_bytes(w.four_bits ? 8 : 128);
+    typename V::Int start = V::no_sums();
+    for (int64_t b = 0; b < group_width(w); b += V::bytes)
+      start = V::dot(start, middle, V::load_bytes(reinterpret_cast<const uint8_t*>(to) + b, V::bytes));
+    std::fill_n(starts + g * kLanes, kLanes, 0);
+    V::store_sums(starts + g * kLanes, start);
+    for (int64_t l = 0; l < kLanes; ++l) starts[g * kLanes + l] = -starts[g * kLanes + l];
+  }
+}
+
+template <class V>
+TINYCOMP_TARGET void order_inputs(const RoundedRows& w, const float* x, float* ordered, float* sums) {
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const float* from = x + g * w.group;
+    arrange(w, w.size(g), from, ordered + g * group_width(w));
+    if (sums == nullptr) continue;
+    float sum = 0;
+    for (int64_t i = 0; i < w.size(g); ++i) sum += from[i];
+    sums[g] = sum;
+  }
+}
+
+TINYCOMP_TARGET inline float scale_of(const RoundedRows& w, int r, int64_t g) {
+  return w.scale_groups == 1 ? 1.0f : w.scales[r * w.scale_groups + g];
+}
+
+template <class V, int R, int M>
+TINYCOMP_TARGET inline void finish(const RoundedRows& w, const typename V::Vec (&total)[M][R], float* out,
+                                   int64_t ldo) {
+  for (int j = 0; j < M; ++j)
+    for (int r = 0; r < R; ++r) {
+      const float value = V::sum(total[j][r]);
+      out[j * ldo + r] = w.scale_groups == 1 ? value * w.scales[r] : value;
+    }
+}
+
+// R rows against M rounded inputs.
+template <class V, int R, int M>
+TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, const float* scales, const int32_t* starts,
+                                 float* out, int64_t ldo) {
+  using Int = typename V::Int;
+  const int64_t width = input_width(w), half = half_width(w);
+  typename V::Vec total[M][R];
+  for (int j = 0; j < M; ++j)
+    for (int r = 0; r < R; ++r) total[j][r] = V::zero();
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
+    const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+    const int8_t* x = levels + g * group_width(w);
+    Int acc[M][R];
+    for (int j = 0; j < M; ++j)
+      for (int r = 0; r < R; ++r) acc[j][r] = V::load_sums(starts + (j * w.groups + g) * kLanes);
+    for (int64_t b = 0; b < stored; b += V::bytes) {
+      Int v[R];
+      for (int r = 0; r < R; ++r) {
+        v[r] = V::load_bytes(from + r * w.stride + b, stored - b);
+        __builtin_prefetch(from + (r + kRowsAhead) * w.stride + b);
+      }
+      if (!w.four_bits) {
+        for (int r = 0; r < R; ++r) v[r] = V::offset(v[r]);
+        for (int j = 0; j < M; ++j) {
+          const Int input = V::load_bytes(reinterpret_cast<const uint8_t*>(x) + j * width + b, V::bytes);
+          for (int r = 0; r < R; ++r) acc[j][r] = V::dot(acc[j][r], v[r], input);
+        }
+      } else {
+        for (int j = 0; j < M; ++j) {
+          const uint8_t* input = reinterpret_cast<const uint8_t*>(x) + j * width + b;
+          const Int even = V::load_bytes(input, V::bytes), odd = V::load_bytes(input + half, V::bytes);
+          for (int r = 0; r < R; ++r) acc[j][r] = V::dot(V::dot(acc[j][r], V::low(v[r]), even), V::high(v[r]), odd);
+        }
+      }
+    }
+    for (int j = 0; j < M; ++j)
+      for (int r = 0; r < R; ++r) {
+        const float scale = scales[j * w.groups + g] * scale_of(w, r, g);
+        total[j][r] = V::fma(V::to_float(acc[j][r]), V::set1(scale), total[j][r]);
+      }
+  }
+  finish<V, R, M>(w, total, out, ldo);
+}
+
+// R rows against M ordered float32 inputs.
+template <class V, int R, int M>
+TINYCOMP_TARGET void tile_floats(const RoundedRows& w, const float* ordered, float* out, int64_t ldo) {
+  using Vec = typename V::Vec;
+  const int64_t width = input_width(w), half = half_width(w);
+  Vec total[M][R];
+  for (int j = 0; j < M; ++j)
+    for (int r = 0; r < R; ++r) total[j][r] = V::zero();
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
+    const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+    const float* x = ordered + g * group_width(w);
+    Vec acc[M][R];
+    for (int j = 0; j < M; ++j)
+      for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
+    for (int64_t b = 0; b < stored; b += V::width) {
+      Vec low[R], high[R];
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* at = from + r * w.stride + b;
+        if (w.four_bits)
+          V::load_u4(at, stored - b, low[r], high[r]);
+        else
+          low[r] = V::load_i8(at, stored - b);
+        __builtin_prefetch(at + kRowsAhead * w.stride);
+      }
+      for (int j = 0; j < M; ++j) {
+        const Vec even = V::load(x + j * width + b);
+        for (int r = 0; r < R; ++r) acc[j][r] = V::fma(low[r], even, acc[j][r]);
+        if (!w.four_bits) continue;
+        const Vec odd = V::load(x + j * width + half + b);
+        for (int r = 0; r < R; ++r) acc[j][r] = V::fma(high[r], odd, acc[j][r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const Vec scale = V::set1(scale_of(w, r, g));
+      for (int j = 0; j < M; ++j) total[j][r] = V::fma(acc[j][r], scale, total[j][r]);
+    }
+  }
+  finish<V, R, M>(w, total, out, ldo);
+}
+
+inline RoundedRows from_row(const RoundedRows& w, int64_t i) {
+  RoundedRows rest = w;
+  rest.data += i * w.stride;
+  rest.scales += i * w.scale_groups;
+  return rest;
+}
+
+template <class V, int R>
+TINYCOMP_TARGET void levels_against(const RoundedRows& w, const int8_t* levels, const float* scales,
+                                    const int32_t* starts, int64_t m, float* out, int64_t ldo) {
+  const int64_t width = input_width(w), groups = w.groups;
+  int64_t j = 0;
+  if constexpr (V::inputs == 3)
+    for (; j + 3 <= m && j + 4 != m; j += 3)
+      tile_levels<V, R, 3>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo,
+                           ldo);
+  for (; j + 2 <= m; j += 2)
+    tile_levels<V, R, 2>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo, ldo);
+  if (j < m)
+    tile_levels<V, R, 1>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo, ldo);
+}
+
+template <class V, int R>
+TINYCOMP_TARGET void floats_against(const RoundedRows& w, const float* x, int64_t m, float* out, int64_t ldo) {
+  const int64_t width = input_width(w);
+  int64_t j = 0;
+  for (; j + 2 <= m; j += 2) tile_floats<V, R, 2>(w, x + j * width, out + j * ldo, ldo);
+  if (j < m) tile_floats<V, R, 1>(w, x + j * width, out + j * ldo, ldo);
+}
+
+template <class V>
+TINYCOMP_TARGET void dot_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                                const int32_t* starts, int64_t m, float* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) levels_against<V, 4>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
+  for (; i < rows; ++i) levels_against<V, 1>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
+}
+
+template <class V>
+TINYCOMP_TARGET void dot_floats(const RoundedRows& w, int64_t rows, const float* x, int64_t m, float* out,
+                                int64_t ldo) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) floats_against<V, 4>(from_row(w, i), x, m, out + i, ldo);
+  for (; i < rows; ++i) floats_against<V, 1>(from_row(w, i), x, m, out + i, ldo);
+}
+
+template <class V>
+TINYCOMP_TARGET void rebuild(const RoundedRows& w, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const float scale = w.scales[i * w.scale_groups + (w.scale_groups == 1 ? 0 : g)];
+      const uint8_t* from = w.data + i * w.stride + (w.four_bits ? g * w.group / 2 : g * w.group);
+      float* to = out + i * w.cols + g * w.group;
+      const int64_t size = w.size(g);
+      if (w.four_bits)
+        for (int64_t c = 0; c < size; ++c)
+          to[c] = scale * static_cast<float>((c % 2 ? from[c / 2] >> 4 : from[c / 2] & 15) - 8);
+      else
+        for (int64_t c = 0; c < size; ++c) to[c] = scale * static_cast<float>(static_cast<int8_t>(from[c]));
+    }
+}
+
+template <class V>
+RoundedTable make_rounded() {
+  return {round_inputs<V>, order_inputs<V>, dot_levels<V>, dot_floats<V>, rebuild<V>};
+}
+
+}  // namespace
+}  // namespace tinycomp

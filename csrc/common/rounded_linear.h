@@ -1,0 +1,216 @@
+// What kernels with rounded weights share: a checked weight, its inputs, and products of both.
+#pragma once
+
+#include "linear.h"
+#include "rounded.h"
+
+namespace tinycomp {
+
+// Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once in float32.
+constexpr int64_t kFewInputs = 8;
+
+class RoundedWeight {
+ public:
+  RoundedWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t cols,
+                int64_t bits, int64_t group_size, int64_t activation_bits, const char* name)
+      : cols(cols),
+        four_bits(bits == 4),
+        rounds_inputs(activation_bits == 8),
+        stored_(qweight, four_bits ? Type::u4 : Type::i8, four_bits ? ScalarType::Byte : ScalarType::Char,
+                four_bits ? (cols + 1) / 2 : cols, name),
+        rows(stored_.rows) {
+    STD_TORCH_CHECK((bits == 8 || bits == 4) && group_size >= 0 && group_size % 2 == 0 &&
+                        (activation_bits == 0 || activation_bits == 8),
+                    name, ": bits, group_size or activation_bits do not fit");
+    const int64_t whole = rounds_inputs ? kActivationGroup : std::max<int64_t>(cols, 1);
+    group = group_size ? group_size : whole;
+    scale_groups = group_size ? (cols + group_size - 1) / group_size : 1;
+    groups = std::max<int64_t>(1, (cols + group - 1) / group);
+    scales_ = checked(scales, scales.scalar_type(), name);
+    if (zeros) zeros_ = checked(*zeros, scales.scalar_type(), name);
+  }
+
+  Stage stage() const { return row_stage(stored_); }
+  // Levels cost about a quarter of what float32 multiply-adds do where inputs are rounded.
+  double estimate(int64_t m) const { return weight_estimate(stored_, rounds_inputs ? (m + 3) / 4 : m); }
+  bool has_zeros() const { return zeros_.has_value(); }
+
+  // `n` rows from `first`; their scales are put, in float32, into `scales`.
+  RoundedRows at(int64_t first, int64_t n, float* scales) const {
+    widened(scales_, first, n, scales);
+    const auto* data = reinterpret_cast<const uint8_t*>(stored_.data) + first * stored_.stride;
+    return {data, stored_.stride, cols, group, groups, four_bits, scales, scale_groups};
+  }
+  // What the zeros of `n` rows subtract per unit of the sum of a group's inputs.
+  void shifts(int64_t first, int64_t n, const float* scales, float* to) const {
+    widened(*zeros_, first, n, to);
+    for (int64_t i = 0; i < n * scale_groups; ++i) to[i] = scales[i] * (to[i] - (four_bits ? 8.0f : 0.0f));
+  }
+
+  // The (rows, cols) weight in double.
+  Tensor dense(const Tensor& like) const {
+    const Tensor w = empty(like, {rows, cols}, ScalarType::Double);
+    double* to = static_cast<double*>(w.mutable_data_ptr());
+    with_float_type(scales_.scalar_type(), "scales", [&](auto zero) {
+      using S = decltype(zero);
+      using A = Accumulate<S>;
+      const S* scales = static_cast<const S*>(scales_.const_data_ptr());
+      const S* zeros = zeros_ ? static_cast<const S*>(zeros_->const_data_ptr()) : nullptr;
+      for (int64_t i = 0; i < rows * cols; ++i) {
+        const int64_t row = i / cols, c = i % cols;
+        const auto* from = reinterpret_cast<const uint8_t*>(stored_.data) + row * stored_.stride;
+        const int level = four_bits ? (c % 2 ? from[c / 2] >> 4 : from[c / 2] & 15) : static_cast<int8_t>(from[c]);
+        const int64_t at = row * scale_groups + (scale_groups == 1 ? 0 : c / group);
+        const A middle = zeros != nullptr ? static_cast<A>(zeros[at]) : A(four_bits ? 8 : 0);
+        to[i] = (static_cast<A>(level) - middle) * static_cast<A>(scales[at]);
+      }
+    });
+    return w;
+  }
+  // A double matrix of inputs after rounding, where this weight rounds them.
+  Tensor inputs(const Tensor& x) const {
+    if (!rounds_inputs) return x;
+    const Tensor from = torch::stable::contiguous(x), to = torch::stable::clone(from);
+    const RoundedRows plain{nullptr, 0, cols, group, groups, false, nullptr, 1};
+    std::vector<float> row(cols), scales(groups);
+    std::vector<int8_t> levels(input_width(plain));
+    std::vector<int32_t> sums(groups), starts(groups * kLanes);
+    for (int64_t j = 0; j < x.size(0); ++j) {
+      std::copy_n(static_cast<const double*>(from.const_data_ptr()) + j * cols, cols, row.data());
+      rounded().round_inputs(plain, row.data(), levels.data(), scales.data(), sums.data(), starts.data());
+      for (int64_t c = 0; c < cols; ++c)
+        static_cast<double*>(to.mutable_data_ptr())[j * cols + c] =
+            static_cast<double>(scales[c / group]) * levels[c / group * group_width(plain) + c % group];
+    }
+    return to;
+  }
+
+  const int64_t cols;
+  const bool four_bits, rounds_inputs;
+
+ private:
+  Tensor checked(const Tensor& t, ScalarType type, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == scale_groups && t.scalar_type() == type, name,
+                    ": scales or zeros: shape or dtype does not fit");
+    with_float_type(type, name, [](auto) {});
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+  void widened(const Tensor& t, int64_t first, int64_t n, float* to) const {
+    with_float_type(t.scalar_type(), "scales", [&](auto zero) {
+      using S = decltype(zero);
+      const S* from = static_cast<const S*>(t.const_data_ptr()) + first * scale_groups;
+      if constexpr (std::is_same_v<S, double>)
+        std::copy_n(from, n * scale_groups, to);
+      else
+        widen(dot_type<S>, from, to, n * scale_groups);
+    });
+  }
+  Weight stored_;
+  Tensor scales_;
+  std::optional<Tensor> zeros_;
+
+ public:
+  const int64_t rows;
+  int64_t group, groups, scale_groups;
+};
+
+// Inputs as a rounded weight reads them; `prepare` fills rows in a stage of its own.
+class RoundedInputs {
+ public:
+  RoundedInputs(const RoundedWeight& w, const float* x, int64_t m, int slot)
+      : w_(w),
+        x_(x),
+        m(m),
+        width_(input_width(layout())),
+        direct_(!w.rounds_inputs && m > kFewInputs),
+        memory_(slot,
+                direct_ ? 0 : m * (width_ / (w.rounds_inputs ? 4 : 1) + (2 + kLanes) * w.groups + w.scale_groups)) {
+    float* next = memory_.data();
+    ordered_ = next, next += direct_ ? 0 : m * (width_ / (w.rounds_inputs ? 4 : 1));
+    scales_ = next, next += m * w.groups;
+    sums_ = reinterpret_cast<int32_t*>(next), next += m * w.groups;
+    starts_ = reinterpret_cast<int32_t*>(next), next += m * w.groups * kLanes;
+    totals_ = next;
+  }
+
+  Stage stage() const { return {direct_ ? 0 : m, std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1))}; }
+
+  void prepare(int64_t first, int64_t last) const {
+    for (int64_t j = first; j < last; ++j) {
+      const float* x = x_ + j * w_.cols;
+      float* totals = totals_ + j * w_.scale_groups;
+      if (!w_.rounds_inputs) {
+        rounded().order_inputs(layout(), x, ordered_ + j * width_, w_.has_zeros() ? totals : nullptr);
+        continue;
+      }
+      const int64_t at = j * w_.groups;
+      rounded().round_inputs(layout(), x, levels() + j * width_, scales_ + at, sums_ + at, starts_ + at * kLanes);
+      std::fill_n(totals, w_.scale_groups, 0.0f);
+      for (int64_t g = 0; g < w_.groups; ++g)
+        totals[w_.scale_groups == 1 ? 0 : g] += scales_[at + g] * static_cast<float>(sums_[at + g]);
+    }
+  }
+
+  // store(j, i, values, n) as in dot_rows of linear.h.
+  template <class Store>
+  void dot_rows(int64_t first, int64_t last, const Store& store) const {
+    const int64_t most = std::min(m, kInputsAtOnce), groups = w_.scale_groups;
+    const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
+    const Scratch shifts(kShiftSlot, w_.has_zeros() ? kBatch * groups : 0);
+    const Scratch rebuilt(kRebuildSlot, direct_ ? kBatch * w_.cols : 0);
+    float *values = out.data(), *correction = values + most * kBatch;
+    for (int64_t i = first; i < last; i += kBatch) {
+      const int64_t n = std::min(kBatch, last - i);
+      const RoundedRows rows = w_.at(i, n, scales.data());
+      if (w_.has_zeros()) w_.shifts(i, n, scales.data(), shifts.data());
+      if (direct_) rebuild(rows, n, shifts.data(), rebuilt.data());
+      for (int64_t start = 0; start < m; start += most) {
+        const int64_t inputs = std::min(most, m - start);
+        multiply(rows, n, start, inputs, rebuilt.data(), values);
+        if (w_.has_zeros() && !direct_) {
+          dot(Type::f32, shifts.data(), groups * 4, n, groups, totals_ + start * groups, groups, inputs, correction,
+              kBatch);
+          for (int64_t c = 0; c < inputs * kBatch; ++c) values[c] -= correction[c];
+        }
+        for (int64_t j = 0; j < inputs; ++j) store(start + j, i, values + j * kBatch, n);
+      }
+    }
+  }
+
+ private:
+  RoundedRows layout() const { return {nullptr, 0, w_.cols, w_.group, w_.groups, w_.four_bits, nullptr, 1}; }
+  int8_t* levels() const { return reinterpret_cast<int8_t*>(ordered_); }
+
+  void multiply(const RoundedRows& rows, int64_t n, int64_t start, int64_t inputs, const float* dense,
+                float* out) const {
+    if (direct_)
+      dot(Type::f32, dense, w_.cols * 4, n, w_.cols, x_ + start * w_.cols, w_.cols, inputs, out, kBatch);
+    else if (w_.rounds_inputs)
+      rounded().dot_levels(rows, n, levels() + start * width_, scales_ + start * w_.groups,
+                           starts_ + start * w_.groups * kLanes, inputs, out, kBatch);
+    else
+      rounded().dot_floats(rows, n, ordered_ + start * width_, inputs, out, kBatch);
+  }
+  void rebuild(const RoundedRows& rows, int64_t n, const float* shifts, float* to) const {
+    rounded().rebuild(rows, n, to);
+    if (!w_.has_zeros()) return;
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < w_.cols; ++c)
+        to[r * w_.cols + c] -= shifts[r * w_.scale_groups + (w_.scale_groups == 1 ? 0 : c / w_.group)];
+  }
+
+  const RoundedWeight& w_;
+  const float* x_;
+
+ public:
+  const int64_t m;
+
+ private:
+  int64_t width_;
+  bool direct_;
+  Scratch memory_;
+  float *ordered_, *scales_, *totals_;
+  int32_t *sums_, *starts_;
+};
+
+}  // namespace tinycomp

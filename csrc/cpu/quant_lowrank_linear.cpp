@@ -1,0 +1,70 @@
+// quant_lowrank_linear: lowrank_linear on rounded factors, in one parallel region; the middle stays in float32, or is
+// rounded again for the second factor.
+#include "../common/rounded_linear.h"
+
+namespace tinycomp {
+namespace {
+
+template <class T>
+void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, const std::vector<int32_t>& order,
+            const Output<T>& y) {
+  const int64_t m = wide.rows, rank = r.rows;
+  const bool pivoted = !order.empty();
+  const Scratch middle(kMiddleSlot, m * rank);
+  float* z = middle.data();
+  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z, m, kMiddleLevelSlot);
+  const Stage stages[] = {wide.stage(), x.stage(), r.stage(), inner.stage(), t.stage()};
+  run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) {
+      wide.prepare(first, last);
+    } else if (stage == 1) {
+      x.prepare(first, last);
+    } else if (stage == 2) {
+      x.dot_rows(first, last, [&](int64_t j, int64_t i, const float* values, int64_t n) {
+        std::copy_n(values, n, z + j * rank + i);
+        if (pivoted) y.scatter(j, &order[i], values, n);
+      });
+    } else if (stage == 3) {
+      inner.prepare(first, last);
+    } else {
+      inner.dot_rows(first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
+        if (pivoted)
+          y.scatter(j, &order[rank + i], values, n);
+        else
+          y.store(j, i, values, n);
+      });
+    }
+  });
+}
+
+Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_scales, const Tensor& t,
+                            const Tensor& t_scales, const std::optional<Tensor>& order,
+                            const std::optional<Tensor>& r_zeros, const std::optional<Tensor>& t_zeros,
+                            const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                            int64_t activation_bits) {
+  STD_TORCH_CHECK(x.dim() >= 1, "quant_lowrank_linear: x has no dimension");
+  const RoundedWeight rows(r, r_scales, r_zeros, x.size(x.dim() - 1), bits, group_size, activation_bits,
+                           "quant_lowrank_linear: r");
+  const RoundedWeight rest(t, t_scales, t_zeros, rows.rows, bits, group_size, activation_bits,
+                           "quant_lowrank_linear: t");
+  const int64_t out_features = rest.rows + (order ? rows.rows : 0);
+  const auto to = order ? permutation(*order, out_features, "quant_lowrank_linear: order") : std::vector<int32_t>{};
+  return with_float_type(x.scalar_type(), "quant_lowrank_linear", [&](auto zero) {
+    using T = decltype(zero);
+    const auto shift = entries<T>(bias, out_features, "quant_lowrank_linear: bias");
+    const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    if constexpr (std::is_same_v<T, double>) {
+      const Tensor z = gemm(rows.inputs(as_matrix(x)), rows.dense(x));
+      place(z, gemm(rest.inputs(z), rest.dense(x)), to, shift, out);
+    } else {
+      stream<T>(Inputs(x, zero), rows, rest, to, {out, out_features, shift});
+    }
+    return y;
+  });
+}
+
+TINYCOMP_CPU_KERNEL(quant_lowrank_linear, quant_lowrank_linear)
+
+}  // namespace
+}  // namespace tinycomp
