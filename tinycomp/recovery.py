@@ -127,7 +127,7 @@ def recover(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
     """Heal a compressed model: closed form first, then distillation from the original."""
-    from tinycomp import cli
+    from tinycomp import console
 
     config = make_config(settings or (), train=train, steps=steps)
     result = run(
@@ -135,11 +135,11 @@ def recover(
         force=force, command=shlex.join(["tinycomp", *sys.argv[1:]]), progress=not as_json,
     )  # fmt: skip
     if as_json:
-        cli.emit(result)
+        console.emit(result)
         return
     report = result["report"]
     for name in ("loss_before", "loss_healed", "loss_after", "steps", "best_step", "trained_parameters", "seconds"):
-        cli.out.print(f"{name.replace('_', ' '):24} {cli._cell(report[name])}")
+        console.out.print(f"{name.replace('_', ' '):24} {console.cell(report[name])}")
     for note in report["notes"]:
-        cli.out.print(f"note: {note}", markup=False)
-    cli.out.print(f"saved in {result['output_dir']}", markup=False, soft_wrap=True)
+        console.out.print(f"note: {note}", markup=False)
+    console.out.print(f"saved in {result['output_dir']}", markup=False, soft_wrap=True)
