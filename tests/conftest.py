@@ -11,6 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 HIDDEN, WIDTH, VOCAB, BLOCKS = 32, 48, 64, 3
 _LLAMA = {
     "hidden_size": HIDDEN,

@@ -99,6 +99,19 @@ def test_makefile_pins_torch_and_the_default_model():
     assert "-m pytest" in done.stdout
 
 
+def test_the_two_newest_minor_releases_of_transformers_are_tested():
+    """`make test` runs the suite on the lock's release, then our interfaces to transformers on the minor before it."""
+    pinned = [
+        tuple(map(int, re.search(r"^transformers==(\d+)\.(\d+)\.", (ROOT / name).read_text(), re.MULTILINE).groups()))
+        for name in ("requirements-previous.txt", "requirements-dev.lock")
+    ]
+    assert pinned[0] == (pinned[1][0], pinned[1][1] - 1)
+    assert "| transformers | {}.{}, {}.{} |".format(*pinned[0], *pinned[1]) in (ROOT / "README.md").read_text()
+    done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--target .venv/transformers-previous -r requirements-previous.txt" in done.stdout
+    assert re.search(r"PYTHONPATH=\S+/transformers-previous .*pytest .*tests/test_hf.py", done.stdout)
+
+
 def test_continuous_integration_runs_the_readmes_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert [line for line in lines if line.startswith("make")] == ["make test", "make lint"]
