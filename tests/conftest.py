@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tiny_folder import write_folder
 from torch import Tensor, nn
+
+from tinycomp.data import calibration_text
 
 
 def pytest_report_header() -> str:
@@ -167,3 +171,17 @@ def output(model: nn.Module, family: str, seed: int = 0) -> Tensor:
         dtype = next(p.dtype for p in model.parameters())
         result = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
     return result.logits if "logits" in result else result.last_hidden_state
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with its tokenizer on disk."""
+    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text in a file."""
+    path = tmp_path_factory.mktemp("text") / "speech.txt"
+    path.write_text(calibration_text()[0][:4000])
+    return path

@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-from tiny_folder import write_folder
+from command_line import PROTOCOL, as_json, compress, run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-import tinycomp
-from tinycomp import cli, job
 from tinycomp.data import calibration_text
-
-PROTOCOL = "ppl/sotu-2013-2014/64/64/token/first-128"
-SMALL = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "speech.txt"
-    path.write_text(calibration_text()[0][:4000])
-    return path
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-def as_json(*arguments: object) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def compress(folder: Path, out: Path, text: Path, *more: object):
-    return run("compress", folder, "--output-dir", out, "--data", text, *SMALL, *more)
-
 
 # ------------------------------------------------------------------------------------------------------------- results
 
@@ -186,143 +149,6 @@ def test_plan_from_a_config_alone_predicts_what_compress_gives(folder, text, tmp
     assert "break-even" in run("plan", folder, *arguments).stdout
 
 
-# ---------------------------------------------------------------------------------------------------------- exit codes
-
-USAGE = [
-    (["--method", "qr"], "got 'qr', allowed: auto, cur, magnitude"),
-    (["--method", ","], "got none, allowed: auto, cur"),
-    (["--method", "svd", "--ratio", "1.5"], "ratio: got 1.5, Input should be less than or equal to 1"),
-    (["--method", "svd", "--ratio", "0"], "ratio: got 0.0, Input should be greater than 0"),
-    (["--method", "svd", "--set", "colour=red"], "colour: got 'red'"),
-    (["--method", "svd", "--set", "rank"], "allowed: FIELD=VALUE"),
-    (["--method", "svd", "--set", "cur.rank=3"], "names the method 'cur'"),
-    (["--method", "svd", "--preset", "novel"], "preset: got 'novel'"),
-    (["--method", "svd", "--ratio", "0.5", "--targets", "no.such.layer"], "match no linear"),
-    (["--method", "svd", "--ratio", "0.5", "--targets", "re:("], "no regular expression"),
-    (["--method", "svd", "--ratio", "0.5", "--protocol", "ppl/sotu"], "allowed: ppl/TEXT/CONTEXT/STRIDE/token"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), USAGE, ids=[" ".join(a) for a, _ in USAGE])
-def test_wrong_commands_exit_with_2_and_write_nothing(arguments, message, folder, text, tmp_path):
-    result = compress(folder, tmp_path / "out", text, *arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_unknown_verbs_and_options_exit_with_2(folder):
-    assert run("compres", folder).exit_code == 2
-    assert run("eval", folder, "--protocoll", "x").exit_code == 2
-    assert run("compress", folder).exit_code == 2  # no output folder
-
-
-def test_error_is_one_json_object_with_json(folder, text, tmp_path):
-    result = compress(folder, tmp_path / "out", text, "--method", "qr", "--json")
-    assert result.exit_code == 2
-    found = json.loads(result.stdout)
-    assert found["exit_code"] == 2
-    assert found["kind"] == "UsageError"
-    assert "'qr'" in found["error"]
-
-
-def refused(result, message: str, directory: Path, left: list[str] | None = None) -> None:
-    assert result.exit_code == 3, result.output
-    assert message in result.stderr
-    assert sorted(os.listdir(directory)) == sorted(left or [])
-
-
-def test_model_that_does_not_exist_is_refused(text, tmp_path):
-    refused(compress(tmp_path / "nowhere", tmp_path / "out", text, "--method", "svd"), "does not exist", tmp_path)
-
-
-def test_full_output_folder_is_refused_before_any_work(folder, text, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("keep")
-    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    result = compress(folder, tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "is not empty", tmp_path, ["out"])
-    assert os.listdir(tmp_path / "out") == ["mine.txt"]
-
-
-def test_unwritable_output_folder_is_refused(folder, text, tmp_path):
-    refused(compress(folder, "/proc/out", text, "--method", "svd", "--ratio", 0.5), "cannot write in /proc", tmp_path)
-
-
-def test_nan_weights_are_refused_by_name(text, tmp_path):
-    source = write_folder(tmp_path / "nan")
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    result = compress(source, tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "model.layers.1.mlp.up_proj.weight: got NaN", tmp_path, ["nan"])
-
-
-def test_empty_and_missing_calibration_text_are_refused(folder, tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text(" \n")
-    result = compress(folder, tmp_path / "out", empty, "--method", "svd", "--ratio", 0.5)
-    refused(result, "empty", tmp_path, ["empty.txt"])
-    result = compress(folder, tmp_path / "out", tmp_path / "no.txt", "--method", "svd", "--ratio", 0.5)
-    refused(result, "there is no file", tmp_path, ["empty.txt"])
-
-
-def test_rank_larger_than_the_matrix_is_refused(folder, text, tmp_path):
-    result = compress(folder, tmp_path / "out", text, "--method", "svd", "--set", "rank=4000")
-    assert result.exit_code in (2, 3)
-    assert "4000" in result.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_missing_package_is_refused_with_the_command_that_installs_it(text, tmp_path, monkeypatch):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    result = compress(tmp_path / "model.gguf", tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "pip install 'tinycomp[gguf]'", tmp_path, ["model.gguf"])
-
-
-def test_failed_quality_gate_exits_with_4_and_saves_nothing(folder, text, tmp_path):
-    arguments = ("--method", "svd", "--ratio", 0.5, "--protocol", PROTOCOL)
-    result = compress(folder, tmp_path / "out", text, *arguments, "--max-perplexity", 1.5)
-    assert result.exit_code == 4, result.output
-    assert "is above 1.5; not saved" in result.stderr
-    assert os.listdir(tmp_path) == []
-    result = compress(folder, tmp_path / "out", text, *arguments, "--max-perplexity", 1e9)
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out" / "tinycomp_report.json").read_text())
-    assert report["evaluations"][0]["protocol"] == PROTOCOL
-    assert run("eval", folder, "--protocol", PROTOCOL, "--max-perplexity", 1.5).exit_code == 4
-
-
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-def test_killed_compression_resumes_to_the_same_bytes(text, tmp_path):
-    """kill -9 once the journal holds a block; --resume ends with the file an undisturbed run writes."""
-    source = write_folder(tmp_path / "model", blocks=6)
-    arguments = ["--method", "svd", "--ratio", 0.6, "--data", text, *SMALL]
-    assert run("compress", source, "--output-dir", tmp_path / "whole", *arguments).exit_code == 0
-    out, journal = tmp_path / "out", job.journal_dir(tmp_path / "out")
-    command = [sys.executable, "-m", "tinycomp.cli", "compress", source, "--output-dir", out, *arguments]
-    child = subprocess.Popen([str(a) for a in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and len(list(journal.glob("*.safetensors"))) < 2:
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert list(journal.glob("*.safetensors"))
-    again = run("compress", source, "--output-dir", out, *arguments)
-    assert again.exit_code == 3
-    assert "pass --resume" in again.stderr
-    other = run("compress", source, "--output-dir", out, *arguments, "--seed", 5, "--resume")
-    assert other.exit_code == 3
-    assert "another job" in other.stderr
-    assert run("compress", source, "--output-dir", out, *arguments, "--resume").exit_code == 0
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert not journal.exists()
-
-
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
@@ -347,11 +173,3 @@ def test_demo_measures_saves_reloads_and_reports(folder, tmp_path, monkeypatch):
     for name in ("report.md", "report.html", "results.json", "model/config.json", "model/tinycomp_recipe.yaml"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert torch.isfinite(torch.tensor(results["rows"][2]["perplexity"]))
-
-
-def test_full_demo_covers_every_method_of_the_library():
-    from tinycomp.demo import Demo
-    from tinycomp.methods import METHODS
-
-    assert {job[0] for job in Demo.full().jobs()} == {name.lower() for name in METHODS}
-    assert tinycomp.__version__

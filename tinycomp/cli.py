@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 ok, 2 usage, 3 refused by a guard, 4 quality gate failed.
+"""The command line. Exit codes: 0 ok, 2 usage, 3 refused by a guard, 4 quality gate failed, 130 interrupted.
 
 Code 2 means that the command itself is wrong (an unknown verb, method or field, a ratio out of range); 3 that it was
 understood and refused because of the model, the data, the environment or the output folder. Nothing is written then.
@@ -6,8 +6,8 @@ understood and refused because of the model, the data, the environment or the ou
 
 from __future__ import annotations
 
+import errno
 import functools
-import json
 import os
 import shlex
 import sys
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from safetensors import SafetensorError
 
+from tinycomp.console import cell, emit, err, out, table
 from tinycomp.errors import UsageError
 from tinycomp.recovery import recover
 
-USAGE, REFUSED, GATE_FAILED = 2, 3, 4
+USAGE, REFUSED, GATE_FAILED, INTERRUPTED = 2, 3, 4, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 QUICK_START = """\
 tinycomp makes Hugging Face transformers smaller and faster; the result loads like any other model.
   tinycomp plan MODEL --method cur --ratio 0.8            what it would give; no weights needed
@@ -40,8 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=__doc__,
 )
-out = Console()
-err = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="model folder, .gguf file or Hub name", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
@@ -55,21 +54,6 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE o
 ProtocolName = Annotated[str | None, typer.Option("--protocol", help="ppl/TEXT/CONTEXT/STRIDE/token[/first-TOKENS]")]
 
 
-def emit(value: dict[str, Any]) -> None:
-    """Print one JSON object; a number that JSON does not have (inf, nan) becomes a string."""
-    print(json.dumps(_plain(value), indent=1))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the library's errors into one line on stderr (or JSON) and the exit code of their kind."""
 
@@ -81,11 +65,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError, but a decision that was made
             raise
-        except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-            code = USAGE if isinstance(error, UsageError) else REFUSED
+        except (ValueError, TypeError, RuntimeError, OSError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            code = INTERRUPTED if stopped else USAGE if isinstance(error, UsageError) else REFUSED
             if os.environ.get("TINYCOMP_DEBUG"):
                 raise
-            message = str(error) or type(error).__name__
+            message = "interrupted; nothing was written" if stopped else str(error) or type(error).__name__
+            if getattr(error, "errno", None) in DISK_FULL or isinstance(error, SafetensorError):
+                message += "; free space there, or in the folder for temporary files"
+            message = "; ".join([message, *getattr(error, "__notes__", ())])
             if kwargs.get("as_json"):
                 emit({"error": message, "kind": type(error).__name__, "exit_code": code})
             err.print(f"error: {message}", markup=False, soft_wrap=True)
@@ -99,25 +87,6 @@ def _silence() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print rows as an aligned table; columns but the first are right-aligned when their cells are numbers."""
-    view = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = index > 0 and all(isinstance(row[index], (int, float, type(None))) for row in rows)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        view.add_row(*(_cell(value) for value in row))
-    out.print(view)
-
-
-def _cell(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @app.callback(invoke_without_command=True)
@@ -198,7 +167,7 @@ def compress(
 def _print_result(result: dict[str, Any]) -> None:
     report = result["report"]
     for name in ("parameters_before", "parameters_after", "ratio_requested", "ratio_achieved", "seconds"):
-        out.print(f"{name.replace('_', ' '):24} {_cell(report.get(name))}")
+        out.print(f"{name.replace('_', ' '):24} {cell(report.get(name))}")
     if result["evaluation"]:
         found = result["evaluation"]
         out.print(f"{'perplexity':24} {found['perplexity']:.4g}   {found['protocol']} {found['hash']}")
@@ -238,7 +207,7 @@ def plan(
     ]  # fmt: skip
     table("planned", ["module", "shape", "rank", "numbers before", "after", "break-even"], rows)
     for name in ("parameters_before", "parameters_after", "bytes_before", "bytes_after", "ratio_achieved"):
-        out.print(f"{name.replace('_', ' '):24} {_cell(result.get(name))}")
+        out.print(f"{name.replace('_', ' '):24} {cell(result.get(name))}")
     for note in result["notes"]:
         out.print(f"note: {note}", markup=False)
 
@@ -270,7 +239,7 @@ def evaluate(
         emit(row)
     else:
         for name, value in row.items():
-            out.print(f"{name.replace('_', ' '):24} {_cell(value)}", markup=False, soft_wrap=True)
+            out.print(f"{name.replace('_', ' '):24} {cell(value)}", markup=False, soft_wrap=True)
     if max_perplexity is not None and not row["perplexity"] <= max_perplexity:
         err.print(f"error: perplexity {row['perplexity']:.4g} is above {max_perplexity:g}")
         raise typer.Exit(GATE_FAILED)
@@ -296,7 +265,7 @@ def inspect(
     if rows:
         table("changed modules", ["module", "now", "rank", "numbers before", "after", "bytes"], rows)
     for name in ("model_type", "plain", "numbers", "bytes_weights", "bytes_folder", "recipe"):
-        out.print(f"{name.replace('_', ' '):24} {_cell(found[name])}", markup=False, soft_wrap=True)
+        out.print(f"{name.replace('_', ' '):24} {cell(found[name])}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -327,18 +296,27 @@ def demo(
     seed: Annotated[list[int] | None, typer.Option(help="default: 0; repeatable")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="evaluation tokens")] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(min=1)] = None,
-    full: Annotated[bool, typer.Option("--full", help="all methods at 0.9, 0.8, 0.6 over 4,096 tokens")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="three models, two tracks, three seeds; a killed run continues")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="replace what is in the output folder")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a real model with every method, print one table, and prove that the result reloads."""
-    from tinycomp.demo import Demo, run_demo
+    command = shlex.join(["tinycomp", *sys.argv[1:]])
+    chosen: dict[str, Any] = {"ratios": ratio, "seeds": seed, "tokens": tokens}
+    chosen["num_calibration_samples"] = num_calibration_samples
+    if full:
+        from tinycomp.tracks import run_tracks
 
-    base = Demo.full() if full else Demo()
-    settings = base.changed(ratios=ratio, seeds=seed, tokens=tokens, num_calibration_samples=num_calibration_samples)
-    results = run_demo(
-        model, output_dir, settings, force=force, quiet=as_json, command=shlex.join(["tinycomp", *sys.argv[1:]])
-    )
+        given: dict[str, Any] = {key: value for key, value in chosen.items() if value}
+        results = run_tracks(output_dir, model, **given, force=force, quiet=as_json, command=command)
+        if not as_json:
+            out.print((output_dir / "report.md").read_text(), markup=False, highlight=False)
+    else:
+        from tinycomp.demo import Demo, run_demo
+
+        results = run_demo(model, output_dir, Demo().changed(**chosen), force=force, quiet=as_json, command=command)
     if as_json:
         emit(results)
 

@@ -85,15 +85,6 @@ class Demo:
     decode_tokens: int = 8
     short: bool = True
 
-    @classmethod
-    def full(cls) -> Demo:
-        return cls(
-            methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
-            rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
-            num_calibration_samples=48, max_seq_length=512, repeats=5,
-            decode_tokens=16, short=False,
-        )  # fmt: skip
-
     def changed(self, **fields: Any) -> Demo:
         """The same with the fields that are not None or empty."""
         given: dict[str, Any] = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in fields.items() if v}

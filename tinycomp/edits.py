@@ -124,7 +124,12 @@ class Plan:
                 f"plan: got format_version {version!r}, this tinycomp reads {FORMAT_VERSION}; install a tinycomp that "
                 "matches the checkpoint"
             )
-        return cls([edit_from_dict(e) for e in data.get("edits", [])], list(data.get("methods", [])))
+        edits, methods = data.get("edits", []), data.get("methods", [])
+        if not all(isinstance(part, list) and all(isinstance(e, dict) for e in part) for part in (edits, methods)):
+            raise ValueError(
+                "plan: edits and methods must be lists of objects; the checkpoint's config.json is damaged"
+            )
+        return cls([edit_from_dict(e) for e in edits], list(methods))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

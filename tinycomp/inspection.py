@@ -12,16 +12,26 @@ from tinycomp.edits import Plan, Replace
 from tinycomp.io.save import RECIPE, REPORT
 
 
+def _json(file: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"inspect: {file} is damaged, its JSON does not parse ({error}); repair it") from error
+
+
 def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """{name: (dtype, shape, bytes)} over all safetensors files of the folder, from their headers."""
     out = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            length = int.from_bytes(handle.read(8), "little")
+            header = _json(file, handle.read(length) if length <= file.stat().st_size else b"")
+        header.pop("__metadata__", None)
+        if 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0) > file.stat().st_size:
+            raise ValueError(f"inspect: {file} is cut short; copy or download it again")
         for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                out[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
+            begin, end = entry["data_offsets"]
+            out[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
     return out
 
 
@@ -41,11 +51,11 @@ def inspect_folder(source: str | os.PathLike[str]) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"inspect: {folder} has no config.json; give a model folder that save_pretrained wrote")
-    config = json.loads(config_file.read_text())
+    config = _json(config_file, config_file.read_text())
     tensors = stored_tensors(folder)
     stored = config.get("quantization_config") or {}
     plan = Plan.from_dict(stored) if stored.get("quant_method") == "tinycomp" else Plan()
-    report = json.loads((folder / REPORT).read_text()) if (folder / REPORT).is_file() else {}
+    report = _json(folder / REPORT, (folder / REPORT).read_text()) if (folder / REPORT).is_file() else {}
     before = {row["path"]: row for row in report.get("records", [])}
     modules = []
     for edit in plan.edits:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from tinycomp import pipeline
 from tinycomp.errors import UsageError
 from tinycomp.eval.quality import Protocol, perplexity
 from tinycomp.io import Journal, check_output_dir, fingerprint, load_config, load_model, model_fingerprint, save_model
-from tinycomp.io.journal import MANIFEST
 from tinycomp.recipe import make_recipe
 
 
@@ -41,8 +44,27 @@ def _data_identity(data: str | None) -> list[Any]:
     return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Refuse while another process works towards `path`. The system frees the lock however a process ends."""
+    lock = FileLock(path.parent / f".{path.name}.tinycomp-lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RuntimeError(
+            f"compress: another process is writing {path}; wait until it is done, or name another output folder"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def _open_journal(path: Path, model: Any, configs: Any, calibration: Calibration, resume: bool) -> Journal:
-    if (path / MANIFEST).exists() and not resume:
+    if not any(path.glob("*.safetensors")):  # interrupted before any block was finished
+        shutil.rmtree(path, ignore_errors=True)
+    elif not resume:
         raise ValueError(
             f"compress: an interrupted run left its finished blocks in {path}; pass --resume to continue it, or delete "
             "that folder"
@@ -87,25 +109,30 @@ def run(
     data_identity = _data_identity(calibration.data)
     model, tokenizer = load_model(source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    journal = _open_journal(journal_dir(path), model, configs, calibration, resume)
-    try:
-        report = pipeline.compress_(
-            model, list(configs), calibration.data, tokenizer=tokenizer,
-            num_calibration_samples=calibration.num_calibration_samples, max_seq_length=calibration.max_seq_length,
-            batch_size=calibration.batch_size, journal=journal, progress=progress,
-        ).to_dict()  # fmt: skip
-    finally:
-        if not journal.count():  # refused before any block was finished: leave no trace
-            journal.delete()
-    evaluation = None
-    if protocol is not None:
-        evaluation = perplexity(model, tokenizer, protocol).to_dict()
-        report["evaluations"] = [evaluation]
-    saved = max_perplexity is None or (evaluation is not None and evaluation["perplexity"] <= max_perplexity)
-    if saved:
-        recipe = make_recipe(source, configs, command, model, data_identity=data_identity, **asdict(calibration))
-        save_model(model, tokenizer, path, report, recipe, force, source if os.path.isdir(source) else None)
-    if journal.directory.exists():
+    with alone(path):
+        journal = _open_journal(journal_dir(path), model, configs, calibration, resume)
+        try:
+            report = pipeline.compress_(
+                model, list(configs), calibration.data, tokenizer=tokenizer,
+                num_calibration_samples=calibration.num_calibration_samples, max_seq_length=calibration.max_seq_length,
+                batch_size=calibration.batch_size, journal=journal, progress=progress,
+            ).to_dict()  # fmt: skip
+            evaluation = None
+            if protocol is not None:
+                evaluation = perplexity(model, tokenizer, protocol).to_dict()
+                report["evaluations"] = [evaluation]
+            saved = max_perplexity is None or (evaluation is not None and evaluation["perplexity"] <= max_perplexity)
+            if saved:
+                recipe = make_recipe(
+                    source, configs, command, model, data_identity=data_identity, **asdict(calibration)
+                )
+                save_model(model, tokenizer, path, report, recipe, force, source if os.path.isdir(source) else None)
+        except BaseException as error:
+            if journal.count():
+                error.add_note("finished blocks are kept, the same command with --resume continues")
+            else:
+                journal.delete()
+            raise
         journal.delete()
     return {"output_dir": str(path), "saved": saved, "report": report, "evaluation": evaluation}
 

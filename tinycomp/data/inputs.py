@@ -155,18 +155,24 @@ def _read_file(path: Path, column: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"data: no file at {str(path)!r}; allowed are {FORMS}")
     if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {path.name} is not UTF-8 text ({error}); convert it") from error
     if path.suffix == ".jsonl":
         return list(_read_jsonl(path, column))
     if path.suffix == ".parquet":
         try:
-            from pyarrow import parquet
+            from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise RuntimeError(
                 f"data: reading {path.name} needs the package pyarrow; install tinycomp[data]"
             ) from error
-        _check_column(column, parquet.read_schema(path).names, path.name)
-        return parquet.read_table(path, columns=[column]).column(column).to_pylist()
+        try:
+            _check_column(column, parquet.read_schema(path).names, path.name)
+            return parquet.read_table(path, columns=[column]).column(column).to_pylist()
+        except ArrowException as error:
+            raise ValueError(f"data: {path.name} cannot be read as parquet ({error}); write it again") from error
     raise ValueError(f"data: got a {path.suffix or 'nameless'} file ({path.name}), allowed are .txt, .jsonl, .parquet")
 
 

@@ -8,14 +8,13 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tinycomp.eval import plots
 from tinycomp.eval.table import COLUMNS, best, dense_row, number, print_table, relative, remarks, significant, text
 
-__all__ = ["print_table", "write_report"]
+__all__ = ["facts_of", "print_table", "standalone", "template", "write_report"]
 
 NO_PLOTS = "Plots need matplotlib, which is not installed: pip install 'tinycomp[report]' and write the report again."
 LISTED_SKIPS = 12
@@ -47,18 +46,22 @@ def write_report(out_dir: str | Path, results: Mapping[str, Any]) -> list[Path]:
     written = [folder / "report.md", folder / "report.html"]
     for name, _, svg in pictures:
         written.append(folder / f"report-{name}.svg")
-        written[-1].write_text(_standalone(svg), encoding="utf-8")
-    written[0].write_text(_template("report.md.j2").render(context, pictures=pictures), encoding="utf-8")
-    written[1].write_text(_template("report.html.j2").render(context, pictures=pictures), encoding="utf-8")
+        written[-1].write_text(standalone(svg), encoding="utf-8")
+    written[0].write_text(template("report.md.j2").render(context, pictures=pictures), encoding="utf-8")
+    written[1].write_text(template("report.html.j2").render(context, pictures=pictures), encoding="utf-8")
     return written
 
 
 @cache
-def _template(name: str) -> Any:
-    from jinja2 import Environment
+def template(name: str) -> Any:
+    """The Jinja template of this name beside this file."""
+    from jinja2 import Environment, PackageLoader
 
-    environment = Environment(autoescape=name.endswith(".html.j2"), trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files("tinycomp.eval") / name).read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=PackageLoader("tinycomp.eval", ""), autoescape=name.endswith(".html.j2"), trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def _pictures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -91,7 +94,7 @@ def _pictures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return pictures
 
 
-def _standalone(svg: str) -> str:
+def standalone(svg: str) -> str:
     """The plot as a file: dark ink on white, because a file does not know the page around it."""
     svg = svg.replace("currentColor", "#222").replace("var(--faint, #888)", "#888")
     end = svg.index(">") + 1
@@ -116,7 +119,7 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         table.append({"name": row["name"], "note": _row_note(row), "dense": row is dense, "cells": cells})
     return {
         "title": results["title"],
-        "facts": _facts(results),
+        "facts": facts_of(results),
         "command": results.get("command"),
         "columns": shown,
         "table": table,
@@ -138,7 +141,7 @@ def _row_note(row: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts_of(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The header: what was measured, how, and where."""
     protocol, machine = results.get("protocol") or {}, results.get("machine") or {}
     facts = [("Model", str(results["model"]))] if results.get("model") else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -44,8 +45,8 @@ def model_class(config: Any, source: str) -> Any:
     names = getattr(config, "architectures", None) or []
     if not names:
         return transformers.AutoModel
-    found = getattr(transformers, names[0], None)
-    if found is None:
+    found = getattr(transformers, str(names[0]), None)
+    if not hasattr(found, "from_pretrained"):
         raise ValueError(
             f"load: {source} names the class {names[0]!r}, which transformers {transformers.__version__} does not have;"
             " load the model yourself and pass the object"
@@ -62,6 +63,11 @@ def _check_missing(info: dict[str, Any], source: str) -> None:
         )
 
 
+def _line(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())
+
+
 def load_config(source: str) -> Any:
     """The config of a model folder or Hub name, or the file config.json itself; no weights are needed.
 
@@ -75,9 +81,9 @@ def load_config(source: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
-            f"load: got {source!r}, allowed: {allowed}; reading its config.json failed: {str(error).splitlines()[0]}"
+            f"load: got {source!r}, allowed: {allowed}; reading its config.json failed: {_line(error)}"
         ) from error
 
 
@@ -87,7 +93,16 @@ def _load_folder(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any
     try:
         model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"load: the weights in {source} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"load: the weights in {source} cannot be read: {_line(error)}; copy or download them again"
+        ) from error
+    except ImportError as error:
+        raise RuntimeError(f"load: {source} needs a package that is not installed: {_line(error)}") from error
+    except RuntimeError as error:  # transformers has listed the tensors whose shapes differ
+        raise ValueError(
+            f"load: the weights in {source} do not fit its config.json ({_line(error)}); repair the config, or load "
+            "the model yourself and pass the object"
+        ) from error
     _check_missing(info, source)
     return model.eval(), _tokenizer(source)
 
@@ -111,7 +126,7 @@ def _tokenizer(source: str) -> Any | None:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"load: the tokenizer of {source} cannot be read ({str(error).splitlines()[0]}); repair its files,"
+            f"load: the tokenizer of {source} cannot be read ({_line(error)}); repair its files,"
             " or remove them if the model needs none"
         ) from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -51,8 +52,9 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _publish(temporary: Path, path: Path) -> None:
+def _publish(temporary: Path, path: Path, force: bool) -> None:
     """Put the finished folder in place; an old one steps aside first and returns if the rename fails."""
+    check_output_dir(path, force)  # another process may have filled it since
     aside = temporary.with_name(temporary.name + ".old")
     if path.exists():
         path.rename(aside)
@@ -99,9 +101,13 @@ def save_model(
         (temporary / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         (temporary / "README.md").write_text(model_card(report, recipe))
         temporary.chmod(0o755)  # mkdtemp makes private folders
-        _publish(temporary, path)
-    except BaseException:
+        _publish(temporary, path, force)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise RuntimeError(
+                f"save: cannot write the weights in {path.parent} ({error}); free space there"
+            ) from error
         raise
     return path
 
