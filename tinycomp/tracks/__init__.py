@@ -166,6 +166,17 @@ def _numbers(model: nn.Module, paths: Any) -> int:
     return sum(m * n for m, n in shapes(model, paths).values())
 
 
+def _folder(output_dir: str | os.PathLike[str], force: bool) -> Path:
+    """The folder, made; one that is not empty is taken only with a journal to continue or with `force`."""
+    folder = Path(output_dir).expanduser().absolute()
+    journal = folder / JOURNAL
+    if not journal.exists() or force:
+        check_output_dir(folder, force)
+        journal.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _makers(
     model: str | None, ratios: Sequence[float], tokens: int, samples: int | None
 ) -> dict[str, Callable[[], Task]]:
@@ -210,12 +221,7 @@ def run_tracks(
         ValueError: `output_dir` is not empty, or `model` is no causal language model.
         RuntimeError: none of the models is installed.
     """
-    folder = Path(output_dir).expanduser().absolute()
-    journal = folder / JOURNAL
-    if not journal.exists() or force:
-        check_output_dir(folder, force)
-        journal.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(output_dir, force)
     makers = _makers(model, ratios, tokens, num_calibration_samples)
     tasks, rows, notes = [], [], []
     for name in only or makers:
@@ -227,7 +233,7 @@ def run_tracks(
                 notes.append(f"{name} was left out: {error}")
                 continue
             bars.update(f"load {name}", 1, 1)
-            rows += _Run(task, seeds, journal, bars).run()
+            rows += _Run(task, seeds, folder / JOURNAL, bars).run()
         tasks.append({key: getattr(task, key) for key in ("name", "quality", "protocol", "hash", "ratios")})
     if not tasks:
         raise RuntimeError("tracks: no model to run:\n" + "\n".join(notes))
@@ -242,5 +248,5 @@ def run_tracks(
     }
     write_tracks(folder, results)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    journal.unlink()
+    (folder / JOURNAL).unlink()
     return results
