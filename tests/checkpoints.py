@@ -12,10 +12,9 @@ from conftest import FAMILIES, OTHERS, output
 from torch import Tensor, nn
 
 from tinycomp.edits import Drop, Edit, Plan, Replace, Slice
-from tinycomp.hf import attach_
+from tinycomp.hf import edit_
 from tinycomp.layers import LAYERS, MaskedLinear, QuantLinear, SWSCLinear
 from tinycomp.models import FFNSpec, config_after_drop, spec_of
-from tinycomp.surgery import apply_
 
 LAYER_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("LowRankLinear", {"rank": 5, "pivoted": True}),
@@ -82,9 +81,7 @@ def narrowed(model: nn.Module, ffn: FFNSpec, keep: int) -> tuple[list[Edit], dic
 
 def run(model: nn.Module, edits: list[Edit], tensors: dict[str, Tensor] | None = None, **record: Any) -> None:
     """Apply and attach one plan."""
-    plan = Plan(edits, [record] if record else [])
-    apply_(model, plan, tensors)
-    attach_(model, plan)
+    edit_(model, [(Plan(edits, [record] if record else []), tensors or {})])
 
 
 def replace_some(model: nn.Module, step: int = 3, seed: int = 0) -> None:

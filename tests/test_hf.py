@@ -30,8 +30,8 @@ from safetensors import safe_open
 from torch import nn
 
 from tinycomp.edits import Drop, Edit, Plan, Set, Tie
-from tinycomp.hf import TinycompConfig, attach_, check_compressible, plan_of, register
-from tinycomp.models import Stack, spec_of
+from tinycomp.hf import TinycompConfig, attach_, check_compressible, edit_, plan_of, register
+from tinycomp.models import Stack, config_after_drop, spec_of
 from tinycomp.surgery import apply_
 
 
@@ -250,11 +250,18 @@ def test_weights_that_are_not_ours_are_refused(tiny: Callable[..., Any]) -> None
 
 def test_what_no_reader_could_rebuild_is_refused(tiny: Callable[..., Any]) -> None:
     model = tiny("t5")  # its first block holds the position bias of all
+    before = output(model, "t5"), model.config.to_dict(), [name for name, _ in model.named_modules()]
+    slices, tensors = narrowed(model, spec_of(model).blocks[-1].ffn, 24)  # type: ignore[arg-type]
+    spec = spec_of(model)
+    drop = Drop(spec.stacks[-1].blocks[0].path, config=config_after_drop(model.config, spec, spec.stacks[-1], 0))
     with pytest.raises(ValueError, match="relative_attention_bias"):
-        drop_one(model, index=0)
+        edit_(model, [(Plan(slices), tensors), (Plan([drop]), {})])
+    assert torch.equal(output(model, "t5"), before[0])  # as it was, although its edits had succeeded
+    assert (model.config.to_dict(), [name for name, _ in model.named_modules()]) == before[1:]
     model = tiny("llama")
     with pytest.raises(ValueError, match="a reader without tinycomp would not notice"):
         run(model, [Set("model.layers.0.self_attn", attr="scaling", value=0.5)])
+    assert model.model.layers[0].self_attn.scaling != 0.5
     model = tiny("llama")
     model.model.layers[0].extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"its own config does not describe \(model\.layers\.0\.extra"):

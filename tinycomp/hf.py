@@ -8,6 +8,7 @@ that a stock class can hold keeps no plan and no trace of tinycomp.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +173,20 @@ def check_compressible(model: nn.Module) -> None:
             )
 
 
+def edit_(model: nn.Module, steps: Sequence[tuple[Plan, dict[str, Tensor]]]) -> None:
+    """`apply_` every plan with its tensors, then `attach_` them; the model is left as it was when any of it fails."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for plan, tensors in steps:
+            undo.append(apply_(model, plan, tensors))
+        edits, methods = ([x for plan, _ in steps for x in getattr(plan, name)] for name in ("edits", "methods"))
+        attach_(model, Plan(edits, methods))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
 def attach_(model: nn.Module, plan: Plan) -> None:
     """Make `model.save_pretrained` write a checkpoint that loads as this model; call it after `apply_`.
 
@@ -191,7 +206,7 @@ def attach_(model: nn.Module, plan: Plan) -> None:
         return
     register()
     whole = Plan([replace(e, in_config=True) if isinstance(e, Drop) else e for e in whole.edits], whole.methods)
-    shapes = _shapes(model)
+    shapes, before = _shapes(model), dict(model.config.__dict__)
     for field, width in _uniform_widths(whole).items():
         marked = Plan([_marked(e, field) for e in whole.edits], whole.methods)
         if hasattr(model.config, field) and not _mismatch(model, marked, shapes, {field: width}):
@@ -199,6 +214,8 @@ def attach_(model: nn.Module, plan: Plan) -> None:
             whole = marked
     problem = _mismatch(model, whole, shapes, {})
     if problem:
+        model.config.__dict__.clear()
+        model.config.__dict__.update(before)
         raise ValueError(f"attach_: a reader could not rebuild this model: {problem}; undo the edit that caused it")
     _finish(model, whole)
 

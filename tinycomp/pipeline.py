@@ -79,9 +79,7 @@ def compress_(
     linalg.drain_fallbacks()
     with peak_memory() as peak, Bars(progress) as bars:
         steps = _run(shadow_of(model).eval(), methods, calibration, bars, journal, statistics, report)
-    for plan, tensors in steps:
-        apply_(model, plan, tensors)
-        hf.attach_(model, plan)
+    hf.edit_(model, steps)
     report.fallbacks += linalg.drain_fallbacks()
     report.ratio_requested = found[-1].ratio if len(found) == 1 else None
     report.parameters_after = size_of(model, flops=False).parameters

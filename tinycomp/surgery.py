@@ -13,7 +13,9 @@ from tinycomp.edits import Drop, Edit, Plan, Replace, Set, Slice, Tie
 from tinycomp.layers import LAYERS
 
 
-def apply_(model: nn.Module, plan: Plan, tensors: dict[str, Tensor] | None = None, *, replay: bool = False) -> None:
+def apply_(
+    model: nn.Module, plan: Plan, tensors: dict[str, Tensor] | None = None, *, replay: bool = False
+) -> Callable[[], None]:
     """Run the edits of a plan in order, then assign tensors. Everything is undone when any of it fails.
 
     A replaced layer keeps the device, dtype, training mode and bias of what it replaces. `Slice` counts features
@@ -25,6 +27,9 @@ def apply_(model: nn.Module, plan: Plan, tensors: dict[str, Tensor] | None = Non
         tensors: new values under full parameter or buffer names after the edits, in the storage layout of the module
             they land in; cast to its device and dtype. On a real model they must fill all that the edits left empty.
         replay: skip the edits that the model's config already expresses.
+
+    Returns:
+        A function that undoes all of it.
 
     Raises:
         ValueError: a path, layer, field, shape or tensor does not fit; the message names it.
@@ -40,6 +45,7 @@ def apply_(model: nn.Module, plan: Plan, tensors: dict[str, Tensor] | None = Non
     except BaseException:
         changes.undo()
         raise
+    return changes.undo
 
 
 class _Changes:

@@ -148,7 +148,8 @@ def _bytes(found: Sequence[Summary], judge: Judge) -> list[str]:
     """Each Auto row of the bytes track against the best single method that is no larger, dense int8 included."""
     out = []
     for auto in (s for s in found if s.track == "bytes" and s.method == "auto" and not s.refused):
-        size = auto.sizes["bytes_disk"]
+        like = next((s for s in found if f"auto as {s.name}" == auto.name and not s.refused), auto)
+        size = max(auto.sizes["bytes_disk"], like.sizes["bytes_disk"])
         singles = [
             s for s in found
             if not s.refused and s.method not in ("auto", "dense") and s.sizes["bytes_disk"] <= 1.002 * size

@@ -14,150 +14,30 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tinycomp import data, pipeline
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
 from tinycomp.eval.machine import machine
-from tinycomp.eval.probes import PROBES, Probe
-from tinycomp.eval.quality import DEFAULT, perplexity
+from tinycomp.eval.probes import PROBES
+from tinycomp.eval.quality import DEFAULT
 from tinycomp.eval.size import size_of
 from tinycomp.eval.speed import speed_of
 from tinycomp.eval.tracks_page import write_tracks
-from tinycomp.io import check_output_dir, default_model, fingerprint, load_model
+from tinycomp.io import check_output_dir, fingerprint
 from tinycomp.measure import speed_fields
 from tinycomp.methods import method_of
 from tinycomp.models import spec_of
 from tinycomp.progress import Bars
 from tinycomp.recipe import make_configs
 from tinycomp.targets import find_targets, shapes, unit_specs
+from tinycomp.tracks.rows import Entry, Task, causal_task, entries, probe_task
 
 JOURNAL = "tracks.journal.jsonl"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of a track, once per seed.
-
-    Args:
-        name: of the row, ratio left out.
-        track: "parameters" or "bytes".
-        method: name on the command line; "dense" for the model itself.
-        ratio: of all linear parameters.
-        fields: of the method's config.
-        like: name of an earlier row that fixes the ratio: its kept fraction of the targeted parameters or bytes.
-        seeded: depends on calibration data or random choices; else one row serves all seeds.
-    """
-
-    name: str
-    track: Literal["parameters", "bytes"]
-    method: str
-    ratio: float | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    like: str | None = None
-    seeded: bool = True
-
-
-METHODS = ("auto", "cur", "svd", "swsc", "widthprune")
-# rows of the bytes track that `Auto` is measured against, each at the same bytes
-SINGLES = {
-    "int8": Entry("int8", "bytes", "rounding", fields={"bits": 8}, seeded=False),
-    "int8 masks": Entry("int8 masks", "bytes", "wanda", 0.5, {"structured": False, "value_bits": 8}),
-    "int4": Entry("int4", "bytes", "rounding", fields={"bits": 4}),
-}
-
-
-@dataclass
-class Task:
-    """A model and how its quality is measured.
-
-    Args:
-        name: of the model.
-        quality: "perplexity" or "accuracy".
-        protocol: name of the measurement; `hash` stands for its data as well.
-        model: dense, float32.
-        batches: seed -> calibration batches.
-        measure: model -> quality.
-        ratios: of all parameters in the linears of the blocks.
-        paper_targets: the q, k and gate (or first feed-forward) projections, which CURing's paper compresses.
-        methods: of the parameters track.
-        singles: keys of SINGLES; "int4" also lets `Auto` round to 4 bits. Not where the weights lie on a 4-bit grid
-            already: that would prove nothing.
-        timed: also time every row of the first seed against the dense model.
-    """
-
-    name: str
-    quality: Literal["perplexity", "accuracy"]
-    protocol: str
-    hash: str
-    model: nn.Module
-    batches: Callable[[int], list[dict[str, Tensor]]]
-    measure: Callable[[nn.Module], float]
-    ratios: tuple[float, ...]
-    paper_targets: tuple[str, ...]
-    methods: tuple[str, ...] = METHODS
-    singles: tuple[str, ...] = ("int8", "int4")
-    timed: bool = False
-
-
-def causal_task(source: str | None, ratios: Sequence[float], tokens: int, samples: int, length: int) -> Task:
-    """A causal language model; None is the default one, whose weights lie on a 4-bit grid."""
-    model, tokenizer = load_model(source if source is not None else default_model(), None)
-    if tokenizer is None:
-        raise ValueError(f"tracks: got {type(model).__name__}, allowed: a causal language model with its tokenizer")
-    protocol = DEFAULT if tokens == DEFAULT.max_tokens else DEFAULT.shortened(tokens)
-    return Task(
-        name=Path(source).name if source is not None else "SmolLM2-135M-Instruct",
-        quality="perplexity",
-        protocol=protocol.name,
-        hash=protocol.hash,
-        model=model.float(),
-        batches=lambda seed: data.batches(
-            None, tokenizer, num_calibration_samples=samples, max_seq_length=length, seed=seed
-        ),
-        measure=lambda compressed: perplexity(compressed, tokenizer, protocol).perplexity,
-        ratios=tuple(ratios),
-        paper_targets=(r"re:.*\.(q_proj|k_proj|gate_proj)",),
-        singles=("int8", "int8 masks") if source is None else ("int8", "int8 masks", "int4"),
-        timed=True,
-    )
-
-
-def probe_task(probe: Probe, ratios: Sequence[float], samples: int) -> Task:
-    return Task(
-        name=probe.model_name,
-        quality="accuracy",
-        protocol=probe.protocol,
-        hash=probe.hash,
-        model=probe.model,
-        batches=lambda seed: probe.calibration(samples, seed),
-        measure=probe.accuracy,
-        ratios=tuple(ratios),
-        paper_targets=(r"re:.*\.(query|key|q_proj|k_proj|intermediate\.dense|fc1)",),
-    )
-
-
-def entries(task: Task) -> list[Entry]:
-    """Every row but the dense one, those that others refer to first."""
-    paper = {"preset": "paper", "targets": task.paper_targets}
-    found = [Entry(m, "parameters", m, ratio) for ratio in task.ratios for m in task.methods]
-    found += [Entry("cur paper", "parameters", "cur", ratio, paper) for ratio in task.ratios]
-    found += [
-        Entry("cur paper, own size", "parameters", "cur", fields=paper),
-        Entry("cur, same matrices", "parameters", "cur", fields={"targets": task.paper_targets},
-              like="cur paper, own size"),
-    ]  # fmt: skip
-    found += [SINGLES[name] for name in task.singles]
-    automatic = {
-        "budget": "bytes", "bits": (8, 4) if "int4" in task.singles else (8,),
-        "families": ("svd", "cur", "widthprune", "rounding", "wanda"),
-    }  # fmt: skip
-    return found + [Entry(f"auto as {name}", "bytes", "auto", None, automatic, like=name) for name in task.singles]
 
 
 class _Run:
@@ -286,6 +166,30 @@ def _numbers(model: nn.Module, paths: Any) -> int:
     return sum(m * n for m, n in shapes(model, paths).values())
 
 
+def _folder(output_dir: str | os.PathLike[str], force: bool) -> Path:
+    """The folder, made; one that is not empty is taken only with a journal to continue or with `force`."""
+    folder = Path(output_dir).expanduser().absolute()
+    journal = folder / JOURNAL
+    if not journal.exists() or force:
+        check_output_dir(folder, force)
+        journal.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _makers(
+    model: str | None, ratios: Sequence[float], tokens: int, samples: int | None
+) -> dict[str, Callable[[], Task]]:
+    """What loads each model, by name."""
+    makers: dict[str, Callable[[], Task]] = {
+        "causal": lambda: causal_task(model, ratios or (0.9, 0.8, 0.6), tokens, samples or 48, 512)
+    }
+    if model is None:
+        for name, make in PROBES.items():
+            makers[name] = lambda make=make: probe_task(make(), ratios or (0.6, 0.4), samples or 256)  # type: ignore[misc]
+    return makers
+
+
 def run_tracks(
     output_dir: str | os.PathLike[str],
     model: str | None = None,
@@ -317,19 +221,8 @@ def run_tracks(
         ValueError: `output_dir` is not empty, or `model` is no causal language model.
         RuntimeError: none of the models is installed.
     """
-    folder = Path(output_dir).expanduser().absolute()
-    journal = folder / JOURNAL
-    if not journal.exists() or force:
-        check_output_dir(folder, force)
-        journal.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    samples = num_calibration_samples
-    makers: dict[str, Callable[[], Task]] = {
-        "causal": lambda: causal_task(model, ratios or (0.9, 0.8, 0.6), tokens, samples or 48, 512)
-    }
-    if model is None:
-        for name, make in PROBES.items():
-            makers[name] = lambda make=make: probe_task(make(), ratios or (0.6, 0.4), samples or 256)  # type: ignore[misc]
+    folder = _folder(output_dir, force)
+    makers = _makers(model, ratios, tokens, num_calibration_samples)
     tasks, rows, notes = [], [], []
     for name in only or makers:
         with Bars(not quiet) as bars:
@@ -340,7 +233,7 @@ def run_tracks(
                 notes.append(f"{name} was left out: {error}")
                 continue
             bars.update(f"load {name}", 1, 1)
-            rows += _Run(task, seeds, journal, bars).run()
+            rows += _Run(task, seeds, folder / JOURNAL, bars).run()
         tasks.append({key: getattr(task, key) for key in ("name", "quality", "protocol", "hash", "ratios")})
     if not tasks:
         raise RuntimeError("tracks: no model to run:\n" + "\n".join(notes))
@@ -355,5 +248,5 @@ def run_tracks(
     }
     write_tracks(folder, results)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    journal.unlink()
+    (folder / JOURNAL).unlink()
     return results
