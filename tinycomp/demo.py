@@ -88,7 +88,7 @@ class Demo:
     @classmethod
     def full(cls) -> Demo:
         return cls(
-            methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random"),
+            methods=("auto", "cur", "swsc", "svd", "widthprune", "wanda", "magnitude", "random", "strategicfusion"),
             rounding=(8, 4), ratios=(0.9, 0.8, 0.6), tokens=4096,
             num_calibration_samples=48, max_seq_length=512, repeats=5,
             decode_tokens=16, short=False,
