@@ -34,6 +34,7 @@ _LAZY = {
     "Magnitude": "tinycomp.methods",
     "Random": "tinycomp.methods",
     "Rounding": "tinycomp.methods",
+    "StrategicFusion": "tinycomp.methods",
     "Auto": "tinycomp.methods",
 }
 
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "Magnitude",
     "Random",
     "Rounding",
+    "StrategicFusion",
     "Auto",
 ]
 

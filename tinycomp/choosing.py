@@ -32,12 +32,14 @@ class Choices:
     """What to build: unit name -> the method's choice; units that stay dense are absent.
 
     sizes: unit name -> (stored numbers, bits on disk) of that choice.
+    kept: why a targeted linear that is not among them stays as it is.
     """
 
     by_unit: dict[str, dict[str, Any]]
     allocation: str
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kept: str = "kept dense: no smaller form is worth its loss"
 
 
 def choose(

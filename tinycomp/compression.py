@@ -13,7 +13,7 @@ from tinycomp import data as text_data
 from tinycomp import linalg
 from tinycomp.calib import Replay, StatsStore, chainable, collect
 from tinycomp.choosing import Choices, choose
-from tinycomp.edits import Plan
+from tinycomp.edits import Edit, Plan
 from tinycomp.io import Journal
 from tinycomp.methods import Method, MethodConfig, Result
 from tinycomp.models import BlockSpec, ModelSpec, Stack, spec_of
@@ -133,15 +133,17 @@ class Job:
 
     def run(self, report: CompressionReport) -> tuple[Plan, dict[str, Tensor]]:
         """The plan and its tensors; `report` gets this job's part."""
-        choices = self.choose()
-        result = self._build(choices)
+        details: dict[str, Any] = {}
+        if self.method.blocks is not None:
+            choices, result, details = self._choose_blocks()
+        else:
+            choices = self.choose()
+            result = self._build(choices)
         before = {p: m * n for p, (m, n) in shapes(self.model, self.paths).items()}
         touched = {r["path"]: r["size_before"] - r["size_after"] for r in result.records}
         report.records += result.records
         report.skipped += self.targets.skipped + [
-            {"path": p, "reason": "kept dense: no smaller form is worth its loss", "parameters": size}
-            for p, size in before.items()
-            if p not in touched
+            {"path": p, "reason": choices.kept, "parameters": size} for p, size in before.items() if p not in touched
         ]
         report.notes += choices.notes
         report.targeted_parameters += sum(before.values())
@@ -154,8 +156,29 @@ class Job:
             "seed": self.config.seed,
             "achieved_ratio": achieved,
         }
-        report.methods.append(provenance)
+        report.methods.append(provenance | details)
         return Plan(result.edits, [provenance]), result.tensors
+
+    def _choose_blocks(self) -> tuple[Choices, Result, dict[str, Any]]:
+        """Choice and result of a method that removes whole blocks."""
+        assert self.method.blocks is not None
+        self.targets = find_targets(self.model, self.spec, self.config)
+        self.paths = self.targets.paths
+        check_finite(self.model, self.paths)
+
+        def edited(edits: list[Edit]) -> nn.Module:
+            model = shadow_of(self.model)
+            apply_(model, Plan(edits), {})
+            return model
+
+        choices = Choices({}, "whole blocks", kept="its block stays")
+        finished = self._finished("blocks")
+        if finished is not None:
+            return choices, finished, {}
+        result, details = self.method.blocks(
+            self.model, self.spec, self.config, self.calibration.batches, edited, self.bars.update
+        )
+        return choices, self._keep("blocks", result), details
 
     def _build(self, choices: Choices) -> Result:
         chosen = [u for u in self.units if u.name in choices.by_unit]

@@ -11,7 +11,7 @@ from torch import nn
 
 from tinycomp.choosing import Choices
 from tinycomp.errors import UsageError
-from tinycomp.methods import Method, MethodConfig, swsc
+from tinycomp.methods import Method, MethodConfig, StrategicFusion, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
 from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
 from tinycomp.methods.cur import CUR
@@ -19,6 +19,7 @@ from tinycomp.methods.rounding import Rounding
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC, candidates
 from tinycomp.models import ModelSpec
+from tinycomp.signals.collect import the_stack
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
 
 
@@ -77,6 +78,26 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
         rows.append(_row(unit.name, dims, size, stored, choice))
         touched |= set(unit.paths)
     return _totals(model, rows, touched, touched, notes)
+
+
+def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> dict[str, Any]:
+    """The plan of a removal of whole blocks: as if the last ones went. Which ones go depends on data."""
+    stack = the_stack(spec)
+    depth = len(stack.blocks)
+    gone = range(depth - config.count(depth), depth)
+    bits = 8 * next(model.parameters()).dtype.itemsize
+    at = shapes(model, spec.linears)
+    rows = [_row(path, [at[path]], 0, 0, {}) for index in gone for path in stack.blocks[index].linears]
+    plan = _totals(model, rows, {r["path"] for r in rows}, spec.linears, strategic_fusion.costs(config, depth))
+    others = sum(
+        p.numel()
+        for index in gone
+        for name, p in model.get_submodule(stack.blocks[index].path).named_parameters()
+        if f"{stack.blocks[index].path}.{name.removesuffix('.weight')}" not in at
+    )  # biases and norms go as well
+    plan["parameters_after"] -= others
+    plan["bytes_after"] -= others * bits // 8
+    return plan
 
 
 def _sizes(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tinycomp.methods import auto, cur, magnitude, random, rounding, svd, swsc, wanda, width
+from tinycomp.methods import auto, cur, magnitude, random, rounding, strategic_fusion, svd, swsc, wanda, width
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods.auto import Auto
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.magnitude import Magnitude
 from tinycomp.methods.random import Random
 from tinycomp.methods.rounding import Rounding
+from tinycomp.methods.strategic_fusion import StrategicFusion
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC
 from tinycomp.methods.wanda import Wanda
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
     "Magnitude": magnitude.METHOD,
     "Random": random.METHOD,
     "Rounding": rounding.METHOD,
+    "StrategicFusion": strategic_fusion.METHOD,
     "Auto": auto.METHOD,
 }
 # The same scores as masks on single matrices instead of whole feed-forward units.
@@ -57,6 +59,7 @@ __all__ = [
     "Random",
     "Result",
     "Rounding",
+    "StrategicFusion",
     "Unit",
     "Wanda",
     "WidthPrune",

@@ -177,6 +177,7 @@ class Method:
     assign: where a method chooses layers and sizes itself (a published rule), the choices by path from the spec, the
         targets' shapes and the blocks' last-token outputs; it returns None where the common budget applies.
     families: names of the methods whose options compete (Auto).
+    blocks: where a method removes whole blocks, its choice: see `strategic_fusion.choose`. The others do not apply.
     """
 
     name: str
@@ -187,3 +188,4 @@ class Method:
     unit_kind: Literal["linear", "ffn"] = "linear"
     assign: Callable[..., dict[str, dict[str, Any]] | None] = lambda *_: None
     families: Callable[[Any], tuple[tuple[Method, MethodConfig], ...]] | None = None
+    blocks: Callable[..., tuple[Result, dict[str, Any]]] | None = None

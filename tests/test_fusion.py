@@ -1,0 +1,383 @@
+"""Layer pruning: signals on known cases, the regressor and its file, the search, and the method end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, output
+from safetensors import safe_open
+from torch import nn
+
+import tinycomp as tc
+from tinycomp.compression import shadow_of
+from tinycomp.edits import Plan
+from tinycomp.models import spec_of
+from tinycomp.signals import (
+    SIGNALS,
+    TWELVE,
+    BlockEdit,
+    FusionModel,
+    Search,
+    SignalTable,
+    Transition,
+    baseline,
+    collect_signals,
+    drops,
+    quality,
+    training_rows,
+)
+from tinycomp.signals import estimators
+from tinycomp.signals.registry import columns, price, rank, rank_correlations
+from tinycomp.surgery import apply_
+
+DATA = [{"input_ids": torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+LABELLED = [batch | {"labels": (batch["input_ids"][:, 1] > 30).long()} for batch in DATA]
+DEPTH = {"gpt2": "n_layer"}
+
+
+def build(family: str, depth: int = 5) -> Any:
+    return FAMILIES[family].build(**{DEPTH.get(family, "num_hidden_layers"): depth})
+
+
+def search_on(model: nn.Module, batches: Any = DATA, **fields: Any) -> Search:
+    def edited(edits: Any) -> nn.Module:
+        copy = shadow_of(model)
+        apply_(copy, Plan(edits), {})
+        return copy
+
+    return Search(edited, model, batches[:2], batches[2:], gradient_samples=4, **fields)
+
+
+def make_identity(model: nn.Module, index: int) -> None:
+    """Zero what the block adds to the residual stream."""
+    block = spec_of(model).blocks[index]
+    with torch.no_grad():
+        for path in (block.attention[0].o, block.ffn.down):
+            for parameter in model.get_submodule(path).parameters():
+                parameter.zero_()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+def test_an_identity_block_is_the_first_choice_where_that_is_meaningful(family):
+    model = build(family)
+    make_identity(model, 2)
+    table = collect_signals(model, spec_of(model), DATA, gradient_samples=8)
+    wanted = [f"{n}@update" if s.update else n for n, s in SIGNALS.items() if s.identity_first]
+    assert {c: rank(table.values, c)[0] for c in wanted} == dict.fromkeys(wanted, 2)
+    assert len(wanted) == 7
+    assert set(table.values) == set(columns()) - {"skip_loss", "entry_time"}
+    search = search_on(model)
+    assert search.skip_losses()[2] == pytest.approx(search.quality(()).loss, abs=1e-6)
+
+
+def test_one_pass_gives_the_twelve_and_leaves_the_model_alone():
+    model = build("llama")
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    implementation = model.config._attn_implementation
+    table = collect_signals(model, spec_of(model), DATA, gradient_samples=3)
+    handle.remove()
+    assert len(calls) == 3 + len(DATA)  # three samples one by one, the rest of the first batch, the other batches
+    assert set(TWELVE) <= set(table.values)
+    assert len(TWELVE) == 12
+    assert {len(v) for v in table.values.values()} == {5}
+    assert model.config._attn_implementation == implementation
+    assert all(p.requires_grad and p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    again = collect_signals(model, spec_of(model), DATA, gradient_samples=3)
+    assert again.values == table.values
+
+
+def test_signals_match_plain_formulas():
+    model = build("llama", 3)
+    batch = {"input_ids": DATA[0]["input_ids"][:1]}
+    table = collect_signals(model, spec_of(model), [batch], gradient_samples=1)
+    model.set_attn_implementation("eager")
+    found = model(**batch, output_hidden_states=True, output_attentions=True, labels=batch["input_ids"])
+    found.loss.backward()
+    a, b = found.hidden_states[1][0].detach(), found.hidden_states[0][0].detach()
+    theta = [p for p in model.model.layers[0].parameters()]
+    gradient = torch.cat([p.grad.flatten() for p in theta])
+    flat = torch.cat([p.detach().flatten() for p in theta])
+    maps = found.attentions[0][0]
+    expected = {
+        "inhibition": a.mean(),
+        "intensity": a.norm(dim=1).mean(),
+        "energy@update": (a - b).pow(2).sum(1).mean(),
+        "gradient_magnitude": gradient.norm(),
+        "gradient_fisher": gradient.pow(2).sum(),
+        "gradient_taylor": (gradient * flat).sum().abs(),
+        "weight_norm": flat.norm() / len(flat) ** 0.5,
+        "attention_weight": maps.amax(-1).mean(),
+        "attention_entropy": -(maps * maps.clamp(min=1e-30).log()).sum(-1).mean(),
+        "block_influence": 1 - nn.functional.cosine_similarity(a, b).mean(),
+        "angular_distance": nn.functional.cosine_similarity(a, b).acos().mean() / torch.pi,
+    }
+    got = {name: table.values[name][0] for name in expected}
+    assert got == pytest.approx({k: float(v.detach()) for k, v in expected.items()}, rel=2e-4, abs=1e-6)
+
+
+def test_padding_changes_no_signal():
+    ids = DATA[0]["input_ids"]
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(8, 5, dtype=torch.int64)], 1),
+        "attention_mask": torch.cat([torch.ones(8, 16), torch.zeros(8, 5)], 1).long(),
+    }
+    model = build("llama", 3)
+    plain = collect_signals(model, spec_of(model), [{"input_ids": ids}], gradient_samples=2)
+    other = collect_signals(model, spec_of(model), [padded], gradient_samples=2)
+    same = [c for c in plain.values if "attention" not in c and c not in ("cka", "flow") and "task" not in c]
+    for column in same:
+        assert other.values[column] == pytest.approx(plain.values[column], rel=1e-4), column
+    assert quality(model, [padded]).loss == pytest.approx(quality(model, [{"input_ids": ids}]).loss, rel=1e-5)
+
+
+def test_estimators_on_known_distributions():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(1500, 1))
+    for rho in (0.0, 0.6, 0.9):
+        y = rho * x + (1 - rho**2) ** 0.5 * generator.normal(size=(1500, 1))
+        assert estimators.information(x, y) == pytest.approx(-0.5 * np.log(1 - rho**2), abs=0.07)
+    labels = generator.integers(0, 2, 1500)
+    assert estimators.class_information(x + 20 * labels[:, None], labels) == pytest.approx(np.log(2), abs=0.03)
+    assert estimators.class_information(x, labels) == pytest.approx(0, abs=0.05)
+    points = torch.randn(60, 5)
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    assert estimators.linear_cka(points, 3 * points @ turn) == pytest.approx(1.0, abs=1e-6)
+    assert estimators.histogram_entropy(torch.zeros(100)) == pytest.approx(0.0, abs=1e-6)
+    assert estimators.histogram_entropy(torch.linspace(0, 1, 6400)) == pytest.approx(np.log(64), abs=1e-3)
+    assert estimators.stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])), 0) == pytest.approx(1.5, rel=1e-4)
+    assert estimators.stable_rank(torch.zeros(3, 4), 0) == 0.0
+
+
+def rows(count: int = 60, seed: int = 0, **fields: Any) -> list[Transition]:
+    """Removals whose cost is -0.3 a + 0.1 b."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        a, b = generator.normal(size=2)
+        found.append(Transition("x", (), i, {"energy": a, "flow": b}, 0.9, 0.9 - 0.3 * a + 0.1 * b, **fields))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ridge", "forest"])
+def test_the_stored_regressor_predicts_what_scikit_learn_predicts(kind, tmp_path):
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.linear_model import Ridge
+
+    data = rows()
+    model = FusionModel.fit(data, kind, seed=3)
+    model.save(tmp_path / "fused.json")
+    loaded = FusionModel.load(tmp_path / "fused.json")
+    x = np.array([[t.features["energy"], t.features["flow"], 1.0, 1.0] for t in data])
+    y = np.array([t.after - t.before for t in data])
+    reference = Ridge(1.0) if kind == "ridge" else RandomForestRegressor(n_estimators=100, random_state=3)
+    assert loaded.predict(x) == pytest.approx(reference.fit(x, y).predict(x), abs=1e-12)
+    assert json.loads((tmp_path / "fused.json").read_text())["format_version"] == 1
+    (tmp_path / "fused.json").write_text('{"format_version": 2}')
+    with pytest.raises(ValueError, match=r"no stored regressor \(format_version 2"):
+        FusionModel.load(tmp_path / "fused.json")
+
+
+def test_the_regressor_ranks_other_edits_too():
+    """Half the rank costs a third of a drop here; a kind never seen is refused."""
+    data = rows(200)
+    cheaper = [
+        Transition(
+            t.data_set, (), t.block, t.features, t.before, t.before + (t.after - t.before) / 3 - 0.01, "rank", 0.5
+        )
+        for t in rows(200, seed=1)
+    ]
+    model = FusionModel.fit([*data, *cheaper], "forest")
+    table = SignalTable({"energy": [1.0, 0.0, -1.0], "flow": [0.0, 1.0, -1.0]})
+    drop, half = (model.score([BlockEdit(i, *e) for i in range(3)], table) for e in (("drop", 1.0), ("rank", 0.5)))
+    assert drop[0] < half[0] < half[2] < drop[2]
+    with pytest.raises(ValueError, match="kind 'merge', this regressor has seen drop, rank"):
+        model.score([BlockEdit(0, "merge")], table)
+    with pytest.raises(ValueError, match="signals without energy"):
+        model.score([BlockEdit(0)], SignalTable({"flow": [0.0, 1.0]}))
+
+
+def test_modes_choose_what_the_regressor_may_see():
+    def row(data_set: str, part: str) -> Transition:
+        return Transition(data_set, (), 0, {"energy": 0.0}, 0.0, 0.0, part=part)
+
+    data = [row("a", "fit"), row("a", "judge"), row("b", "fit")]
+    assert training_rows(data, "in-set", "a") == data[:2]
+    assert training_rows(data, "leave-one-out", "a") == data[2:]
+    assert training_rows(data, "nested", "a") == data[:1]
+    with pytest.raises(ValueError, match="no transitions for mode 'in-set' and set 'c'"):
+        training_rows(data, "in-set", "c")
+
+
+def test_baselines_and_prices():
+    assert sorted(baseline("random", 7, 3)) == list(range(7))
+    assert baseline("random", 7, 3) == baseline("random", 7, 3) != baseline("random", 7, 4)
+    assert baseline("every-other", 5) == [1, 3, 0, 2, 4]
+    assert baseline("top", 4) == [3, 2, 1, 0]
+    assert (price("weight_norm", 30), price("energy", 30), price("gradient_fisher", 30)) == (0, 1, 3)
+    assert price("skip_loss", 30) == 29
+
+
+def test_rank_correlations_turn_all_signals_the_same_way():
+    found = rank_correlations({"energy": [1.0, 2.0, 3.0], "flow": [3.0, 2.0, 1.0], "cka": [1.0, 1.0, 1.0]})
+    assert found["energy"]["flow"] == pytest.approx(1.0)
+    assert found["energy"]["cka"] == 0.0
+
+
+def test_search_finds_planted_blocks_and_beam_is_no_worse_than_greedy():
+    model = build("llama", 6)
+    make_identity(model, 1)
+    make_identity(model, 4)
+    search = search_on(model)
+    assert sorted(search.by_signal("block_influence", 2)) == [1, 4]
+    assert search.quality([1, 4]).loss == pytest.approx(search.quality([]).loss, abs=1e-6)
+    assert search.quality(search.exhaustive(2)).score >= search.quality([1, 4]).score
+    data = search.transitions("x", 2, ["block_influence", "energy@update"], random_orders=2)
+    assert len({(t.removed, t.block) for t in data}) == len(data) >= 4
+    assert all(t.after == search.quality([*t.removed, t.block]).score for t in data)
+    fused = FusionModel.fit(data, "ridge")
+
+    def predicted(order: list[int]) -> float:
+        parts = [
+            fused.score([BlockEdit(search.left(order[:i]).index(b))], search.table(order[:i]))[0]
+            for i, b in enumerate(order)
+        ]
+        return float(sum(parts))
+
+    assert predicted(search.by_fusion(fused, 2, beam=5)) >= predicted(search.by_fusion(fused, 2)) - 1e-12
+
+
+def test_entry_times_are_a_signal_that_comes_from_outside():
+    model = build("llama")
+    search = search_on(model, inputs={"entry_time": [5.0, 1.0, 9.0, 2.0, 3.0]})
+    assert search.by_signal("entry_time", 3) == [2, 0, 4]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("strategy", ["block_influence", "every-other"])
+def test_the_result_is_a_plain_model_with_every_config_field_in_step(family, strategy, tmp_path):
+    model = build(family)
+    data = LABELLED if family == "bert" else DATA
+    plan = tc.plan(model, tc.StrategicFusion(drop=2, strategy=strategy), progress=False)
+    report = tc.compress_(model, tc.StrategicFusion(drop=2, strategy=strategy), data, progress=False)
+    assert report.ratio_achieved == pytest.approx(0.6)
+    blocks = spec_of(model).blocks
+    assert len(blocks) == 3 == getattr(model.config, DEPTH.get(family, "num_hidden_layers"))
+    indices = [m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    assert set(indices) <= {0, 1, 2}
+    if getattr(model.config, "layer_types", None):
+        assert len(model.config.layer_types) == 3
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 (not a mapping)
+    assert stored == plan["bytes_after"]
+    again = getattr(transformers, FAMILIES[family].auto).from_pretrained(tmp_path)
+    assert torch.equal(output(again, family), output(model, family))
+    if family == "llama":
+        assert model.generate(DATA[0]["input_ids"], max_new_tokens=2).shape == (8, 18)
+
+
+CONFIGS: dict[str, Any] = {
+    "forest": {"strategy": "fusion"},
+    "ridge-beam": {"strategy": "fusion", "regressor": "ridge", "search": "beam"},
+    "paper": {"preset": "paper", "gradient_samples": 2, "random_orders": 1},
+    "skip-loss": {"strategy": "skip_loss"},
+    "exhaustive": {"search": "exhaustive"},
+    "random": {"strategy": "random", "seed": 4},
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_strategies_on_decoder_and_classifier(name, family):
+    model = build(family, 4)
+    data = LABELLED if family == "bert" else DATA
+    fields = {"gradient_samples": 2, **CONFIGS[name]}
+    report = tc.compress_(model, tc.StrategicFusion(ratio=0.5, **fields), data, progress=False)
+    details = report.methods[0]
+    assert len(spec_of(model).blocks) == 2
+    assert len(details["order"]) == len(set(details["order"])) == 2
+    paths = {r["path"] for r in report.records} | {s["path"] for s in report.skipped}
+    assert {p for p, m in build(family, 4).named_modules() if isinstance(m, nn.Linear)} <= paths
+    json.dumps(report.to_dict())
+    if name in ("forest", "ridge-beam", "paper"):
+        assert [c["block"] for c in details["changes"]] == details["order"]
+        total = sum(c["measured"] for c in details["changes"])
+        assert details["score_before"] + total == pytest.approx(details["score_after_each_removal"][-1])
+        assert set(TWELVE) - {"task_relevance"} <= set(details["rank_correlations"])
+    if name == "exhaustive":
+        search = search_on(build(family, 4), [{k: v[i : i + 1] for k, v in b.items()} for b in data for i in range(8)])
+        assert (
+            details["score_after_each_removal"][-1]
+            <= max(search.quality(s).score for s in [(0, 1), tuple(details["order"])]) + 1
+        )
+
+
+def test_a_stored_regressor_serves_another_model(tmp_path: Path):
+    search = search_on(build("llama"))
+    FusionModel.fit(search.transitions("x", 2, ["energy@update", "flow"]), "forest").save(tmp_path / "fused.json")
+    model = FAMILIES["gpt2"].build(n_layer=6)
+    config = tc.StrategicFusion(drop=2, fusion=str(tmp_path / "fused.json"), gradient_samples=2)
+    report = tc.compress_(model, config, DATA, progress=False)
+    assert len(report.methods[0]["order"]) == 2
+    assert "transitions" not in report.methods[0]
+
+
+def test_dropping_composes_with_other_methods(tmp_path):
+    model = build("llama")
+    configs = [tc.StrategicFusion(drop=2, strategy="top"), tc.SVD(ratio=0.7)]
+    tc.compress_(model, configs, DATA, progress=False)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(output(again, "llama"), output(model, "llama"))
+    assert len(again.model.layers) == 3
+
+
+def test_recovery_heals_a_shortened_model_towards_the_block_that_is_gone():
+    teacher = build("llama")
+    student = build("llama")
+    tc.compress_(student, tc.StrategicFusion(drop=1, strategy="block_influence"), DATA, progress=False)
+    report = tc.recover_(
+        student, teacher, DATA, tc.Distill(steps=0, kl=0.0, hidden=1.0, heal_samples=24), progress=False
+    )
+    assert report.loss_healed < report.loss_before
+    assert any(r["error_left"] < 0.9 for r in report.healed)
+
+
+def test_plan_prices_the_signals_apart():
+    notes = tc.plan(build("llama"), tc.StrategicFusion(drop=2), progress=False)["notes"]
+    assert any("3 passes (one forward, one backward) over 16 samples" in n for n in notes)
+    assert any("skip_loss (4 passes a removal)" in n for n in notes)
+    notes = tc.plan(build("llama").config, tc.StrategicFusion(drop=2, search="exhaustive"), progress=False)["notes"]
+    assert notes == ["exhaustive search: 10 passes over the judging samples"]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="'nonsense', allowed: inhibition, .*, fusion, random"):
+        tc.StrategicFusion(drop=1, strategy="nonsense")
+    with pytest.raises(ValueError, match="search='beam' with strategy='random'"):
+        tc.StrategicFusion(drop=1, strategy="random", search="beam")
+    with pytest.raises(ValueError, match="without entry_times"):
+        tc.StrategicFusion(drop=1, strategy="entry_time")
+    with pytest.raises(ValueError, match="neither drop nor ratio"):
+        tc.compress_(build("llama"), tc.StrategicFusion(), DATA, progress=False)
+    with pytest.raises(ValueError, match="5 blocks to remove of 5"):
+        tc.compress_(build("llama"), tc.StrategicFusion(drop=5), DATA, progress=False)
+    with pytest.raises(ValueError, match="data without labels"):
+        tc.compress_(build("bert"), tc.StrategicFusion(drop=1), DATA, progress=False)
+    with pytest.raises(ValueError, match="causal language models and classifiers"):
+        tc.compress_(FAMILIES["distilbert"].build(), tc.StrategicFusion(drop=1), DATA, progress=False)
+    with pytest.raises(ValueError, match="one list of two or more blocks"):
+        tc.compress_(FAMILIES["t5"].build(), tc.StrategicFusion(drop=1), [FAMILIES["t5"].batch()], progress=False)
+    config = build("qwen3").config
+    edits = drops(config, spec_of(build("qwen3")), [1, 3])
+    assert [e.path for e in edits] == ["model.layers.3", "model.layers.1"]
+    assert edits[-1].config["num_hidden_layers"] == 3

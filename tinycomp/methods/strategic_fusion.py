@@ -1,0 +1,209 @@
+"""Layer pruning: whole blocks leave, chosen by one signal, by signals fused in a regressor, or by trying every set.
+
+The result is an ordinary model with fewer blocks. Quality is measured on half of the calibration data (accuracy of a
+classifier with labels, loss of a language model), signals on the other half.
+
+Source: Strategic Fusion Optimizes Transformer Compression (arXiv 2501.03273), reconstructed: the publication gives names
+for seven of its twelve signals and one formula, and no code. Differs: no fine-tuning between removals (recovery comes
+after), quality is measured on data that the signals have not seen, beam and exhaustive search, more signals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from tinycomp.edits import Edit
+from tinycomp.methods._base import Method, MethodConfig, Result
+from tinycomp.models import ModelSpec
+from tinycomp.signals import TWELVE, BlockEdit, FusionModel, Search, baseline, drops
+from tinycomp.signals.collect import the_stack
+from tinycomp.signals.quality import rows_of
+from tinycomp.signals.registry import columns, price, rank_correlations, signal_of
+from tinycomp.signals.search import BASELINES
+
+Batch = dict[str, Tensor]
+PROBED = ("skip_loss", "entry_time")
+COLLECTED = tuple(c for c in columns() if signal_of(c).needs not in ("probe", "input"))
+
+
+class StrategicFusion(MethodConfig):
+    """Removal of whole blocks. `ratio` is the fraction of the blocks' linear parameters that stays.
+
+    Args:
+        drop: blocks to remove; None derives it from `ratio`.
+        strategy: "fusion", one signal's column ("block_influence", "energy@update", ...), "random", "every-other" or
+            "top"; with search="exhaustive" it is not used.
+        regressor: "forest" or "ridge".
+        fusion: a stored regressor (JSON); None measures removals on the calibration data and fits one.
+        search: "greedy"; "beam" (with strategy "fusion"); "exhaustive": the best set by measured quality.
+        beam: orders kept by the beam.
+        gradient_samples: samples that run backward for the gradient signals.
+        random_orders: orders measured for the regressor beside those of the signals.
+        recompute: signals of the shortened model after each removal. Always so with the paper preset.
+        judge_samples: samples on which quality is measured.
+        entry_times: when each block enters a differential-inclusion path, as one more signal.
+    """
+
+    drop: int | None = Field(default=None, ge=1)
+    strategy: str = "fusion"
+    regressor: Literal["forest", "ridge"] = "forest"
+    fusion: str | None = None
+    search: Literal["greedy", "beam", "exhaustive"] = "greedy"
+    beam: int = Field(default=4, ge=1)
+    gradient_samples: int = Field(default=16, ge=1)
+    random_orders: int = Field(default=2, ge=0)
+    recompute: bool = False
+    judge_samples: int = Field(default=16, ge=1)
+    entry_times: tuple[float, ...] = ()
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "fusion" and value not in BASELINES:
+            try:
+                signal_of(value)
+            except ValueError as error:
+                raise ValueError(f"{error}, fusion, {', '.join(BASELINES)}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _size(self) -> StrategicFusion:
+        if self.targets:
+            raise ValueError("got targets, allowed is none: whole blocks are removed")
+        if self.search == "beam" and self.strategy != "fusion":
+            raise ValueError(f"got search='beam' with strategy={self.strategy!r}, allowed with 'fusion'")
+        if self.strategy == "entry_time" and not self.entry_times:
+            raise ValueError("got strategy='entry_time' without entry_times; pass one number per block")
+        return self
+
+    def count(self, depth: int) -> int:
+        """Blocks to remove of `depth`.
+
+        Raises:
+            ValueError: neither `drop` nor `ratio`, or nothing would stay.
+        """
+        if self.drop is None and self.ratio is None:
+            raise ValueError("StrategicFusion: got neither drop nor ratio, allowed is one; give drop=2 or ratio=0.8")
+        count = self.drop if self.drop is not None else math.ceil((1 - float(self.ratio or 1)) * depth - 1e-9)
+        if count >= depth:
+            raise ValueError(
+                f"StrategicFusion: got {count} blocks to remove of {depth}, allowed are at most {depth - 1}"
+            )
+        return count
+
+
+def choose(
+    model: nn.Module, spec: ModelSpec, config: StrategicFusion, batches: Callable[[], Sequence[Batch]],
+    edited: Callable[[list[Edit]], nn.Module], progress: Callable[[str, int, int], None],
+) -> tuple[Result, dict[str, Any]]:  # fmt: skip
+    """The edits, a record per removed linear, and what the choice was based on.
+
+    Args:
+        model: left as it is.
+        spec: of the model.
+        config: what to remove and how to choose.
+        batches: gives the calibration data; not called by strategies that look at nothing.
+        edited: gives the model with edits made.
+        progress: called with (description, done, total).
+    """
+    depth = len(the_stack(spec).blocks)
+    count = config.count(depth)
+    if config.strategy in BASELINES and config.search != "exhaustive":
+        order = baseline(config.strategy, depth, config.seed)[:count]
+        return _result(model, spec, order), {"order": order}
+    search = _search(model, config, batches(), edited)
+    if config.search == "exhaustive":
+        order, details = search.exhaustive(count), {}
+    elif config.strategy == "fusion":
+        order, details = _fused(search, config, count, progress)
+    else:
+        order, details = search.by_signal(config.strategy, count), {}
+    measured = [search.quality(order[: i + 1]).score for i in range(count)]
+    details |= {
+        "order": order,
+        "score_before": search.quality(()).score,
+        "score_after_each_removal": measured,
+        "signal_seconds": search.seconds,
+    }
+    return _result(model, spec, order), details
+
+
+def _search(model: nn.Module, config: StrategicFusion, batches: Sequence[Batch], edited: Any) -> Search:
+    rows = [row for batch in batches for row in rows_of(batch)]
+    if len(rows) < 2:
+        raise ValueError(f"StrategicFusion: got {len(rows)} calibration samples, allowed are two or more; pass more")
+    half = len(rows) // 2
+    inputs = {"entry_time": config.entry_times} if config.entry_times else {}
+    return Search(
+        edited, model, rows[:half], rows[half : half + config.judge_samples], seed=config.seed, inputs=inputs,
+        gradient_samples=config.gradient_samples, recompute=config.recompute or config.preset == "paper",
+    )  # fmt: skip
+
+
+def _fused(search: Search, config: StrategicFusion, count: int, progress: Any) -> tuple[list[int], dict[str, Any]]:
+    details: dict[str, Any] = {}
+    table = search.table(())
+    if config.fusion is not None:
+        fused = FusionModel.load(config.fusion)
+    else:
+        wanted = TWELVE if config.preset == "paper" else [*COLLECTED, *search.inputs]
+        names = [c for c in wanted if c in table.values]
+        rows = search.transitions("calibration", count, names, config.random_orders, progress=progress)
+        fused = FusionModel.fit(rows, config.regressor, config.seed)
+        details["transitions"] = len(rows)
+    order = search.by_fusion(fused, count, config.beam if config.search == "beam" else 1)
+    pairs = []
+    for i, block in enumerate(order):
+        left = search.left(order[:i])
+        gain = fused.score([BlockEdit(left.index(block))], search.table(order[:i]))[0]
+        measured = search.quality(order[: i + 1]).score - search.quality(order[:i]).score
+        pairs.append({"block": block, "predicted": float(gain), "measured": measured})
+    details |= {"changes": pairs, "rank_correlations": rank_correlations(table.values)}
+    return order, details
+
+
+def _result(model: nn.Module, spec: ModelSpec, order: Sequence[int]) -> Result:
+    stack = the_stack(spec)
+    result = Result(edits=drops(model.config, spec, order))
+    for index in sorted(order):
+        for path in stack.blocks[index].linears:
+            weight: Any = model.get_submodule(path).weight
+            result.records.append(
+                {
+                    "path": path, "method": "StrategicFusion", "shape": list(weight.shape), "size_before": weight.numel(),
+                    "size_after": 0, "bits_after": 0, "relative_error": 1.0, "removed_as": order.index(index) + 1,
+                }
+            )  # fmt: skip
+    return result
+
+
+def costs(config: StrategicFusion, depth: int) -> list[str]:
+    """What choosing will cost, in forward passes of the whole model, for `plan`."""
+    count, dear = config.count(depth), price("skip_loss", depth)
+    if config.search == "exhaustive":
+        return [f"exhaustive search: {math.comb(depth, count)} passes over the judging samples"]
+    if config.strategy in BASELINES:
+        return ["the order looks at no data"]
+    if config.strategy == "skip_loss":
+        return [f"skip_loss: {dear:g} passes a removal over the judging samples"]
+    if config.strategy != "fusion":
+        return [
+            f"{config.strategy}: {price(config.strategy, depth):g} passes over the signal samples, all others come along"
+        ]
+    orders = 0 if config.fusion else len(COLLECTED) + config.random_orders
+    times = f"up to {1 + orders * count} times" if config.recompute or config.preset == "paper" else "once"
+    return [
+        f"signals: 3 passes (one forward, one backward) over {config.gradient_samples} samples, 1 over the others, {times}",
+        f"regressor: up to {orders * count} removals measured, one pass over {config.judge_samples} samples each",
+        f"not among them: skip_loss ({dear:g} passes a removal), entry_time (read from entry_times)",
+    ]
+
+
+METHOD = Method(
+    "StrategicFusion", StrategicFusion, lambda _: frozenset(), lambda *_: [], lambda *_: Result(), blocks=choose,
+)  # fmt: skip
