@@ -16,6 +16,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 
+from tinycomp.console import cell, emit, out
 from tinycomp.errors import UsageError
 
 
@@ -127,19 +128,17 @@ def recover(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
     """Heal a compressed model: closed form first, then distillation from the original."""
-    from tinycomp import cli
-
     config = make_config(settings or (), train=train, steps=steps)
     result = run(
         model, teacher, output_dir, config, Inputs(data, held_out, num_samples, max_seq_length), resume=resume,
         force=force, command=shlex.join(["tinycomp", *sys.argv[1:]]), progress=not as_json,
     )  # fmt: skip
     if as_json:
-        cli.emit(result)
+        emit(result)
         return
     report = result["report"]
     for name in ("loss_before", "loss_healed", "loss_after", "steps", "best_step", "trained_parameters", "seconds"):
-        cli.out.print(f"{name.replace('_', ' '):24} {cli._cell(report[name])}")
+        out.print(f"{name.replace('_', ' '):24} {cell(report[name])}")
     for note in report["notes"]:
-        cli.out.print(f"note: {note}", markup=False)
-    cli.out.print(f"saved in {result['output_dir']}", markup=False, soft_wrap=True)
+        out.print(f"note: {note}", markup=False)
+    out.print(f"saved in {result['output_dir']}", markup=False, soft_wrap=True)
