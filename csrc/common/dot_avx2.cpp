@@ -11,10 +11,27 @@ namespace {
 
 struct Avx2 {
   using Vec = __m256;
-  static constexpr int width = 8, inputs = 2;
+  static constexpr int width = 8, inputs = 2, panel_inputs = 5;
   static constexpr bool narrows = false;
 
   TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }
+  TINYCOMP_TARGET static Vec set1(float v) { return _mm256_set1_ps(v); }
+  TINYCOMP_TARGET static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  TINYCOMP_TARGET static void transpose(Vec (&v)[8]) {
+    Vec t[8];
+    for (int i = 0; i < 8; i += 2)
+      t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        v[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+        v[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+      }
+    for (int c = 0; c < 4; ++c) {
+      t[c] = _mm256_permute2f128_ps(v[c], v[c + 4], 0x20);
+      t[c + 4] = _mm256_permute2f128_ps(v[c], v[c + 4], 0x31);
+    }
+    for (int c = 0; c < 8; ++c) v[c] = t[c];
+  }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   TINYCOMP_TARGET static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   TINYCOMP_TARGET static Vec load(const torch::headeronly::BFloat16* p) {

@@ -5,16 +5,25 @@
 #define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 
 #include "dot_kernels.h"
+#include "transpose_avx512.h"
 
 namespace tinycomp {
 namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int width = 16, inputs = 6;
+  static constexpr int width = 16, inputs = 6, panel_inputs = 12;
   static constexpr bool narrows = true;
 
   TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }
+  TINYCOMP_TARGET static Vec set1(float v) { return _mm512_set1_ps(v); }
+  TINYCOMP_TARGET static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  TINYCOMP_TARGET static void transpose(Vec (&v)[16]) {
+    __m512i bits[16];
+    for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(v[i]);
+    transpose16(bits);
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_castsi512_ps(bits[i]);
+  }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   TINYCOMP_TARGET static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   TINYCOMP_TARGET static Vec load(const torch::headeronly::BFloat16* p) {

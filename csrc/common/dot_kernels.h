@@ -1,16 +1,18 @@
 // The loops behind dot.h, written once against a vector type V. Each instruction set includes this file after defining
 // TINYCOMP_TARGET (the function attribute that enables its instructions) and V.
 //
-// V has: Vec, width, inputs (2 or 6 input rows per tile, so that accumulators stay in registers), zero(), fma(a, b, c),
-// sum4(four vectors, out), sum(vector), load(const T*) widening T to float32, load_first(const T*, n) with zeros after
-// the first n < width, store(float*, vector), and where `narrows` also store to 16-bit
-// types.
+// V has: Vec, width, inputs (2 or 6 input rows per tile, so that accumulators stay in registers), panel_inputs (the
+// same for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four vectors, out),
+// sum(vector), load(const T*) widening T to float32, load_first(const T*, n) with zeros after the first n < width,
+// store(float*, vector), and where `narrows` also store to 16-bit types.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
+#include <utility>
 
 #include "dot.h"
 #include "dot_table.h"
@@ -21,17 +23,16 @@ namespace {
 // Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048.
 constexpr int64_t kAhead = 512;
 
-// Columns per pass over many inputs: as many as keep the inputs in the second-level cache and four rows in the first.
-constexpr int64_t kInputFloats = 128 * 1024, kLeastColumns = 256, kMostColumns = 2048;
+// From this many inputs on, transposing rows of a weight costs less than summing across registers.
+constexpr int64_t kPanelInputs = 16;
 
 template <class T>
 TINYCOMP_TARGET inline float scalar(T v) {
   return static_cast<float>(v);
 }
 
-// Sums of M x R accumulators; `add`: onto what is there.
 template <class V, int R, int M>
-TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo, bool add) {
+TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo) {
   for (int j = 0; j < M; ++j) {
     float total[4];
     if constexpr (R == 4) {
@@ -39,14 +40,14 @@ TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* ou
     } else {
       for (int r = 0; r < R; ++r) total[r] = V::sum(acc[j][r]);
     }
-    for (int r = 0; r < R; ++r) out[j * ldo + r] = add ? out[j * ldo + r] + total[r] : total[r];
+    for (int r = 0; r < R; ++r) out[j * ldo + r] = total[r];
   }
 }
 
 // R weight rows against M inputs, all M R accumulators in registers.
 template <class V, class T, int R, int M>
 TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
-                          int64_t ldo, bool add) {
+                          int64_t ldo) {
   using Vec = typename V::Vec;
   const T* row[R];
   for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const T*>(w + r * stride);
@@ -73,67 +74,114 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
     }
   }
-  finish<V, R, M>(acc, out, ldo, add);
+  finish<V, R, M>(acc, out, ldo);
 }
 
 // R rows against all inputs in tiles of equal size: the rows stay in the nearest cache while the inputs pass by.
 template <class V, class T, int R>
 TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, int64_t m,
-                                float* out, int64_t ldo, bool add) {
+                                float* out, int64_t ldo) {
   for (int64_t j = 0; j < m;) {
     const int64_t left = m - j, passes = (left + V::inputs - 1) / V::inputs, take = (left + passes - 1) / passes;
     const float* from = x + j * ldx;
     float* to = out + j * ldo;
     switch (take) {
       case 1:
-        tile<V, T, R, 1>(w, stride, cols, from, ldx, to, ldo, add);
+        tile<V, T, R, 1>(w, stride, cols, from, ldx, to, ldo);
         break;
       case 2:
-        tile<V, T, R, 2>(w, stride, cols, from, ldx, to, ldo, add);
+        tile<V, T, R, 2>(w, stride, cols, from, ldx, to, ldo);
         break;
       default:
         if constexpr (V::inputs > 2) {
-          if (take == 3) tile<V, T, R, 3>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 4) tile<V, T, R, 4>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 5) tile<V, T, R, 5>(w, stride, cols, from, ldx, to, ldo, add);
-          if (take == 6) tile<V, T, R, 6>(w, stride, cols, from, ldx, to, ldo, add);
+          if (take == 3) tile<V, T, R, 3>(w, stride, cols, from, ldx, to, ldo);
+          if (take == 4) tile<V, T, R, 4>(w, stride, cols, from, ldx, to, ldo);
+          if (take == 5) tile<V, T, R, 5>(w, stride, cols, from, ldx, to, ldo);
+          if (take == 6) tile<V, T, R, 6>(w, stride, cols, from, ldx, to, ldo);
         }
     }
     j += take;
   }
 }
 
-template <class V, class T>
-TINYCOMP_TARGET void widen_typed(const void* from, float* to, int64_t n);
+// Many inputs: rows are widened and transposed into a panel, so that a register holds one input feature of many rows
+// and meets inputs one number at a time; nothing is summed across a register.
+template <class V>
+constexpr int kPanelRows = 2 * V::width;
+constexpr int64_t kPanelColumns = 512;
 
-// More inputs than one tile takes: narrow weights are widened once, a few rows at a time, and read from cache.
-template <class V, class T, int R>
-TINYCOMP_TARGET void rows_against_all(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx,
-                                      int64_t m, float* out, int64_t ldo, bool add) {
-  if constexpr (!std::is_same_v<T, float>) {
-    if (m > V::inputs) {
-      alignas(64) float wide[R * kMostColumns];
-      for (int r = 0; r < R; ++r) widen_typed<V, T>(w + r * stride, wide + r * cols, cols);
-      all_inputs<V, float, R>(reinterpret_cast<const char*>(wide), cols * 4, cols, x, ldx, m, out, ldo, add);
-      return;
+// Rows beyond n are zero in the panel.
+template <class V, class T>
+TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_t cols, float* panel) {
+  for (int64_t first = 0; first < kPanelRows<V>; first += V::width)
+    for (int64_t c = 0; c < cols; c += V::width) {
+      typename V::Vec v[V::width];
+      const int64_t left = cols - c;
+      for (int r = 0; r < V::width; ++r) {
+        const T* from = reinterpret_cast<const T*>(w + (first + r) * stride) + c;
+        v[r] = first + r >= n ? V::zero() : left < V::width ? V::load_first(from, left) : V::load(from);
+      }
+      V::transpose(v);
+      for (int r = 0; r < V::width && r < left; ++r) V::store(panel + (c + r) * kPanelRows<V> + first, v[r]);
+    }
+}
+
+template <class V, int J>
+TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x, int64_t ldx, float* out, int64_t ldo,
+                                int64_t n, bool add) {
+  typename V::Vec acc[J][2];
+  for (int j = 0; j < J; ++j) acc[j][0] = acc[j][1] = V::zero();
+  for (int64_t c = 0; c < cols; ++c) {
+    const auto low = V::load(panel + c * kPanelRows<V>), high = V::load(panel + c * kPanelRows<V> + V::width);
+    for (int j = 0; j < J; ++j) {
+      const auto input = V::set1(x[j * ldx + c]);
+      acc[j][0] = V::fma(low, input, acc[j][0]);
+      acc[j][1] = V::fma(high, input, acc[j][1]);
     }
   }
-  all_inputs<V, T, R>(w, stride, cols, x, ldx, m, out, ldo, add);
+  alignas(64) float some[kPanelRows<V>];
+  for (int j = 0; j < J; ++j) {
+    float* to = out + j * ldo;
+    if (n < kPanelRows<V>) {
+      V::store(some, acc[j][0]), V::store(some + V::width, acc[j][1]);
+      for (int64_t i = 0; i < n; ++i) to[i] = add ? to[i] + some[i] : some[i];
+      continue;
+    }
+    V::store(to, add ? V::add(V::load(to), acc[j][0]) : acc[j][0]);
+    V::store(to + V::width, add ? V::add(V::load(to + V::width), acc[j][1]) : acc[j][1]);
+  }
+}
+
+template <class V, int... J>
+constexpr auto panel_tiles(std::integer_sequence<int, J...>) {
+  return std::array{panel_tile<V, J + 1>...};
+}
+
+template <class V, class T>
+TINYCOMP_TARGET void dot_panels(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+                                int64_t m, float* out, int64_t ldo) {
+  static constexpr auto tiles = panel_tiles<V>(std::make_integer_sequence<int, V::panel_inputs>());
+  alignas(64) float panel[kPanelColumns * kPanelRows<V>];
+  for (int64_t c = 0; c < cols; c += kPanelColumns)
+    for (int64_t i = 0; i < rows; i += kPanelRows<V>) {
+      const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(kPanelColumns, cols - c);
+      fill_panel<V, T>(w + i * stride + c * sizeof(T), stride, n, depth, panel);
+      for (int64_t j = 0, take; j < m; j += take) {
+        const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
+        take = (left + passes - 1) / passes;
+        tiles[take - 1](panel, depth, x + j * ldx + c, ldx, out + j * ldo + i, ldo, n, c > 0);
+      }
+    }
 }
 
 template <class V, class T>
 TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                                int64_t m, float* out, int64_t ldo) {
-  int64_t pass = cols;
-  if (m > V::inputs) pass = std::clamp(kInputFloats / m / 64 * 64, kLeastColumns, kMostColumns);
-  for (int64_t c = 0, n; c == 0 || c < cols; c += std::max<int64_t>(n, 1)) {
-    n = std::min(pass, cols - c);
-    const char* from = w + c * static_cast<int64_t>(sizeof(T));
-    int64_t i = 0;
-    for (; i + kBlockRows <= rows; i += kBlockRows)
-      rows_against_all<V, T, kBlockRows>(from + i * stride, stride, n, x + c, ldx, m, out + i, ldo, c > 0);
-    for (; i < rows; ++i) rows_against_all<V, T, 1>(from + i * stride, stride, n, x + c, ldx, m, out + i, ldo, c > 0);
-  }
+  if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
+  int64_t i = 0;
+  for (; i + kBlockRows <= rows; i += kBlockRows)
+    all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
+  for (; i < rows; ++i) all_inputs<V, T, 1>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
 }
 
 template <class V, class T>

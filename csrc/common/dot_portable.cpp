@@ -8,10 +8,19 @@ namespace {
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
-  static constexpr int width = 4, inputs = 2;
+  static constexpr int width = 4, inputs = 2, panel_inputs = 4;
   static constexpr bool narrows = false;
 
   static Vec zero() { return Vec{}; }
+  static Vec set1(float v) { return Vec{v, v, v, v}; }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static void transpose(Vec (&v)[4]) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float value = v[i][j];
+        v[i][j] = v[j][i], v[j][i] = value;
+      }
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   template <class T>
   static Vec load(const T* p) {

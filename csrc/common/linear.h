@@ -221,7 +221,7 @@ class Inputs {
 };
 
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
-constexpr int64_t kInputsAtOnce = 512, kBatch = 64;
+constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 
 // Weight rows as a stage: a chunk streams at least 32 KiB, and begins where a cache line of results does.
 inline Stage row_stage(const Weight& w) {

@@ -42,9 +42,12 @@ struct RoundedTable {
   // out[j * ldo + i] for i < rows, j < m: integer products within a group, float32 beyond.
   void (*dot_levels)(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
                      const int32_t* starts, int64_t m, float* out, int64_t ldo);
+  // The same for many inputs, from `sums` instead of starts; null: no faster way.
+  void (*dot_many_levels)(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                          const int32_t* sums, int64_t m, float* out, int64_t ldo);
   // The same with ordered float32 inputs.
   void (*dot_floats)(const RoundedRows& w, int64_t rows, const float* x, int64_t m, float* out, int64_t ldo);
-  // Rows rebuilt in float32, `cols` apart.
+  // Rows rebuilt in float32, in the order of inputs and `input_width` apart; what meets padding is finite.
   void (*rebuild)(const RoundedRows& w, int64_t rows, float* out);
 };
 

@@ -16,6 +16,8 @@ struct Avx2 {
 
   TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }
   TINYCOMP_TARGET static Vec set1(float v) { return _mm256_set1_ps(v); }
+  TINYCOMP_TARGET static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  TINYCOMP_TARGET static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   TINYCOMP_TARGET static float sum(Vec v) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -2,9 +2,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <array>
+#include <utility>
+
 #define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 #include "rounded_kernels.h"
+#include "transpose_avx512.h"
 
 namespace tinycomp {
 namespace {
@@ -19,6 +23,8 @@ struct Avx512 {
   }
   TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }
   TINYCOMP_TARGET static Vec set1(float v) { return _mm512_set1_ps(v); }
+  TINYCOMP_TARGET static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  TINYCOMP_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   TINYCOMP_TARGET static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   TINYCOMP_TARGET static Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -58,9 +64,97 @@ struct Avx512 {
   }
 };
 
+// Many inputs: the levels of a group, four to a lane and a row to each lane, meet inputs four levels at a time, as in
+// the panels of dot_kernels.h.
+constexpr int kPanelRows = 32, kPanelInputs = 12;
+
+// 16 rows of 64 stored bytes into 16 steps; 4-bit levels into 16 for even inputs and, `odd` later, 16 for odd ones.
+TINYCOMP_TARGET void fill_steps(const RoundedRows& w, const uint8_t* from, int64_t n, int64_t left, __m512i* to,
+                                int64_t odd) {
+  __m512i v[16];
+  for (int r = 0; r < 16; ++r) v[r] = r < n ? Avx512::load_bytes(from + r * w.stride, left) : _mm512_setzero_si512();
+  transpose16(v);
+  for (int s = 0; s < 16; ++s) {
+    to[2 * s] = w.four_bits ? Avx512::low(v[s]) : Avx512::offset(v[s]);
+    if (w.four_bits) to[2 * (odd + s)] = Avx512::high(v[s]);
+  }
+}
+
+template <int J>
+TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, const __m512* row_scales, int64_t g,
+                                const int8_t* levels, const float* scales, const int32_t* sums, __m512* totals) {
+  const int64_t width = input_width(w), steps = group_width(w) / 4;
+  const int8_t* x = levels + g * group_width(w);
+  __m512i acc[J][2];
+  for (int j = 0; j < J; ++j)
+    acc[j][0] = acc[j][1] = _mm512_set1_epi32(-(w.four_bits ? 8 : 128) * sums[j * w.groups + g]);
+  for (int64_t s = 0; s < steps; ++s) {
+    const __m512i low = panel[2 * s], high = panel[2 * s + 1];
+    for (int j = 0; j < J; ++j) {
+      int32_t four;
+      __builtin_memcpy(&four, x + j * width + 4 * s, 4);
+      const __m512i input = _mm512_set1_epi32(four);
+      acc[j][0] = _mm512_dpbusd_epi32(acc[j][0], low, input);
+      acc[j][1] = _mm512_dpbusd_epi32(acc[j][1], high, input);
+    }
+  }
+  for (int j = 0; j < J; ++j)
+    for (int h = 0; h < 2; ++h) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[j][h]), row_scales[h]);
+      totals[2 * j + h] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scales[j * w.groups + g]), totals[2 * j + h]);
+    }
+}
+
+template <int... J>
+constexpr auto group_tiles(std::integer_sequence<int, J...>) {
+  return std::array{group_tile<J + 1>...};
+}
+
+// The steps of one group of 32 rows and the scales of these rows.
+TINYCOMP_TARGET void fill_group(const RoundedRows& w, int64_t n, int64_t g, __m512i* panel, __m512 (&row_scales)[2]) {
+  const int64_t stored = w.four_bits ? (w.size(g) + 1) / 2 : w.size(g), half = half_width(w) / 4;
+  const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+  for (int h = 0; h < 2; ++h) {
+    for (int64_t b = 0; b < half_width(w); b += 64)
+      fill_steps(w, from + 16 * h * w.stride + b, n - 16 * h, std::max<int64_t>(0, stored - b), panel + b / 2 + h,
+                 half);
+    alignas(64) float some[16] = {};
+    for (int64_t r = 0; r < 16 && r + 16 * h < n; ++r)
+      some[r] = w.scales[(r + 16 * h) * w.scale_groups + (w.scale_groups == 1 ? 0 : g)];
+    row_scales[h] = _mm512_load_ps(some);
+  }
+}
+
+TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                                     const int32_t* sums, int64_t m, float* out, int64_t ldo) {
+  static constexpr auto tiles = group_tiles(std::make_integer_sequence<int, kPanelInputs>());
+  // One allocation for both, on a cache line: std::vector does not align these types.
+  const int64_t panel_size = group_width(w) / 2;
+  std::vector<char> memory(64 * (panel_size + 2 * m + 1));
+  auto* panel = reinterpret_cast<__m512i*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  auto* totals = reinterpret_cast<__m512*>(panel + panel_size);
+  for (int64_t i = 0; i < rows; i += kPanelRows) {
+    const int64_t n = std::min<int64_t>(kPanelRows, rows - i);
+    const RoundedRows some = from_row(w, i);
+    std::fill_n(totals, 2 * m, _mm512_setzero_ps());
+    for (int64_t g = 0; g < w.groups; ++g) {
+      __m512 row_scales[2];
+      fill_group(some, n, g, panel, row_scales);
+      for (int64_t j = 0, take; j < m; j += take) {
+        const int64_t left = m - j, passes = (left + kPanelInputs - 1) / kPanelInputs;
+        take = (left + passes - 1) / passes;
+        tiles[take - 1](some, panel, row_scales, g, levels + j * input_width(w), scales + j * w.groups,
+                        sums + j * w.groups, totals + 2 * j);
+      }
+    }
+    for (int64_t j = 0; j < m; ++j) std::copy_n(reinterpret_cast<const float*>(totals + 2 * j), n, out + j * ldo + i);
+  }
+}
+
 }  // namespace
 
-const RoundedTable avx512_rounded = make_rounded<Avx512>();
+const RoundedTable avx512_rounded = {round_inputs<Avx512>, order_inputs<Avx512>, dot_levels<Avx512>,
+                                     dot_many_levels,      dot_floats<Avx512>,   rebuild<Avx512>};
 
 }  // namespace tinycomp
 #endif

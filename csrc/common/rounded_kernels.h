@@ -223,23 +223,29 @@ TINYCOMP_TARGET void dot_floats(const RoundedRows& w, int64_t rows, const float*
 
 template <class V>
 TINYCOMP_TARGET void rebuild(const RoundedRows& w, int64_t rows, float* out) {
+  const int64_t half = half_width(w);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t g = 0; g < w.groups; ++g) {
-      const float scale = w.scales[i * w.scale_groups + (w.scale_groups == 1 ? 0 : g)];
+      const auto scale = V::set1(w.scales[i * w.scale_groups + (w.scale_groups == 1 ? 0 : g)]);
       const uint8_t* from = w.data + i * w.stride + (w.four_bits ? g * w.group / 2 : g * w.group);
-      float* to = out + i * w.cols + g * w.group;
-      const int64_t size = w.size(g);
-      if (w.four_bits)
-        for (int64_t c = 0; c < size; ++c)
-          to[c] = scale * static_cast<float>((c % 2 ? from[c / 2] >> 4 : from[c / 2] & 15) - 8);
-      else
-        for (int64_t c = 0; c < size; ++c) to[c] = scale * static_cast<float>(static_cast<int8_t>(from[c]));
+      float* to = out + i * input_width(w) + g * group_width(w);
+      const int64_t stored = w.four_bits ? (w.size(g) + 1) / 2 : w.size(g);
+      for (int64_t b = 0; b < half; b += V::width) {
+        const int64_t left = std::max<int64_t>(0, stored - b);
+        if (!w.four_bits) {
+          V::store(to + b, V::mul(scale, V::load_i8(from + b, left)));
+          continue;
+        }
+        typename V::Vec low, high;
+        V::load_u4(from + b, left, low, high);
+        V::store(to + b, V::mul(scale, low)), V::store(to + half + b, V::mul(scale, high));
+      }
     }
 }
 
 template <class V>
 RoundedTable make_rounded() {
-  return {round_inputs<V>, order_inputs<V>, dot_levels<V>, dot_floats<V>, rebuild<V>};
+  return {round_inputs<V>, order_inputs<V>, dot_levels<V>, nullptr, dot_floats<V>, rebuild<V>};
 }
 
 }  // namespace

@@ -8,6 +8,8 @@ namespace tinycomp {
 
 // Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once in float32.
 constexpr int64_t kFewInputs = 8;
+// From this many rounded inputs on, transposing levels costs less than summing across registers.
+constexpr int64_t kManyInputs = 12;
 
 class RoundedWeight {
  public:
@@ -122,18 +124,17 @@ class RoundedInputs {
         x_(x),
         m(m),
         width_(input_width(layout())),
-        direct_(!w.rounds_inputs && m > kFewInputs),
-        memory_(slot,
-                direct_ ? 0 : m * (width_ / (w.rounds_inputs ? 4 : 1) + (2 + kLanes) * w.groups + w.scale_groups)) {
+        rebuilds_(!w.rounds_inputs && m > kFewInputs),
+        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + (2 + kLanes) * w.groups + w.scale_groups)) {
     float* next = memory_.data();
-    ordered_ = next, next += direct_ ? 0 : m * (width_ / (w.rounds_inputs ? 4 : 1));
+    ordered_ = next, next += m * (width_ / (w.rounds_inputs ? 4 : 1));
     scales_ = next, next += m * w.groups;
     sums_ = reinterpret_cast<int32_t*>(next), next += m * w.groups;
     starts_ = reinterpret_cast<int32_t*>(next), next += m * w.groups * kLanes;
     totals_ = next;
   }
 
-  Stage stage() const { return {direct_ ? 0 : m, std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1))}; }
+  Stage stage() const { return {m, std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1))}; }
 
   void prepare(int64_t first, int64_t last) const {
     for (int64_t j = first; j < last; ++j) {
@@ -157,17 +158,17 @@ class RoundedInputs {
     const int64_t most = std::min(m, kInputsAtOnce), groups = w_.scale_groups;
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
     const Scratch shifts(kShiftSlot, w_.has_zeros() ? kBatch * groups : 0);
-    const Scratch rebuilt(kRebuildSlot, direct_ ? kBatch * w_.cols : 0);
+    const Scratch rebuilt(kRebuildSlot, rebuilds_ ? kBatch * width_ : 0);
     float *values = out.data(), *correction = values + most * kBatch;
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
       const RoundedRows rows = w_.at(i, n, scales.data());
       if (w_.has_zeros()) w_.shifts(i, n, scales.data(), shifts.data());
-      if (direct_) rebuild(rows, n, shifts.data(), rebuilt.data());
+      if (rebuilds_) rounded().rebuild(rows, n, rebuilt.data());
       for (int64_t start = 0; start < m; start += most) {
         const int64_t inputs = std::min(most, m - start);
         multiply(rows, n, start, inputs, rebuilt.data(), values);
-        if (w_.has_zeros() && !direct_) {
+        if (w_.has_zeros()) {
           dot(Type::f32, shifts.data(), groups * 4, n, groups, totals_ + start * groups, groups, inputs, correction,
               kBatch);
           for (int64_t c = 0; c < inputs * kBatch; ++c) values[c] -= correction[c];
@@ -183,20 +184,16 @@ class RoundedInputs {
 
   void multiply(const RoundedRows& rows, int64_t n, int64_t start, int64_t inputs, const float* dense,
                 float* out) const {
-    if (direct_)
-      dot(Type::f32, dense, w_.cols * 4, n, w_.cols, x_ + start * w_.cols, w_.cols, inputs, out, kBatch);
+    if (rebuilds_)
+      dot(Type::f32, dense, width_ * 4, n, width_, ordered_ + start * width_, width_, inputs, out, kBatch);
+    else if (w_.rounds_inputs && inputs >= kManyInputs && rounded().dot_many_levels != nullptr)
+      rounded().dot_many_levels(rows, n, levels() + start * width_, scales_ + start * w_.groups,
+                                sums_ + start * w_.groups, inputs, out, kBatch);
     else if (w_.rounds_inputs)
       rounded().dot_levels(rows, n, levels() + start * width_, scales_ + start * w_.groups,
                            starts_ + start * w_.groups * kLanes, inputs, out, kBatch);
     else
       rounded().dot_floats(rows, n, ordered_ + start * width_, inputs, out, kBatch);
-  }
-  void rebuild(const RoundedRows& rows, int64_t n, const float* shifts, float* to) const {
-    rounded().rebuild(rows, n, to);
-    if (!w_.has_zeros()) return;
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t c = 0; c < w_.cols; ++c)
-        to[r * w_.cols + c] -= shifts[r * w_.scale_groups + (w_.scale_groups == 1 ? 0 : c / w_.group)];
   }
 
   const RoundedWeight& w_;
@@ -207,7 +204,7 @@ class RoundedInputs {
 
  private:
   int64_t width_;
-  bool direct_;
+  bool rebuilds_;
   Scratch memory_;
   float *ordered_, *scales_, *totals_;
   int32_t *sums_, *starts_;

@@ -16,6 +16,10 @@ struct Portable {
 
   static Vec zero() { return Vec{}; }
   static Vec set1(float v) { return Vec{v, v, v, v}; }
+  static Vec mul(Vec a, Vec b) { return a * b; }
+  static void store(float* p, Vec v) {
+    for (int i = 0; i < width; ++i) p[i] = v[i];
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
