@@ -1,6 +1,6 @@
 """How much of its perplexity a compressed SmolLM2 gets back, against the processor time spent; and the control.
 
-    python bench/recovery.py [--ratio 0.8] [--steps 100] [--output recovery.json]
+    python bench/recovery.py [--ratio 0.8] [--steps 40] [--output recovery.json]
 
 The student is SVD at `ratio` of the linear parameters. Control: the uncompressed model through the same recipe. Time is
 that of all threads of the process (15 minutes on 2 cores are 1,800 s); it holds the teacher's pass, the closed form,
@@ -22,7 +22,7 @@ from tinycomp.eval.quality import DEFAULT, perplexity
 from tinycomp.io import default_model
 
 
-def main(ratio: float, steps: int, output: Path, student_dir: Path | None) -> None:
+def main(ratio: float, steps: int, output: Path, student_dir: Path | None, wanted: list[str]) -> None:
     teacher, tokenizer = tc.load_model(default_model())
     protocol = DEFAULT.shortened(2048)
     if student_dir is not None and student_dir.exists():
@@ -34,7 +34,7 @@ def main(ratio: float, steps: int, output: Path, student_dir: Path | None) -> No
             student.save_pretrained(student_dir)
     control = copy.deepcopy(teacher)
     config = tc.Distill(
-        steps=steps, batch_size=4, learning_rate=1.5e-4, kl=1.0, heal_samples=24, eval_every=max(steps // 4, 1),
+        steps=steps, batch_size=2, learning_rate=1.5e-4, kl=1.0, heal_samples=24, eval_every=max(steps // 4, 1),
         held_out=0.08,
     )  # fmt: skip
     dense = perplexity(teacher, tokenizer, protocol)
@@ -42,10 +42,19 @@ def main(ratio: float, steps: int, output: Path, student_dir: Path | None) -> No
         "protocol": protocol.name, "hash": dense.hash, "dense": dense.perplexity, "config": config.model_dump(),
     }  # fmt: skip
     for name, model in (("student", student), ("control", control)):
+        if name not in wanted:
+            continue
         before = perplexity(model, tokenizer, protocol).perplexity
         start = time.process_time()
         report = tc.recover_(
-            model, teacher, None, config, tokenizer=tokenizer, num_samples=int(4 * steps / 0.92) + 1, max_seq_length=256
+            model,
+            teacher,
+            None,
+            config,
+            tokenizer=tokenizer,
+            num_samples=int(2 * steps / 0.92) + 1,
+            max_seq_length=256,
+            progress=False,
         )
         seconds = time.process_time() - start
         after = perplexity(model, tokenizer, protocol).perplexity
@@ -54,15 +63,17 @@ def main(ratio: float, steps: int, output: Path, student_dir: Path | None) -> No
         for point in report.curve:
             print("  " + "  ".join(f"{k} {v:.4g}" for k, v in point.items()))
         output.write_text(json.dumps(results, indent=1) + "\n")
-    lost, left = (results["student"][k] - dense.perplexity for k in ("before", "after"))
-    print(f"{1 - left / lost:.0%} of the lost perplexity is back")
+    if "student" in results:
+        lost, left = (results["student"][k] - dense.perplexity for k in ("before", "after"))
+        print(f"{1 - left / lost:.0%} of the lost perplexity is back")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.8)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("recovery.json"))
     parser.add_argument("--student", type=Path, help="folder that keeps the compressed model between runs")
-    arguments = parser.parse_args()
-    main(arguments.ratio, arguments.steps, arguments.output, arguments.student)
+    parser.add_argument("--models", nargs="+", choices=["student", "control"], default=["student", "control"])
+    options = parser.parse_args()
+    main(options.ratio, options.steps, options.output, options.student, options.models)

@@ -3,9 +3,9 @@
 The result is an ordinary model with fewer blocks. Quality is measured on half of the calibration data (accuracy of a
 classifier with labels, loss of a language model), signals on the other half.
 
-Source: Strategic Fusion Optimizes Transformer Compression (arXiv 2501.03273), reconstructed: the publication gives names
-for seven of its twelve signals and one formula, and no code. Differs: no fine-tuning between removals (recovery comes
-after), quality is measured on data that the signals have not seen, beam and exhaustive search, more signals.
+Source: Strategic Fusion Optimizes Transformer Compression (arXiv 2501.03273), reconstructed: the paper names seven of
+its twelve signals, gives one formula, and has no code. Differs: no fine-tuning between removals (recovery comes after),
+quality is measured on data that the signals have not seen, beam and exhaustive search, more signals.
 """
 
 from __future__ import annotations
@@ -117,12 +117,13 @@ def choose(
         order = baseline(config.strategy, depth, config.seed)[:count]
         return _result(model, spec, order), {"order": order}
     search = _search(model, config, batches(), edited)
+    details: dict[str, Any] = {}
     if config.search == "exhaustive":
-        order, details = search.exhaustive(count), {}
+        order = search.exhaustive(count)
     elif config.strategy == "fusion":
         order, details = _fused(search, config, count, progress)
     else:
-        order, details = search.by_signal(config.strategy, count), {}
+        order = search.by_signal(config.strategy, count)
     measured = [search.quality(order[: i + 1]).score for i in range(count)]
     details |= {
         "order": order,
@@ -173,9 +174,10 @@ def _result(model: nn.Module, spec: ModelSpec, order: Sequence[int]) -> Result:
     for index in sorted(order):
         for path in stack.blocks[index].linears:
             weight: Any = model.get_submodule(path).weight
+            size = weight.numel()
             result.records.append(
                 {
-                    "path": path, "method": "StrategicFusion", "shape": list(weight.shape), "size_before": weight.numel(),
+                    "path": path, "method": "StrategicFusion", "shape": list(weight.shape), "size_before": size,
                     "size_after": 0, "bits_after": 0, "relative_error": 1.0, "removed_as": order.index(index) + 1,
                 }
             )  # fmt: skip
@@ -191,14 +193,13 @@ def costs(config: StrategicFusion, depth: int) -> list[str]:
         return ["the order looks at no data"]
     if config.strategy == "skip_loss":
         return [f"skip_loss: {dear:g} passes a removal over the judging samples"]
+    samples = config.gradient_samples
     if config.strategy != "fusion":
-        return [
-            f"{config.strategy}: {price(config.strategy, depth):g} passes over the signal samples, all others come along"
-        ]
+        return [f"{config.strategy}: {price(config.strategy, depth):g} passes over the samples; all others come along"]
     orders = 0 if config.fusion else len(COLLECTED) + config.random_orders
     times = f"up to {1 + orders * count} times" if config.recompute or config.preset == "paper" else "once"
     return [
-        f"signals: 3 passes (one forward, one backward) over {config.gradient_samples} samples, 1 over the others, {times}",
+        f"signals: 3 passes (one forward, one backward) over {samples} samples, 1 over the others, {times}",
         f"regressor: up to {orders * count} removals measured, one pass over {config.judge_samples} samples each",
         f"not among them: skip_loss ({dear:g} passes a removal), entry_time (read from entry_times)",
     ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,7 @@ class _Watch:
         answers = torch.cat(self.answers)[:POINTS].cpu().double().numpy()
         with clock("information"):
             parts = [estimators.principal(p) for p in points]
-            added = [estimators.principal(b - a) for a, b in zip(points[:-1], points[1:], strict=True)]
+            added = [estimators.principal(b - a) for a, b in pairwise(points)]
 
             def relevance(x: np.ndarray) -> float:
                 if self.classes:
@@ -230,9 +231,9 @@ class _Watch:
 
             out["task_relevance"] = [relevance(x) for x in parts[1:]]
             out["task_relevance@update"] = [relevance(x) for x in added]
-            out["flow"] = [estimators.information(a, b) for a, b in zip(parts[:-1], parts[1:], strict=True)]
+            out["flow"] = [estimators.information(a, b) for a, b in pairwise(parts)]
         with clock("cka"):
-            out["cka"] = [estimators.linear_cka(a, b) for a, b in zip(points[:-1], points[1:], strict=True)]
+            out["cka"] = [estimators.linear_cka(a, b) for a, b in pairwise(points)]
         return out
 
 

@@ -117,7 +117,7 @@ def price(column: str, depth: int) -> float:
 
 
 def rank_correlations(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Spearman's correlation of every two columns over the blocks, both turned so that large means keep; 0 if constant."""
+    """Spearman's correlation of every two columns over the blocks, turned so that large means keep; 0 if constant."""
     names = [c for c in columns() if c in values]
     ranks = {}
     for name in names:

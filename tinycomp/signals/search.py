@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +65,7 @@ class Search:
     def __init__(
         self, edited: Callable[[list[Edit]], nn.Module], model: nn.Module, signal_batches: Sequence[Batch],
         judge_batches: Sequence[Batch], *, gradient_samples: int = 32, seed: int = 0,
-        inputs: dict[str, Sequence[float]] | None = None, recompute: bool = True,
+        inputs: Mapping[str, Sequence[float]] | None = None, recompute: bool = True,
     ):  # fmt: skip
         self.edited, self.model, self.spec = edited, model, spec_of(model)
         self.depth = len(the_stack(self.spec).blocks)
@@ -154,7 +154,7 @@ class Search:
                 f"search: got {count} of {self.depth} blocks, exhaustive search is allowed up to {MOST_SUBSETS} sets; "
                 "use greedy or beam"
             )
-        return list(max(subsets, key=lambda s: self.quality(s).score))
+        return list(max(subsets, key=lambda s: self.quality(list(s)).score))
 
     def transitions(
         self, data_set: str, count: int, columns: Sequence[str], random_orders: int = 3, part: str = "fit",

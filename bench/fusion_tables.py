@@ -1,0 +1,180 @@
+"""Tables of `fusion.py`'s results: accuracy against removed blocks, regret, recovery and control, costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+RESAMPLES = 4000
+
+
+def merged(name: str) -> str:
+    """The three random orders are one strategy."""
+    return "random" if name.startswith("random") else name
+
+
+def answers(cells: list[dict[str, Any]], strategy: str, k: int) -> np.ndarray:
+    """(test samples of all cells,) mean correctness of a strategy with k removed blocks."""
+    parts = []
+    for cell in cells:
+        sets = [s[k - 1] for n, s in cell["strategies"].items() if merged(n) == strategy] if k else [[]]
+        rows = [np.array([int(c) for c in cell["test"][json.dumps(sorted(s))]]) for s in sets]
+        parts.append(np.mean(rows, axis=0))
+    return np.concatenate(parts)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, lower, upper): 95 % percentile bootstrap of the mean; `values` may be differences of two strategies."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    means = values[draws].mean(1)
+    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def not_better(values: np.ndarray, seed: int = 0) -> float:
+    """Share of bootstrap means that are not above 0: the one-sided p of "the first is better"."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    return float((values[draws].mean(1) <= 0).mean())
+
+
+def regret(cell: dict[str, Any], strategy: str, k: int) -> float:
+    """Validation accuracy that the best set of k blocks has over the strategy's."""
+    best = max(v for key, v in cell["validation"].items() if len(json.loads(key)) == k)
+    sets = [s[k - 1] for n, s in cell["strategies"].items() if merged(n) == strategy]
+    return best - statistics.mean(cell["validation"][json.dumps(sorted(s))] for s in sets)
+
+
+def mean_regret(cells: list[dict[str, Any]], strategy: str) -> float:
+    return statistics.mean(regret(c, strategy, k) for c in cells for k in range(1, c["depth"]))
+
+
+def classifier_tables(cells: list[dict[str, Any]]) -> list[str]:
+    names = sorted({merged(n) for n in cells[0]["strategies"]}, key=lambda n: mean_regret(cells, n))
+    depth = cells[0]["depth"]
+    lines = [
+        f"## Classifiers: {len({c['set'] for c in cells})} sets, seeds {sorted({c['seed'] for c in cells})}", "",
+        f"Test accuracy in % of {len(answers(cells, 'random', 0))} samples in all, without recovery; regret: mean",
+        "distance in points from the best of all sets of the same size, on validation samples, over sizes, sets and",
+        "seeds.", "", "| strategy | " + " | ".join(f"{k} removed" for k in range(depth)) + " | regret |",
+        "|---" * (depth + 2) + "|",
+    ]  # fmt: skip
+    for name in names:
+        row = []
+        for k in range(depth):
+            mean, low, high = interval(answers(cells, name, k))
+            row.append(f"{100 * mean:.1f} ({100 * low:.1f}..{100 * high:.1f})")
+        lines.append(f"| {name} | " + " | ".join(row) + f" | {100 * mean_regret(cells, name):.2f} |")
+    return [*lines, "", *claims(cells, names, depth), "", *ratio_table(cells, names, depth), ""]
+
+
+def claims(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:
+    """The two acceptance claims, with what was found."""
+    single = [n for n in names if not n.startswith(("fusion", "random", "every", "top", "exhaustive"))]
+    fused = [n for n in names if n.startswith("fusion")]
+    best = min(single, key=lambda n: mean_regret(cells, n))
+    against = " | ".join(f"against random at {k}: points, p" for k in range(1, depth))
+    lines = [
+        f"Best single signal in hindsight: {best}, regret {100 * mean_regret(cells, best):.2f} points. Fusion:", "",
+        "| fusion | regret | at most the best single's | " + against + " |",
+        "|---" * (depth + 2) + "|",
+    ]  # fmt: skip
+    for name in fused:
+        found = mean_regret(cells, name)
+        row = []
+        for k in range(1, depth):
+            difference = answers(cells, name, k) - answers(cells, "random", k)
+            row.append(f"{100 * difference.mean():+.1f}, {not_better(difference):.3f}")
+        verdict = "yes" if found <= mean_regret(cells, best) + 1e-12 else "no"
+        lines.append(f"| {name} | {100 * found:.2f} | {verdict} | " + " | ".join(row) + " |")
+    return lines
+
+
+def ratio_table(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:
+    """Recovery with the control, and accuracy to size, whose unit is points of accuracy per million parameters."""
+    order = list(cells[0]["recovered"])
+    lines = [
+        "Recovery, and accuracy to size in accuracy points per million parameters (all parameters):", "",
+        "| model | M parameters | accuracy before | after recovery | gain | points per M before | after | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    whole = 100 * answers(cells, "random", 0).mean() / (cells[0]["parameters"][0] / 1e6)
+    for name in order:
+        before, after = (
+            np.concatenate([[int(b) for b in c["recovered"][name][when]] for c in cells])
+            for when in ("before", "after")
+        )
+        size = statistics.mean(c["recovered"][name]["parameters"] for c in cells) / 1e6
+        mean, low, high = interval((after - before).astype(float))
+        lines.append(
+            f"| {name} | {size:.2f} | {100 * before.mean():.1f} | {100 * after.mean():.1f} | {100 * mean:+.1f} "
+            f"({100 * low:+.1f}..{100 * high:+.1f}) | {100 * before.mean() / size:.3f} | "
+            f"{100 * after.mean() / size:.3f} | x {100 * after.mean() / size / whole:.3f} |"
+        )
+    return lines
+
+
+def signal_tables(cells: list[dict[str, Any]]) -> list[str]:
+    pairs = [(p["predicted"], p["measured"]) for c in cells for p in c["predictions"]]
+    rho = spearmanr(*zip(*pairs, strict=True)).statistic
+    lines = [
+        f"Predicted against measured change of accuracy (forest, five folds, {len(pairs)} removals): rank correlation "
+        f"{rho:.2f}.",
+        "",
+    ]
+    parts = sorted({p for c in cells for p in c["signal_seconds"]})
+    cost = ", ".join(f"{p} {statistics.mean(c['signal_seconds'].get(p, 0) for c in cells):.2f}" for p in parts)
+    lines += [f"Processor seconds of one pass with all signals but skip_loss: {cost}.", ""]
+    names = list(cells[0]["correlations"])
+    lines += [
+        "Spearman rank correlation between signals over the blocks, mean over sets and seeds (all turned so that large",
+        "means keep):",
+        "",
+    ]
+    lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for a in names:
+        row = [f"{statistics.mean(c['correlations'][a][b] for c in cells):.2f}" for b in names]
+        lines.append(f"| {a} | " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def decoder_table(cells: list[dict[str, Any]]) -> list[str]:
+    counts = cells[0]["counts"]
+    lines = [
+        f"## SmolLM2, seeds {sorted(c['seed'] for c in cells)}", "",
+        f"Perplexity {cells[0]['protocol']} ({cells[0]['hash']}), dense {cells[0]['dense']:.2f}; no recovery;",
+        "geometric mean over seeds (and random orders).", "",
+        "| strategy | " + " | ".join(f"{k} removed" for k in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+    ]  # fmt: skip
+    rows: dict[str, list[float]] = {}
+    for name in {merged(n) for n in cells[0]["strategies"]}:
+        found = [s for c in cells for n, s in c["strategies"].items() if merged(n) == name]
+        rows[name] = [float(np.exp(np.mean([np.log(s[i]["perplexity"]) for s in found]))) for i in range(len(counts))]
+    for name, values in sorted(rows.items(), key=lambda item: item[1][-1]):
+        lines.append(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
+    return [*lines, ""]
+
+
+def write(folder: Path) -> None:
+    """Write report.md from the results in `folder`, and print it."""
+    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))]
+    cells, decoders = [c for c in found if "set" in c], [c for c in found if "set" not in c]
+    lines = ["# Layer pruning", ""]
+    if cells:
+        lines += classifier_tables(cells) + signal_tables(cells)
+    if decoders:
+        lines += decoder_table(decoders)
+    (folder / "report.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        write(Path(sys.argv[1]))
+    else:
+        print("usage: python bench/fusion_tables.py RESULTS_FOLDER")
