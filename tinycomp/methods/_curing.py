@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,24 +43,6 @@ def break_even_rank(m: int, n: int) -> int:
 def rank_rule(m: int, n: int, r_max: int = R_MAX) -> int:
     """The release's rank: min(break-even, r_max), no rounding; at least 1."""
     return max(1, min(break_even_rank(m, n), r_max))
-
-
-@dataclass(frozen=True)
-class PaperPlan:
-    """What the release's rule stores: rank and numbers per matrix of one layer, and the numbers saved in all layers."""
-
-    num_layers: int
-    ranks: dict[str, int]
-    stored: dict[str, int]
-    saved: int
-
-
-def paper_plan(shapes: Mapping[str, Shape], num_layers: int = NUM_LAYERS, r_max: int = R_MAX) -> PaperPlan:
-    """Sizes when the matrices of `shapes` (name -> (m, n)) are compressed in `num_layers` layers."""
-    ranks = {name: rank_rule(m, n, r_max) for name, (m, n) in shapes.items()}
-    stored = {name: stored_numbers(m, n, ranks[name]) for name, (m, n) in shapes.items()}
-    per_layer = sum(m * n for m, n in shapes.values()) - sum(stored.values())
-    return PaperPlan(num_layers, ranks, stored, num_layers * per_layer)
 
 
 def size_rule(layers: Sequence[Sequence[Shape]], kept: int, r_max: int = R_MAX) -> tuple[int, int]:

@@ -20,7 +20,11 @@ REFINE_STEPS = 5
 
 
 def stored_numbers(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False) -> int:
-    """Centroids, labels, scales and the two factors of an (m, n) matrix, each label counted as one number."""
+    """Centroids, labels, scales and the two factors of an (m, n) matrix, each label counted as one number.
+
+    That is the paper's accounting, and what `ratio` and the records of a compression mean. `Size.parameters` and the
+    layer's `stored_numbers` leave index tensors out: they are one number a channel less.
+    """
     channels, length = (m, n) if axis == 0 else (n, m)
     return k * length + channels * (2 if scaled else 1) + r * (m + n)
 
