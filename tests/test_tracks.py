@@ -103,11 +103,12 @@ def invented(values: dict[str, tuple[float, float]], megabytes: float = 1.0) -> 
 def test_sentences_follow_from_the_numbers() -> None:
     found = invented({"auto": (0.70, 0.01), "svd": (0.75, 0.01), "swsc": (0.60, 0.01), "cur": (0.755, 0.01)})
     said = "\n".join(findings(found, [0.6], Judge("accuracy")))
-    assert "best single method cur 75.5 % ± 1.0: Auto is worse." in said
+    assert "best single method CUR 75.5 % ± 1.0: Auto is worse." in said
     assert "Shared Weight for Similar Channel does not hold against SVD on this model" in said
     assert "CURing against SVD on this model: better at no ratio, worse at no ratio" in said
+    assert "Auto is equal within the noise." in findings(found, [0.6], Judge("accuracy", examples=50))[0]
     other = "\n".join(findings(found, [0.6], Judge("perplexity")))  # lower is better: everything turns round
-    assert "best single method swsc 0.6000 ± 0.01000: Auto is worse." in other
+    assert "best single method SWSC 0.6000 ± 0.01000: Auto is worse." in other
     assert "Shared Weight for Similar Channel holds against SVD on this model at every ratio" in other
 
 
@@ -117,7 +118,7 @@ def test_bytes_are_compared_with_the_best_row_that_is_no_larger() -> None:
     said = findings([*singles, auto], [], Judge("accuracy"))
     assert said == [
         "1.0 MB: Auto 80.0 % ± 1.0, best single method that is no larger int8 0.6 80.0 % ± 0.0: "
-        "Auto is equal within the spread."
+        "Auto is equal within the noise."
     ]
 
 

@@ -254,12 +254,13 @@ def _svg(figure: Any, salt: str) -> str:
     return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
 
 
-def tracks_plot(found: Sequence[Any], task: Mapping[str, Any]) -> str:
+def tracks_plot(found: Sequence[Any], task: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     """Two panels: quality against parameters kept, a line per method, and against bytes, a point per row.
 
     Args:
         found: `tracks_page.Summary` of one model; bars are their spreads.
         task: with `quality`, "perplexity" (log axis) or "accuracy" (percent).
+        titles: of the rows, by name.
     """
     scale, log = (1.0, True) if task["quality"] == "perplexity" else (100.0, False)
     shown = [s for s in found if not s.refused and math.isfinite(s.mean)]
@@ -271,7 +272,7 @@ def tracks_plot(found: Sequence[Any], task: Mapping[str, Any]) -> str:
     for name, (colour, marker) in styles.items():
         mine = sorted((s for s in lines if s.name == name), key=lambda s: s.ratio)
         x, y, e = ([s.ratio for s in mine], [scale * s.mean for s in mine], [scale * s.spread for s in mine])
-        left.errorbar(x, y, e, color=colour, marker=marker, lw=1.6, ms=6, capsize=3, label=name)
+        left.errorbar(x, y, e, color=colour, marker=marker, lw=1.6, ms=6, capsize=3, label=titles[name])
         disk = [s.sizes["bytes_disk"] / 1e6 for s in mine]
         right.plot(disk, y, color=colour, marker=marker, lw=0.8, ms=4, alpha=0.6)
     left.axhline(scale * dense.mean, color=FAINT, lw=1, ls=(0, (4, 3)))
@@ -280,8 +281,8 @@ def tracks_plot(found: Sequence[Any], task: Mapping[str, Any]) -> str:
         style = {"color": styles["auto"][0] if auto and "auto" in styles else INK, "marker": "o" if auto else "D"}
         x, y, e = s.sizes["bytes_disk"] / 1e6, scale * s.mean, scale * s.spread
         right.errorbar([x], [y], [e], ls="none", ms=6, capsize=3, mfc="none" if auto else None, **style)
-        offset = (0, -16) if auto else (0, 9)
-        right.annotate(s.name, (x, y), offset, textcoords="offset points", ha="center", color=INK, fontsize=8)
+        place = {"xytext": (9, -4), "ha": "left"} if auto else {"xytext": (-9, -4), "ha": "right"}
+        right.annotate(titles[s.name], (x, y), textcoords="offset points", color=INK, fontsize=8, **place)
     right.plot([dense.sizes["bytes_disk"] / 1e6], [scale * dense.mean], "*", ms=14, color=INK, label="dense, 16 bits")
     if log:
         _log_axis(left, [s.mean for s in shown])
@@ -289,9 +290,9 @@ def tracks_plot(found: Sequence[Any], task: Mapping[str, Any]) -> str:
     right.invert_xaxis()
     left.set_xlabel("fraction of the linear parameters kept")
     right.set_xlabel("MB on disk")
+    right.margins(x=0.2)
     left.set_ylabel("perplexity (log scale)" if log else "accuracy in percent")
     for axes in (left, right):
         axes.grid(True, which="major", color=FAINT, alpha=0.25, lw=0.6)
-        axes.margins(x=0.08)
     figure.legend(loc="outside upper center", ncols=8, frameon=False, labelcolor=INK, fontsize=9)
     return _svg(figure, task["name"])

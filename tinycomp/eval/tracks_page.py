@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tinycomp.eval.report import NO_PLOTS, facts_of, standalone, template
 from tinycomp.eval.table import Row, fixed, number, significant
 
 PAPER_SIZE = ("cur paper, own size", "cur, same matrices")
+TITLES = {"auto": "Auto", "cur": "CUR", "svd": "SVD", "swsc": "SWSC", "widthprune": "WidthPrune"}
 SIZES = ("parameters", "bytes_disk", "flops_per_token", "compress_seconds", "peak_memory_bytes")
 RATES = ("prefill_tokens_s_relative", "decode_tokens_s_relative")
 
@@ -68,10 +70,24 @@ def summaries(rows: Sequence[Row], quality: str) -> list[Summary]:
     return out
 
 
-class Judge:
-    """Compares two summaries of one task; a difference within the seeds' spread is none."""
+def title(name: str, ratio: float | None = None) -> str:
+    """A row's name as people read it: "cur paper" at 0.6 is "CUR paper 0.6"."""
+    first = re.split(r"[ ,]", name)[0]
+    return TITLES.get(first, first) + name[len(first) :] + ("" if ratio is None else f" {ratio:g}")
 
-    def __init__(self, quality: str) -> None:
+
+class Judge:
+    """Compares two summaries of one task; a difference within the noise is none.
+
+    The noise is the larger spread over the seeds and, for an accuracy, one standard error sqrt(p (1 - p) / examples).
+
+    Args:
+        quality: "perplexity" or "accuracy".
+        examples: in the test part, of an accuracy.
+    """
+
+    def __init__(self, quality: str, examples: int = 0) -> None:
+        self.examples = examples
         self.sign = -1.0 if quality == "perplexity" else 1.0
         self.write = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f} %"
         self.spread = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f}"
@@ -83,10 +99,15 @@ class Judge:
     def best(self, found: Sequence[Summary]) -> Summary:
         return max(found, key=lambda s: self.sign * s.mean)
 
+    def noise(self, *found: Summary) -> float:
+        p = found[-1].mean
+        error = math.sqrt(p * (1 - p) / self.examples) if self.examples else 0.0
+        return max(error, *(s.spread for s in found))
+
     def word(self, a: Summary, b: Summary) -> str:
         gain = self.gain(a, b)
-        if abs(gain) <= max(a.spread, b.spread):
-            return "equal within the spread"
+        if abs(gain) <= self.noise(a, b):
+            return "equal within the noise"
         return "better" if gain > 0 else "worse"
 
     def text(self, s: Summary) -> str:
@@ -106,7 +127,7 @@ def findings(found: Sequence[Summary], ratios: Sequence[float], judge: Judge) ->
         if auto is not None and singles:
             top = judge.best(singles)
             out.append(
-                f"{ratio:g} of the parameters: Auto {judge.text(auto)}, best single method {top.name} "
+                f"{ratio:g} of the parameters: Auto {judge.text(auto)}, best single method {title(top.name)} "
                 f"{judge.text(top)}: Auto is {judge.word(auto, top)}."
             )
     pair = [at.get((name, None)) for name in PAPER_SIZE]
@@ -129,7 +150,9 @@ def _against_svd(at: Mapping[Any, Summary], ratios: Sequence[float], judge: Judg
             continue
         lost = [r for r, svd, other in pairs if judge.word(other, svd) == "worse"]
         won = [r for r, svd, other in pairs if judge.word(other, svd) == "better"]
-        figures = "; ".join(f"{r:g}: SVD {judge.text(svd)}, {name} {judge.text(other)}" for r, svd, other in pairs)
+        figures = "; ".join(
+            f"{r:g}: SVD {judge.text(svd)}, {title(name)} {judge.text(other)}" for r, svd, other in pairs
+        )
         if len(lost) == len(pairs):
             verdict = f"{paper} does not hold against SVD on this model: SVD is better at every ratio"
         elif len(won) == len(pairs):
@@ -156,7 +179,7 @@ def _bytes(found: Sequence[Summary], judge: Judge) -> list[str]:
         ]  # fmt: skip
         if singles:
             top = judge.best(singles)
-            name = top.name if top.ratio is None else f"{top.name} {top.ratio:g}"
+            name = title(top.name, top.ratio)
             out.append(
                 f"{size / 1e6:.1f} MB: Auto {judge.text(auto)}, best single method that is no larger {name} "
                 f"{judge.text(top)}: Auto is {judge.word(auto, top)}."
@@ -169,7 +192,8 @@ def write_tracks(folder: Path, results: Mapping[str, Any]) -> list[Path]:
 
     Args:
         folder: exists; files of these names are replaced.
-        results: `title, machine, command, seeds, tasks [{name, quality, protocol, hash, ratios}], rows, notes`.
+        results: `title, machine, command, seeds, notes`, tasks `[{name, quality, examples, protocol, hash, ratios}]`
+            and the rows of `tinycomp.tracks`.
     """
     written = [folder / "report.md", folder / "report.html"]
     sections = []
@@ -177,7 +201,9 @@ def write_tracks(folder: Path, results: Mapping[str, Any]) -> list[Path]:
         section = _section([row for row in results["rows"] if row["task"] == task["name"]], task)
         if importlib.util.find_spec("matplotlib") is not None:
             section["file"] = f"report-{number_}.svg"
-            section["svg"] = plots.tracks_plot(section["found"], task)
+            section["svg"] = plots.tracks_plot(
+                section["found"], task, {s.name: title(s.name) for s in section["found"]}
+            )
             written.append(folder / section["file"])
             written[-1].write_text(standalone(section["svg"]), encoding="utf-8")
         sections.append(section)
@@ -197,7 +223,7 @@ def write_tracks(folder: Path, results: Mapping[str, Any]) -> list[Path]:
 
 def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
     """One model: its tables as text, and the sentences."""
-    found, judge = summaries(rows, task["quality"]), Judge(task["quality"])
+    found, judge = summaries(rows, task["quality"]), Judge(task["quality"], task["examples"])
     ratios = list(task["ratios"])
     dense = next(s for s in found if s.method == "dense")
     by = {(s.name, s.ratio): s for s in found}
@@ -205,19 +231,22 @@ def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
     columns = [[by[name, r] for name in names if (name, r) in by and not by[name, r].refused] for r in ratios]
     tops = {id(judge.best(column)) for column in columns if column}
     grid = [
-        (name, [(judge.text(by[name, r]), id(by[name, r]) in tops) for r in ratios if (name, r) in by])
+        (title(name), [(judge.text(by[name, r]), id(by[name, r]) in tops) for r in ratios if (name, r) in by])
         for name in names
     ]
     return {
         "task": task,
         "found": found,
+        "noise": judge.text(replace(dense, mean=judge.noise(dense), seeds=1)) if task["examples"] else "",
         "dense": f"{judge.text(dense)}, {dense.sizes['bytes_disk'] / 1e6:.1f} MB in 16 bits",
         "ratios": [f"{r:g}" for r in ratios],
         "grid": grid,
         "pair": [_cells(by[n, None], dense, judge) for n in PAPER_SIZE if (n, None) in by],
         "bytes": [_cells(s, dense, judge) for s in [dense, *(s for s in found if s.track == "bytes")]],
         "all": [_cells(s, dense, judge) for s in found],
-        "refused": sorted({f"{s.name} {s.ratio:g}: {s.refused}" for s in found if s.refused and s.ratio is not None}),
+        "refused": sorted(
+            {f"{title(s.name, s.ratio)}: {s.refused}" for s in found if s.refused and s.ratio is not None}
+        ),
         "findings": findings(found, ratios, judge),
     }
 
@@ -230,7 +259,7 @@ def _cells(s: Summary, dense: Summary, judge: Judge) -> dict[str, str]:
 
     size = s.sizes.get("bytes_disk")
     return {
-        "name": s.name if s.ratio is None else f"{s.name} {s.ratio:g}",
+        "name": title(s.name, s.ratio),
         "parameters": cell("parameters", fixed(2, 1e6)),
         "disk": cell("bytes_disk", fixed(1, 1e6)),
         "relative": "–" if size is None else f"{size / dense.sizes['bytes_disk']:.3f}",

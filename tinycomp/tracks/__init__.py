@@ -234,7 +234,7 @@ def run_tracks(
                 continue
             bars.update(f"load {name}", 1, 1)
             rows += _Run(task, seeds, folder / JOURNAL, bars).run()
-        tasks.append({key: getattr(task, key) for key in ("name", "quality", "protocol", "hash", "ratios")})
+        tasks.append({key: getattr(task, key) for key in ("name", "quality", "examples", "protocol", "hash", "ratios")})
     if not tasks:
         raise RuntimeError("tracks: no model to run:\n" + "\n".join(notes))
     results = {

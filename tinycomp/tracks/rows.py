@@ -63,6 +63,7 @@ class Task:
         methods: of the parameters track.
         singles: keys of SINGLES; "int4" also lets `Auto` round to 4 bits. Not where the weights lie on a 4-bit grid
             already: that would prove nothing.
+        examples: in the test part, of an accuracy.
         timed: also time every row of the first seed against the dense model.
     """
 
@@ -78,6 +79,7 @@ class Task:
     methods: tuple[str, ...] = METHODS
     singles: tuple[str, ...] = ("int8", "int4")
     timed: bool = False
+    examples: int = 0
 
 
 def causal_task(source: str | None, ratios: Sequence[float], tokens: int, samples: int, length: int) -> Task:
@@ -112,6 +114,7 @@ def probe_task(probe: Probe, ratios: Sequence[float], samples: int) -> Task:
         model=probe.model,
         batches=lambda seed: probe.calibration(samples, seed),
         measure=probe.accuracy,
+        examples=len(probe.labels) - probe.train,
         ratios=tuple(ratios),
         paper_targets=(r"re:.*\.(query|key|q_proj|k_proj|intermediate\.dense|fc1)",),
     )
