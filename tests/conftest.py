@@ -149,6 +149,8 @@ OTHERS: dict[str, Family] = {
         {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
         "image",
     ),
+    "bloom": Family("BloomForCausalLM", "BloomConfig", "AutoModelForCausalLM", {**_OTHER, "n_layer": 2, "n_head": 4}),
+    "mamba": Family("MambaForCausalLM", "MambaConfig", "AutoModelForCausalLM", {**_OTHER, "state_size": 8}),
     "mixtral": Family(
         "MixtralForCausalLM",
         "MixtralConfig",

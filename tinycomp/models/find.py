@@ -11,6 +11,7 @@ from tinycomp.models.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, S
 from tinycomp.models.table import TABLE, AttentionNames, FFNNames, Row, StackNames
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their forward reads the weights of their linears itself
+_READ_DIRECTLY = ("dt_proj",)  # of Mamba, Jamba and others: the block uses its weight without calling it
 _HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
@@ -77,7 +78,7 @@ def _linears(prefix: str, block: nn.Module, seen: set[int], first: tuple[str, ..
     """Linears of a block, those in `first` before the others; a module shared with an earlier block is not repeated."""
     here: dict[str, None] = {}
     for path, module in _walk(prefix, block):
-        if is_linear(module) and id(module) not in seen:
+        if is_linear(module) and id(module) not in seen and path.rpartition(".")[2] not in _READ_DIRECTLY:
             seen.add(id(module))
             here[path] = None
     ordered = [path for path in dict.fromkeys(first) if path in here]
