@@ -3,6 +3,7 @@
 #   make test    the test suite, then test-previous: our interfaces to transformers on its previous minor release
 #   make test-all  with the slow tests      make bench     kernel and model benchmarks
 #   make report  three models, two tracks, three seeds (report_out/report.html); hours; continues after a kill
+#   make sanitize  native kernels under ASan and UBSan
 #   make lint    ruff, clang-format, mypy    make format    make docs    make clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -77,7 +78,25 @@ test-all: setup models
 	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
 
 bench: setup $(VENV)/.default-model
-	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python bench/ops.py $(BENCH_ARGS)
+	$(BIN)/python bench/call_overhead.py
+	$(BIN)/python bench/selection.py
+	$(BIN)/python bench/model.py
+
+# libraries that bench/ops.py is held against: make peers bench BENCH_ARGS="--peers .venv-peers"
+peers: .venv-peers/.installed
+.venv-peers/.installed: requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -r requirements-peers.txt
+	@touch $@
+
+# the native library with address and undefined-behaviour checks, and its tests
+sanitize: setup
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r tinycomp tests setup.py csrc pyproject.toml build/sanitize
+	cd build/sanitize && TINYCOMP_SANITIZE=1 TINYCOMP_REQUIRE_NATIVE=1 ../../$(BIN)/python setup.py -q build_ext --inplace --force
+	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
+	  ../../$(BIN)/python tests/native_samples.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
+# `make sanitize`: checks of addresses and undefined behaviour compiled in.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+SANITIZED = SANITIZE if os.environ.get("TINYCOMP_SANITIZE") == "1" else []
 REQUIRED = os.environ.get("TINYCOMP_REQUIRE_NATIVE") == "1"
 
 
@@ -41,7 +44,9 @@ def native():
             extra_compile_args=[
                 *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"),
                 *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+                *SANITIZED,
             ],
+            extra_link_args=SANITIZED,
             optional=not REQUIRED,
         )
     ]

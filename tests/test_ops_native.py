@@ -76,25 +76,7 @@ def test_every_instruction_set_computes_the_same_contract(instructions: str) -> 
     native = pytest.importorskip("tinycomp._C", reason="the native library is not built")
     if instructions != "mmx" and not native.cpu_features().get(instructions.replace("512", "512f"), True):
         pytest.skip(f"this processor has no {instructions}")
-    code = """
-import torch
-from tinycomp import ops, _C
-from test_ops import DTYPES, assert_close, fresh, run
-print(_C.build_info()["instruction_set"])
-for name in sorted(_C.signatures()):
-    for dtype in DTYPES:
-        for s in ops.OPS[name].samples(dtype):
-            got = run(name, fresh(s.args))
-            with ops.use_backend("torch"):
-                wanted, reference = run(name, fresh(s.args)), run(name, fresh(s.args, torch.float64))
-            for g, w, r in zip(got, wanted, reference, strict=True):
-                if g.is_floating_point():
-                    assert_close(g, w, r, f"{name} {s.id} {dtype}")
-                else:
-                    assert torch.equal(g, r), f"{name} {s.id} {dtype}"
-print("same")
-"""
-    done = python(code, TINYCOMP_CPU_INSTRUCTIONS=instructions)
+    done = python("import native_samples; native_samples.main()", TINYCOMP_CPU_INSTRUCTIONS=instructions)
     if instructions == "mmx":
         assert "TINYCOMP_CPU_INSTRUCTIONS: got 'mmx', allowed" in done.stderr
     else:

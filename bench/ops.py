@@ -1,0 +1,276 @@
+"""Every op of the registry against dense torch, the torch composite, and peers from other libraries.
+
+    python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter TEXT] [--base REF] [--json]
+
+Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds. A row is
+timed only after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow,
+over the time taken; a row above 105 % is a fault of measurement and says so. `structure` is bytes of the dense weight
+over bytes of ours, `kernel` what remains of the speed-up. Lines are appended to bench/results/ops.jsonl.
+`--peers` names the environment of requirements-peers.txt; without it those columns stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+from cases import Case, cases  # noqa: E402
+from peers import Peers  # noqa: E402
+
+from tinycomp import ops  # noqa: E402
+from tinycomp.eval.machine import load_average, machine  # noqa: E402
+from tinycomp.eval.timing import Timing, time_interleaved  # noqa: E402
+
+RESULTS = HERE / "results" / "ops.jsonl"
+FAULT = 1.05
+
+
+def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
+    """GB/s of main memory and G operations/s of FMA and VNNI, best of several tries; arithmetic times threads."""
+    from tinycomp import _C
+
+    rows, vector = torch.ones(16384, 4096), torch.ones(4096)
+    reads = time_interleaved({"mv": lambda: rows @ vector, "sum": rows.sum}, repeats=7, clock=clock)
+    found = {"stream": rows.nbytes / min(s for t in reads.values() for s in t.seconds) / 1e9}
+    for name, candidates in (("fma", ("fma512", "fma256")), ("vnni", ("vnni512",))):
+        best = 0.0
+        for instruction in candidates:
+            for _ in range(5):
+                start = time.thread_time()
+                done = _C.run_peak(instruction, 2_000_000)
+                best = max(best, done / max(time.thread_time() - start, 1e-9) / 1e9)
+        found[name] = best * threads
+    found["vnni"] = found["vnni"] or found["fma"]
+    return found
+
+
+def copies_of(values: tuple[Any, ...], size: int, cold_bytes: int) -> list[tuple[Any, ...]]:
+    """As many copies as make `cold_bytes` of weights."""
+    count = max(2, -(-cold_bytes // max(size, 1))) if size else 1
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [values, *(tuple(map(copy, values)) for _ in range(count - 1))]
+
+
+def rounds(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """All copies once; at least a millisecond's worth of small ones."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def wrong(case: Case, args: tuple[Any, ...]) -> str:
+    """Empty, or how the op's output misses the tolerance rule."""
+    from test_ops import fresh, run
+    from tolerance import assert_close, relative_error
+
+    got = run(case.op, fresh(args))
+    with ops.use_backend("torch"):
+        same, reference = run(case.op, fresh(args)), run(case.op, fresh(args, torch.float64))
+    for g, t, r in zip(got, same, reference, strict=True):
+        if not g.is_floating_point():
+            share = float((g != r).float().mean()) if g.numel() else 0.0
+            if share > 1e-3:
+                return f"{share:.1%} of integers differ"
+        elif case.exact:
+            try:
+                assert_close(g, t, r, case.key)
+            except AssertionError as error:
+                return str(error)
+        elif relative_error(g, r) > 0.05:
+            return f"relative error {relative_error(g, r):.3g}"
+    return ""
+
+
+class Bench:
+    """Runs cases and turns them into rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
+        self.peers = Peers(options.peers)
+        self.peaks = peaks(options.threads, self.clock)
+        self.repeats = 3 if options.quick else 9
+        self.cold_bytes = (100 if options.quick else 260) << 20
+
+    def row(self, case: Case) -> dict[str, Any]:
+        args = case.make()
+        fault = wrong(case, args)
+        if fault:
+            return {"key": case.key, "op": case.op, "fault": f"output: {fault}"}
+        op = getattr(ops, case.op)
+        ours = copies_of(args, case.weights, self.cold_bytes)
+        named = {"ours": [lambda a=a: op(*a) for a in ours]}
+        dense_bytes = 0
+        if case.dense is not None:
+            w = case.dense()
+            dense_bytes = w.nbytes
+            named["dense"] = [lambda v=v: F.linear(args[0], v[0]) for v in copies_of((w,), w.nbytes, self.cold_bytes)]
+        for name, make in case.peers.items():
+            named[name] = [make(a) for a in ours]
+        faults = dict(self.peers.add(named, case, args, self.cold_bytes))
+        timed = time_interleaved({k: rounds(v) for k, v in named.items()}, self.repeats, clock=self.clock)
+        times = {k: Timing(tuple(s / len(named[k]) for s in t.seconds)) for k, t in timed.items()}
+        return self._row(case, args, times, dense_bytes) | ({"peer_faults": faults} if faults else {})
+
+    def _row(self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], dense_bytes: int) -> dict[str, Any]:
+        cost = ops.OPS[case.op].cost(*args)
+        mine = times["ours"].median
+        limit = max(cost.bytes / self.peaks["stream"] / 1e9, cost.flops / self.peaks[case.compute] / 1e9)
+        row: dict[str, Any] = {
+            "key": case.key,
+            "op": case.op,
+            "label": case.label,
+            "shape": case.shape,
+            "m": case.m,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "time_us": mine * 1e6,
+            "p20_us": times["ours"].quantile(0.2) * 1e6,
+            "p80_us": times["ours"].quantile(0.8) * 1e6,
+            "gb_s": cost.bytes / mine / 1e9,
+            "gflop_s": cost.flops / mine / 1e9,
+            "limit_us": limit * 1e6,
+            "percent": 100 * limit / mine,
+            "intensity": cost.flops / max(cost.bytes, 1),
+            "others_us": {k: t.median * 1e6 for k, t in times.items() if k != "ours"},
+        }
+        others = {k: v for k, v in row["others_us"].items() if k != "dense"}
+        if others:
+            row["best_peer"] = min(others, key=lambda name: others[name])
+            row["ratio_best_peer"] = min(others.values()) / row["time_us"]
+        if "dense" in times:
+            row["ratio_dense"] = times["dense"].median / mine
+            row["structure"] = dense_bytes / max(case.weights, 1)
+            row["kernel"] = row["ratio_dense"] / row["structure"]
+        if case.weights and row["percent"] > 100 * FAULT:
+            row["fault"] = f"{row['percent']:.0f} % of the physical limit: cached weights or a wrong count"
+        return row
+
+
+def line(row: dict[str, Any]) -> str:
+    if "time_us" not in row:
+        return f"{row['key']:<62} {row['fault']}"
+    text = f"{row['key']:<62} {row['time_us']:>10.1f} us ({row['p20_us']:.1f}..{row['p80_us']:.1f})"
+    text += f" | {row['gb_s']:6.1f} GB/s {row['gflop_s']:7.1f} GF/s {row['percent']:4.0f} %"
+    if "ratio_dense" in row:
+        text += f" | dense {row['ratio_dense']:5.2f}x = {row['structure']:.2f} x {row['kernel']:.2f}"
+    if "best_peer" in row:
+        text += f" | {row['ratio_best_peer']:5.2f}x {row['best_peer']}"
+    return text + (f" | FAULT {row['fault']}" if "fault" in row else "")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    bench = Bench(options)
+    about = {"machine": machine(limits=False), "commit": commit(), "threads": options.threads, "peaks": bench.peaks}
+    about |= {"clock": "cpu" if options.cpu_time else "wall", "versions": bench.peers.versions}
+    if not options.json:
+        print(json.dumps(about), flush=True)
+    for case in cases(options.quick):
+        if options.filter and options.filter not in case.key:
+            continue
+        start_load = load_average()
+        try:
+            row = bench.row(case)
+        except (TypeError, NotImplementedError) as error:  # an older commit may not have the op's arguments
+            row = {"key": case.key, "op": case.op, "fault": f"not run: {error}"}
+        yield row | {"load_average": start_load} | about
+
+
+def at_commit(ref: str, options: argparse.Namespace) -> dict[str, float]:
+    """Times of the same rows with the library as it was at `ref`, built in a temporary checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "base"
+        subprocess.run(["git", "worktree", "add", "--detach", str(tree), ref], cwd=HERE, check=True)
+        try:
+            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=tree, check=True, capture_output=True)
+            command = [sys.executable, str(HERE / "ops.py"), "--json", "--threads", str(options.threads)]
+            command += [*(["--quick"] if options.quick else []), *(["--cpu-time"] if options.cpu_time else [])]
+            command += ["--filter", options.filter] if options.filter else []
+            environment = os.environ | {"PYTHONPATH": str(tree)}
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=HERE, check=True)
+    found = map(json.loads, done.stdout.splitlines())
+    return {row["key"]: row["time_us"] for row in found if "time_us" in row}
+
+
+def plot(rows: list[dict[str, Any]], peak: dict[str, float], path: Path) -> None:
+    """The roofline with our points on it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    grid = [2 ** (i / 4) for i in range(-8, 45)]
+    for name in ("fma", "vnni"):
+        axes.loglog(grid, [min(peak["stream"] * i, peak[name]) for i in grid], label=f"limit, {name}")
+    for op in sorted({row["op"] for row in rows}):
+        chosen = [row for row in rows if row["op"] == op and row["gflop_s"] > 0]
+        axes.loglog([r["intensity"] for r in chosen], [r["gflop_s"] for r in chosen], ".", label=op)
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("G operations/s")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one size of each layer, a few minutes")
+    parser.add_argument("--peers", type=Path, help="environment of requirements-peers.txt")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
+    parser.add_argument("--filter", help="only rows whose key holds this text")
+    parser.add_argument("--base", metavar="REF", help="compare with the library at another commit")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON, write nothing")
+    options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error(f"--cpu-time with --threads {options.threads}, allowed 1; the CPU clock adds threads up")
+    rows = []
+    for row in run(options):
+        print(json.dumps(row) if options.json else line(row), flush=True)
+        rows.append(row)
+    if options.json:
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    timed = [row for row in rows if "time_us" in row]
+    if timed:
+        plot(timed, timed[0]["peaks"], RESULTS.with_suffix(".png"))
+    if options.base:
+        base = at_commit(options.base, options)
+        for row in (r for r in timed if r["key"] in base):
+            print(f"{row['key']:<62} {base[row['key']] / row['time_us']:.2f}x {options.base}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+// Arithmetic peaks of one core: loops over registers alone, for the benchmark's ceilings.
+#include "peaks.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tinycomp {
+namespace {
+
+#if defined(__x86_64__)
+constexpr int kChains = 12;  // independent sums: latency times throughput of either instruction is at most 10
+
+__attribute__((target("avx512f,avx512vnni"))) double vnni512(int64_t n) {
+  __m512i sums[kChains], a = _mm512_set1_epi8(1);
+  for (auto& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; ++i) {
+    for (auto& sum : sums) sum = _mm512_dpbusd_epi32(sum, a, a);
+    asm volatile("" : "+v"(a));
+  }
+  for (int c = 1; c < kChains; ++c) sums[0] = _mm512_add_epi32(sums[0], sums[c]);
+  return _mm512_reduce_add_epi32(sums[0]) == 1 ? 0 : 2.0 * 64 * kChains * n;
+}
+
+__attribute__((target("avx512f"))) double fma512(int64_t n) {
+  __m512 sums[kChains], a = _mm512_set1_ps(0.5f);
+  for (auto& sum : sums) sum = a;
+  for (int64_t i = 0; i < n; ++i) {
+    for (auto& sum : sums) sum = _mm512_fmadd_ps(sum, a, a);
+    asm volatile("" : "+v"(a));
+  }
+  for (int c = 1; c < kChains; ++c) sums[0] = _mm512_add_ps(sums[0], sums[c]);
+  return _mm512_reduce_add_ps(sums[0]) == 1 ? 0 : 2.0 * 16 * kChains * n;
+}
+
+__attribute__((target("avx2,fma"))) double fma256(int64_t n) {
+  __m256 sums[kChains], a = _mm256_set1_ps(0.5f);
+  for (auto& sum : sums) sum = a;
+  for (int64_t i = 0; i < n; ++i) {
+    for (auto& sum : sums) sum = _mm256_fmadd_ps(sum, a, a);
+    asm volatile("" : "+x"(a));
+  }
+  for (int c = 1; c < kChains; ++c) sums[0] = _mm256_add_ps(sums[0], sums[c]);
+  return _mm256_cvtss_f32(sums[0]) == 1 ? 0 : 2.0 * 8 * kChains * n;
+}
+#endif
+
+}  // namespace
+
+double run_peak(const std::string& instruction, int64_t n) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (instruction == "fma512" && __builtin_cpu_supports("avx512f")) return fma512(n);
+  if (instruction == "vnni512" && __builtin_cpu_supports("avx512vnni")) return vnni512(n);
+  if (instruction == "fma256" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return fma256(n);
+#endif
+  return 0;
+}
+
+}  // namespace tinycomp
