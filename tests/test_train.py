@@ -343,3 +343,26 @@ def test_two_processes_give_the_result_of_one(tmp_path, straight):
     apart = sum(float((straight[n] - found[n]).norm()) ** 2 for n in found) ** 0.5
     assert moved > 0
     assert apart < 1e-3 * moved
+
+
+def test_the_command_names_mistakes_and_leaves_no_trace(tmp_path, monkeypatch):
+    from tiny_folder import write_folder
+    from typer.testing import CliRunner
+
+    from tinycomp import cli
+
+    write_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["recover", "model", "--teacher", "model", "--output-dir", "out", "--num-samples", "4"]
+    wrong = CliRunner().invoke(cli.app, [*words, "--set", "nonsense=1"])
+    assert wrong.exit_code == 2
+    assert "nonsense" in wrong.output
+    assert "temperature" in wrong.output
+    few = CliRunner().invoke(cli.app, words)
+    assert few.exit_code == 3
+    assert "one batch of 8" in " ".join(few.output.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    (tmp_path / ".out.tinycomp-recovery").mkdir()
+    left = CliRunner().invoke(cli.app, words)
+    assert left.exit_code == 3
+    assert "--resume" in left.output
