@@ -196,6 +196,22 @@ def test_only_the_chosen_parameters_change(train):
     assert judged.loss_before == pytest.approx(report.loss_after, rel=1e-5)
 
 
+def test_healing_comes_before_the_adapters(tmp_path):
+    """And a resumed run, which attaches adapters anew, gives the same."""
+    found = []
+    for attempt in range(2):
+        student, teacher = FAMILIES["llama"].build(), FAMILIES["llama"].build()
+        with torch.no_grad():
+            student.model.layers[2].mlp.down_proj.weight.mul_(0.5)
+        config = tc.Distill(train="lora", hidden=1.0, steps=4, eval_every=2, learning_rate=1e-4, heal_samples=30)
+        report = tc.recover_(
+            student, teacher, recovery_job.data(), config, output_dir=tmp_path, resume=bool(attempt), progress=False
+        )
+        assert report.loss_after <= report.loss_healed < 0.2 * report.loss_before
+        found.append(recovery_job.state(student))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_only_u_trains_in_cur_layers():
     teacher = FAMILIES["llama"].build()
     student = copy.deepcopy(teacher)
