@@ -78,8 +78,8 @@ def recover_(
 ) -> RecoveryReport:
     """Heal a compressed model in place; it never ends with a worse held-out loss, and an error leaves it as it was.
 
-    First a refit in closed form, then training by the stock transformers Trainer on `config`'s objective; the best
-    state on held-out samples is what remains. Under `torchrun` every process calls it alike.
+    A refit in closed form, then training by transformers' Trainer; the best state on held-out samples remains. Under
+    `torchrun` every process calls it alike.
 
     Args:
         model: the student: any transformers model, compressed or with fewer blocks than the teacher.
@@ -94,9 +94,6 @@ def recover_(
         output_dir: where checkpoints and the teacher's answers are kept; None keeps no checkpoints.
         resume: continue a killed run of the same job in `output_dir`, with the same result.
         progress: show progress bars.
-
-    Returns:
-        RecoveryReport.
 
     Raises:
         ValueError, TypeError: bad config, data or job; the message says what is allowed.
