@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from tinycomp.signals.registry import price
+
 RESAMPLES = 4000
 
 
@@ -130,6 +132,8 @@ def signal_tables(cells: list[dict[str, Any]]) -> list[str]:
     cost = ", ".join(f"{p} {statistics.mean(c['signal_seconds'].get(p, 0) for c in cells):.2f}" for p in parts)
     lines += [f"Processor seconds of one pass with all signals but skip_loss: {cost}.", ""]
     names = list(cells[0]["correlations"])
+    prices = ", ".join(f"{n} {price(n, cells[0]['depth']):g}" for n in [*names, "skip_loss"])
+    lines += [f"Price of each alone, in forward passes of the model over the samples: {prices}.", ""]
     lines += [
         "Spearman rank correlation between signals over the blocks, mean over sets and seeds (all turned so that large",
         "means keep):",

@@ -196,6 +196,22 @@ def test_only_the_chosen_parameters_change(train):
     assert judged.loss_before == pytest.approx(report.loss_after, rel=1e-5)
 
 
+def test_healing_comes_before_the_adapters(tmp_path):
+    """And a resumed run, which attaches adapters anew, gives the same."""
+    found = []
+    for attempt in range(2):
+        student, teacher = FAMILIES["llama"].build(), FAMILIES["llama"].build()
+        with torch.no_grad():
+            student.model.layers[2].mlp.down_proj.weight.mul_(0.5)
+        config = tc.Distill(train="lora", hidden=1.0, steps=4, eval_every=2, learning_rate=1e-4, heal_samples=30)
+        report = tc.recover_(
+            student, teacher, recovery_job.data(), config, output_dir=tmp_path, resume=bool(attempt), progress=False
+        )
+        assert report.loss_after <= report.loss_healed < 0.2 * report.loss_before
+        found.append(recovery_job.state(student))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_only_u_trains_in_cur_layers():
     teacher = FAMILIES["llama"].build()
     student = copy.deepcopy(teacher)
@@ -343,3 +359,26 @@ def test_two_processes_give_the_result_of_one(tmp_path, straight):
     apart = sum(float((straight[n] - found[n]).norm()) ** 2 for n in found) ** 0.5
     assert moved > 0
     assert apart < 1e-3 * moved
+
+
+def test_the_command_names_mistakes_and_leaves_no_trace(tmp_path, monkeypatch):
+    from tiny_folder import write_folder
+    from typer.testing import CliRunner
+
+    from tinycomp import cli
+
+    write_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["recover", "model", "--teacher", "model", "--output-dir", "out", "--num-samples", "4"]
+    wrong = CliRunner().invoke(cli.app, [*words, "--set", "nonsense=1"])
+    assert wrong.exit_code == 2
+    assert "nonsense" in wrong.output
+    assert "temperature" in wrong.output
+    few = CliRunner().invoke(cli.app, words)
+    assert few.exit_code == 3
+    assert "one batch of 8" in " ".join(few.output.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    (tmp_path / ".out.tinycomp-recovery").mkdir()
+    left = CliRunner().invoke(cli.app, words)
+    assert left.exit_code == 3
+    assert "--resume" in left.output

@@ -113,7 +113,7 @@ def price(column: str, depth: int) -> float:
     Asked for together, all "forward" and "backward" signals cost 3: one pass forward and one backward.
     """
     needs = signal_of(column).needs
-    return float(depth * (depth - 1) / depth) if needs == "probe" else float(PRICES[needs])
+    return float(depth - 1) if needs == "probe" else float(PRICES[needs])  # depth passes, each a block short
 
 
 def rank_correlations(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -14,8 +14,21 @@ from tinycomp.train.config import Distill
 
 
 @contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it all floating-point tensors of the model are float32; afterwards they have their own dtypes again."""
+    tensors = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    for tensor, _ in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
 def training_parameters(model: nn.Module, config: Distill) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters to train, by name; tied ones once. Everything is float32 within; afterwards as it was.
+    """The parameters to train, by name; tied ones once. Gradients of all others are off within.
 
     LoRA adapters are merged into the weights at the end, also after an error, so that the modules stay those of the
     model.
@@ -25,10 +38,6 @@ def training_parameters(model: nn.Module, config: Distill) -> Iterator[dict[str,
         RuntimeError: LoRA without peft.
     """
     flags = {id(p): p.requires_grad for p in model.parameters()}
-    dtypes = {id(t): t.dtype for t in (*model.parameters(), *model.buffers())}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
     adapters = config.train == "lora"
     if adapters:
         _attach_adapters(model, config)
@@ -45,8 +54,6 @@ def training_parameters(model: nn.Module, config: Distill) -> Iterator[dict[str,
         for parameter in model.parameters():
             parameter.requires_grad_(flags[id(parameter)])
             parameter.grad = None
-        for tensor in tensors:
-            tensor.data = tensor.data.to(dtypes[id(tensor)])
 
 
 def _chosen(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from tinycomp.calib.loss import no_cache
 from tinycomp.io import fingerprint
@@ -25,7 +25,7 @@ from tinycomp.models import spec_of
 from tinycomp.progress import Bars
 from tinycomp.train.config import Distill
 from tinycomp.train.heal import heal_
-from tinycomp.train.parameters import training_parameters
+from tinycomp.train.parameters import in_float32, training_parameters
 from tinycomp.train.samples import Split, split_samples, task_of
 from tinycomp.train.teacher import Teacher, questions_of, store
 from tinycomp.train.trainer import Objective, RecoveryTrainer, arguments, last_checkpoint, load_into
@@ -78,8 +78,8 @@ def recover_(
 ) -> RecoveryReport:
     """Heal a compressed model in place; it never ends with a worse held-out loss, and an error leaves it as it was.
 
-    First a refit in closed form, then training by the stock transformers Trainer on `config`'s objective; the best
-    state on held-out samples is what remains. Under `torchrun` every process calls it alike.
+    A refit in closed form, then training by transformers' Trainer; the best state on held-out samples remains. Under
+    `torchrun` every process calls it alike.
 
     Args:
         model: the student: any transformers model, compressed or with fewer blocks than the teacher.
@@ -95,9 +95,6 @@ def recover_(
         resume: continue a killed run of the same job in `output_dir`, with the same result.
         progress: show progress bars.
 
-    Returns:
-        RecoveryReport.
-
     Raises:
         ValueError, TypeError: bad config, data or job; the message says what is allowed.
     """
@@ -111,7 +108,8 @@ def recover_(
             split = split_samples(model, data, held_out, tokenizer, config, num_samples, max_seq_length)
             report.samples, report.held_out_samples = len(split.train), len(split.held_out)
             with no_cache(model):
-                job = _Job(model, _answers(model, teacher, split, folder, config, bars), split, config, report, bars)
+                answers = _answers(model, teacher, split, folder, config, bars)
+                job = _Job(model, original, answers, split, config, report, bars)
                 job.run(None if output_dir is None else folder, str(folder), resume)
         except BaseException:
             load_into(dict(model.named_parameters()), original)
@@ -154,10 +152,10 @@ class _Job:
     """One recovery: judge, heal, train, judge again."""
 
     def __init__(
-        self, model: nn.Module, teacher: Teacher | None, split: Split, config: Distill, report: RecoveryReport,
-        bars: Bars,
+        self, model: nn.Module, original: dict[str, Tensor], teacher: Teacher | None, split: Split, config: Distill,
+        report: RecoveryReport, bars: Bars,
     ):  # fmt: skip
-        self.model, self.teacher, self.split, self.config = model, teacher, split, config
+        self.model, self.original, self.teacher, self.split, self.config = model, original, teacher, split, config
         self.report, self.bars = report, bars
         device = next(model.parameters()).device
         sample = {k: v.to(device) for k, v in split.train.batches(1)[0].items()}
@@ -171,12 +169,13 @@ class _Job:
         job = self._open(folder, resume)
         report.terms_before = job.get("before") or self._judge()
         report.loss_before = report.terms_before["loss"]
-        with training_parameters(self.model, config) as chosen:
-            report.trained_parameters = sum(p.numel() for p in chosen.values()) if config.steps else 0
+        with in_float32(self.model):
             healed = self._heal(folder, job)
             report.loss_healed = healed["loss"]
             if config.steps:
-                self._train(chosen, folder, scratch, healed, resume)
+                with training_parameters(self.model, config) as chosen:
+                    report.trained_parameters = sum(p.numel() for p in chosen.values())
+                    self._train(chosen, folder, scratch, healed, resume)
         report.terms_after = self._judge()
         report.loss_after = report.terms_after["loss"]
 
@@ -215,7 +214,6 @@ class _Job:
             return dict(job["healed"])
         before, changed = report.terms_before, {}
         if self.config.heal and self.teacher is not None:
-            old = {name: p.detach().clone() for name, p in parameters.items()}
             training = self.model.training
             self.model.eval()
             samples = min(self.config.heal_samples, len(self.split.train))
@@ -226,10 +224,12 @@ class _Job:
             report.notes += notes
             after = self._judge()
             if after["loss"] < before["loss"]:
-                changed = {name: p.detach().clone() for name, p in parameters.items() if not torch.equal(p, old[name])}
+                changed = {
+                    name: p.detach() for name, p in parameters.items() if not torch.equal(p, self.original[name].to(p))
+                }
                 before = after
             else:
-                load_into(parameters, old)
+                load_into(parameters, self.original)
                 report.notes.append(f"the closed form did not help (held-out loss {after['loss']:.6g}) and was undone")
         if folder is not None and _rank() == 0:
             write_atomic(folder / START, save({name: p.cpu() for name, p in changed.items()}))

@@ -189,7 +189,7 @@ def arguments(config: Distill, folder: Path | None, scratch: str, world: int, cp
             f"recover: got batch_size {config.batch_size} on {world} processes, allowed is a multiple; change it"
         )
     size, headless = config.batch_size // world, not (config.kl or config.ce)  # headless: the head gets no gradient
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder or scratch),
         max_steps=max(config.steps, 1),
         per_device_train_batch_size=size,
@@ -220,6 +220,9 @@ def arguments(config: Distill, folder: Path | None, scratch: str, world: int, cp
         report_to="none",
         ddp_backend="gloo" if cpu and world > 1 else None,
     )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # one process, one device: several devices are for torchrun, not for threads
+    return made
 
 
 def last_checkpoint(folder: Path) -> str | None:
