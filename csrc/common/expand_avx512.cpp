@@ -57,18 +57,21 @@ TINYCOMP_TARGET inline __m512 take16(const void* values, int64_t at) {
 template <Type type>
 TINYCOMP_TARGET void dot_as(const void* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
                             int64_t blocks, const float* x, float* sums) {
-  __m512 sum[4];
-  int64_t at[4];
-  for (int r = 0; r < 4; ++r) sum[r] = _mm512_setzero_ps(), at[r] = start[r];
+  constexpr int64_t kAhead = 1024, kBytes = type == Type::f32 ? 8 : type == Type::i8 ? 2 : type == Type::u4 ? 1 : 4;
+  // Named one by one: as an array they would be kept in memory.
+  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  int64_t at0 = start[0], at1 = start[1], at2 = start[2], at3 = start[3];
   for (int64_t b = 0; b < blocks; ++b) {
     const __m512 inputs = _mm512_loadu_ps(x + 16 * b);
-    for (int r = 0; r < 4; ++r) {
-      const uint16_t bits = mask[r][b];
-      sum[r] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(bits, take16<type>(values, at[r])), inputs, sum[r]);
-      at[r] += __builtin_popcount(bits);
-    }
+    auto row = [&](const uint16_t* bits, int64_t& at, __m512& sum) TINYCOMP_TARGET {
+      sum = _mm512_fmadd_ps(_mm512_maskz_expand_ps(bits[b], take16<type>(values, at)), inputs, sum);
+      at += __builtin_popcount(bits[b]);
+      __builtin_prefetch(static_cast<const char*>(values) + at * kBytes / 2 + kAhead);
+    };
+    row(mask[0], at0, sum0), row(mask[1], at1, sum1), row(mask[2], at2, sum2), row(mask[3], at3, sum3);
   }
-  for (int r = 0; r < 4; ++r) sums[r] = _mm512_reduce_add_ps(sum[r]);
+  sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
+  sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
 }
 
 TINYCOMP_TARGET void expand_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4],
