@@ -43,6 +43,7 @@ def native():
             # variables in its own AVX-512 header.
             extra_compile_args=[
                 *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"),
+                *("-fno-math-errno", "-fno-trapping-math"),  # loops that compare floats become vector code
                 *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
                 *SANITIZED,
             ],

@@ -2,7 +2,8 @@
 
 They are imported from the environment that `--peers` names (requirements-peers.txt), into this process, so that their
 rounds interleave with ours. Each holds one graph with as many layers on the same input as make its weights cold (copies
-have their rows rolled: equal constants would be merged), and is timed only after its outputs were close to the float32 product. A library that is missing leaves its column empty.
+have their rows rolled: equal constants would be merged), and is timed only after its outputs were close to the float32
+product. A library that is missing leaves its column empty.
 """
 
 from __future__ import annotations

@@ -119,6 +119,12 @@ def test_doctor_names_versions_and_the_backend_of_every_op():
     assert "lowrank_linear" in printed.stdout
 
 
+def test_bench_names_its_parts():
+    result = run("bench", "nothing")
+    assert result.exit_code == 2
+    assert "got 'nothing', allowed ops, model" in result.stderr
+
+
 def test_missing_native_library_is_reported_with_what_to_do(monkeypatch):
     from tinycomp.doctor import native_library
 

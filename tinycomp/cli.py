@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,20 @@ def inspect(
         table("changed modules", ["module", "now", "rank", "numbers before", "after", "bytes"], rows)
     for name in ("model_type", "plain", "numbers", "bytes_weights", "bytes_folder", "recipe"):
         out.print(f"{name.replace('_', ' '):24} {cell(found[name])}", markup=False, soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@guarded
+def bench(
+    context: typer.Context, what: Annotated[str, typer.Argument(help="ops: the kernels; model: a whole model")] = "ops"
+) -> None:
+    """Speed against dense torch and other libraries; options go to bench/ops.py or bench/model.py, see their --help."""
+    if what not in ("ops", "model"):
+        raise UsageError(f"bench: got {what!r}, allowed ops, model; choose one")
+    script = Path(__file__).parent.parent / "bench" / f"{what}.py"
+    if not script.is_file():
+        raise RuntimeError(f"bench: {script} is missing, benchmarks come with a checkout of the source; run it there")
+    raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args]).returncode)
 
 
 @app.command()

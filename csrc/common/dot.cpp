@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dot_table.h"
+#include "expand.h"
 #include "rounded.h"
 
 namespace tinycomp {
@@ -15,6 +16,7 @@ struct Choice {
   const char* name;
   const DotTable* table;
   const RoundedTable* rounded;
+  const ExpandTable* expansion;
   bool runs;
 };
 
@@ -26,11 +28,11 @@ Choice choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const RoundedTable* rounded512 = __builtin_cpu_supports("avx512vnni") ? &avx512_rounded : &avx2_rounded;
-  const Choice choices[] = {{"avx512", &avx512_dot, rounded512, has_avx512},
-                            {"avx2", &avx2_dot, &avx2_rounded, has_avx2},
-                            {"portable", &portable_dot, &portable_rounded, true}};
+  const Choice choices[] = {{"avx512", &avx512_dot, rounded512, &avx512_expand, has_avx512},
+                            {"avx2", &avx2_dot, &avx2_rounded, &portable_expand, has_avx2},
+                            {"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
 #else
-  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, true}};
+  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
 #endif
   const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
   const std::string forced = variable ? variable : "";
@@ -65,6 +67,8 @@ void narrow(Type type, const float* from, void* to, int64_t n) {
 }
 
 const RoundedTable& rounded() { return *choice().rounded; }
+
+const ExpandTable& expansion() { return *choice().expansion; }
 
 const char* instruction_set() { return choice().name; }
 

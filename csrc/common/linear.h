@@ -162,7 +162,7 @@ class Scratch {
     }
   }
   float* data() const { return data_; }
-  static constexpr int kSlots = 10;
+  static constexpr int kSlots = 11;
 
  private:
   std::unique_ptr<float[]> own_;
@@ -179,7 +179,8 @@ enum {
   kResultSlot,
   kScaleSlot,
   kRebuildSlot,
-  kShiftSlot
+  kShiftSlot,
+  kMaskSlot
 };
 
 // The rows of an input in float32, adjacent. Narrow ones are widened by `prepare`, the first stage of a call.

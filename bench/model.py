@@ -1,0 +1,137 @@
+"""SmolLM2 as a whole: prefill and decode of dense and compressed forms, perplexity beside speed.
+
+    python bench/model.py [--quick] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
+
+Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
+head on our dense kernel, and with factors and head in int8 and int4, inputs rounded to 8 bits. All models run
+interleaved in this process. Lines are appended to bench/results/model.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tinycomp as tc
+from tinycomp.eval.machine import machine
+from tinycomp.eval.quality import DEFAULT, perplexity
+from tinycomp.eval.size import size_of
+from tinycomp.eval.speed import speed_of
+from tinycomp.io.load import default_model, load_model
+from tinycomp.layers import DenseLinear, LowRankLinear, QuantLinear, QuantLowRankLinear
+
+RESULTS = Path(__file__).parent / "results" / "model.jsonl"
+
+
+def replaced(model: nn.Module, change: Any) -> nn.Module:
+    """`model` after `change(name, module)` gave a new module, or None, for each of its linear layers."""
+    kinds = (nn.Linear, LowRankLinear)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    for name, module in found:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if not isinstance(parent, LowRankLinear) and (new := change(name, module)) is not None:
+            setattr(parent, child, new)
+    return model.eval()
+
+
+def rounded(model: nn.Module, bits: int, group_size: int = 0) -> nn.Module:
+    """Every linear layer in `bits`, inputs in 8 bits; the head always in 8."""
+
+    def change(name: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, LowRankLinear):
+            return QuantLowRankLinear.from_low_rank(module, bits, group_size, activation_bits=8)
+        assert isinstance(module, nn.Linear)
+        head = name.endswith("lm_head")
+        return QuantLinear.from_linear(module, 8 if head else bits, 0 if head else group_size, activation_bits=8)
+
+    return replaced(model, change)
+
+
+def own_head(model: nn.Module) -> nn.Module:
+    """The head on our dense kernel, its tie to the embedding kept."""
+    return replaced(model, lambda name, module: DenseLinear.from_linear(module) if name.endswith("lm_head") else None)
+
+
+def torch_int8(model: nn.Module) -> nn.Module | None:
+    """torch's dynamic int8, where this release still has it."""
+    quantization = getattr(torch.ao, "quantization", None)
+    if quantization is None or not hasattr(quantization, "quantize_dynamic"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
+    dense, tokenizer = load_model(options.model or default_model(), torch.float32)
+    half = copy.deepcopy(dense).bfloat16()
+    found = {"dense float32": dense, "dense bfloat16": half}
+    int8 = torch_int8(dense)
+    if int8 is not None:
+        found["dense int8, torch"] = int8
+    found["dense int8, ours"] = rounded(copy.deepcopy(half), 8)
+    for ratio in options.ratio:
+        samples = 8 if options.quick else 48
+        small, report = tc.compress(dense, tc.SVD(ratio=ratio), tokenizer=tokenizer, num_calibration_samples=samples)
+        print(f"svd {ratio}: kept {report.to_dict()['ratio_achieved']:.3f} of the targeted parameters", flush=True)
+        small = small.bfloat16()
+        found[f"svd {ratio} bfloat16"] = own_head(copy.deepcopy(small))
+        found[f"svd {ratio} int8"] = rounded(copy.deepcopy(small), 8)
+        if not options.quick:
+            found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
+    return found, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one ratio, little calibration and evaluation text")
+    parser.add_argument("--ratio", type=float, nargs="+")
+    parser.add_argument("--model", help="default: SmolLM2-135M")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    options.ratio = options.ratio or ([0.5] if options.quick else [0.8, 0.6, 0.5])
+    torch.set_num_threads(options.threads)
+    found, tokenizer = models(options)
+    protocol = DEFAULT.shortened(1024) if options.quick else DEFAULT
+    with torch.no_grad():
+        speeds = speed_of(found, 128, 16 if options.quick else 64, 3 if options.quick else 9)
+        quality = {name: perplexity(model, tokenizer, protocol).perplexity for name, model in found.items()}
+    base = speeds["dense bfloat16"]
+    about = machine()
+    rows = []
+    for name, speed in speeds.items():
+        assert speed.decode is not None
+        assert base.decode is not None
+        row = {
+            "name": name,
+            "perplexity": quality[name],
+            "protocol": protocol.name,
+            "bytes_memory": size_of(found[name]).bytes_memory,
+            "prefill_tokens_s": speed.prefill.median,
+            "decode_tokens_s": speed.decode.median,
+            "decode_vs_dense_bfloat16": speed.decode.median / base.decode.median,
+            "prefill_vs_dense_bfloat16": speed.prefill.median / base.prefill.median,
+            "speed": speed.to_dict(),
+            "machine": about,
+        }
+        rows.append(row)
+        text = f"{name:24} ppl {row['perplexity']:8.2f} | {row['bytes_memory'] / 1e6:7.1f} MB"
+        text += f" | prefill {row['prefill_tokens_s']:8.1f} t/s {row['prefill_vs_dense_bfloat16']:5.2f}x"
+        text += f" | decode {row['decode_tokens_s']:7.1f} t/s {row['decode_vs_dense_bfloat16']:5.2f}x dense bfloat16"
+        print(json.dumps(row) if options.json else text, flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

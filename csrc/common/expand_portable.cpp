@@ -1,0 +1,63 @@
+// expand.h for any processor.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "expand.h"
+
+namespace tinycomp {
+namespace {
+
+float value(Type type, const void* values, int64_t i) {
+  switch (type) {
+    case Type::f32:
+      return static_cast<const float*>(values)[i];
+    case Type::bf16:
+      return static_cast<const torch::headeronly::BFloat16*>(values)[i];
+    case Type::f16:
+      return static_cast<const torch::headeronly::Half*>(values)[i];
+    case Type::i8:
+      return static_cast<const int8_t*>(values)[i];
+    default: {
+      const uint8_t byte = static_cast<const uint8_t*>(values)[i / 2];
+      return static_cast<float>((i % 2 ? byte >> 4 : byte & 15) - 8);
+    }
+  }
+}
+
+int64_t expand_bits(Type type, const void* values, int64_t at, int64_t count, const uint16_t* mask, int64_t blocks,
+                    float* out) {
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int bit = 0; bit < 16; ++bit) {
+      const bool kept = mask[b] >> bit & 1;
+      if (kept && at >= count) return -1;
+      out[16 * b + bit] = kept ? value(type, values, at++) : 0.0f;
+    }
+  return at;
+}
+
+float gather_scalar(const float* values, const uint16_t* index, int64_t count, const float* x) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < count; ++i) sums[i % 8] += values[i] * x[index[i]];
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+void gather_rows(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx, int64_t inputs,
+                 float* sums) {
+  for (int64_t j = 0; j < inputs; ++j) sums[j] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = x + index[i] * ldx;
+    for (int64_t j = 0; j < inputs; ++j) sums[j] += values[i] * row[j];
+  }
+}
+
+int64_t count_bits(const uint16_t* mask, int64_t blocks) {
+  int64_t bits = 0;
+  for (int64_t b = 0; b < blocks; ++b) bits += __builtin_popcount(mask[b]);
+  return bits;
+}
+
+}  // namespace
+
+const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, count_bits, nullptr};
+
+}  // namespace tinycomp

@@ -1,0 +1,331 @@
+// masked_linear. Bit masks and 2:4: rows are expanded in float32, in cache, and multiplied like dense ones: the bytes
+// that stream are the packed ones. Index + value: only kept weights are multiplied. Blocks: only kept blocks.
+#include <array>
+#include <string>
+
+#include "../common/expand.h"
+#include "../common/linear.h"
+
+namespace tinycomp {
+namespace {
+
+constexpr int64_t kBlock = 32;
+
+// Two codes of 2:4 (i0 + 4 i1 each) as the eight bits that they name.
+constexpr std::array<uint8_t, 256> two_of_four = [] {
+  std::array<uint8_t, 256> bits{};
+  for (int byte = 0; byte < 256; ++byte) {
+    const int low = 1 << (byte & 3) | 1 << (byte >> 2 & 3), high = 1 << (byte >> 4 & 3) | 1 << (byte >> 6 & 3);
+    bits[byte] = static_cast<uint8_t>(low | high << 4);
+  }
+  return bits;
+}();
+
+// Arguments after checking; what an index or an offset holds is checked where it is used, and `bad` reports it.
+struct Masked {
+  std::string format;
+  Type type;
+  Tensor values, mask, offsets, scales;
+  int64_t rows, cols, count;  // count: stored values
+  std::vector<float> scale;
+  mutable std::atomic<bool> bad{false};
+
+  const char* value_data() const { return static_cast<const char*>(values.const_data_ptr()); }
+  const uint8_t* mask_data() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
+  int64_t offset(int64_t i) const { return static_cast<const int32_t*>(offsets.const_data_ptr())[i]; }
+  // Where the values of row (or row of blocks) i begin and end; empty if the offsets cannot be right.
+  std::pair<int64_t, int64_t> range(int64_t i, int64_t stored) const {
+    const int64_t first = offset(i), last = offset(i + 1);
+    if (first >= 0 && first <= last && last <= stored) return {first, last};
+    bad = true;
+    return {0, 0};
+  }
+  // The mask of a row as 16-bit words; 2:4 codes become the bits that they name.
+  void words(int64_t i, uint16_t* to) const {
+    const int64_t bytes = (cols + 7) / 8, blocks = (cols + 15) / 16;
+    const uint8_t* from = mask_data() + i * bytes;
+    to[blocks - 1] = 0;
+    if (format == "bitmask") {
+      __builtin_memcpy(to, from, bytes);
+      return;
+    }
+    auto* bits = reinterpret_cast<uint8_t*>(to);
+    for (int64_t c = 0; c < bytes; ++c) bits[c] = two_of_four[from[c]];
+    // A missing last group has no code.
+    if (cols % 8 > 0 && cols % 8 <= 4) bits[bytes - 1] &= 15;
+  }
+  // Row i in float32; `to` has room for a multiple of 16.
+  void expand_row(int64_t i, uint16_t* scratch, float* to) const {
+    if (cols == 0) return;
+    words(i, scratch);
+    const bool pairs = format == "2:4";
+    const int64_t each = 2 * ((cols + 3) / 4);
+    const auto [first, last] = pairs ? std::pair{i * each, (i + 1) * each} : range(i, count);
+    if (expansion().expand(type, values.const_data_ptr(), first, count, scratch, (cols + 15) / 16, to) != last)
+      bad = true;
+  }
+};
+
+// Rows [first, last) times all inputs, in batches as dot_rows of linear.h.
+template <class Rows, class Store>
+void batches(int64_t m, int64_t first, int64_t last, const Rows& rows, const Store& store) {
+  const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
+  for (int64_t i = first; i < last; i += kBatch) {
+    const int64_t n = std::min(kBatch, last - i);
+    for (int64_t start = 0; start < m; start += kInputsAtOnce) {
+      const int64_t inputs = std::min(kInputsAtOnce, m - start);
+      rows(i, n, start, inputs, out.data());
+      for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
+    }
+  }
+}
+
+// One input: four rows at a time go straight into sums, where 32 more values follow theirs.
+inline void expanded_once(const Masked& w, const float* x, int64_t i, int64_t n, float* out) {
+  const int64_t blocks = (w.cols + 15) / 16, each = 2 * ((w.cols + 3) / 4);
+  const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, 16 * blocks);
+  const auto* all = reinterpret_cast<uint16_t*>(words.data());
+  for (int64_t r = 0; r < n;) {
+    int64_t at[4];
+    const uint16_t* masks[4];
+    bool together = r + 4 <= n && expansion().expand_dot != nullptr;
+    for (int64_t k = 0; k < 4 && together; ++k) {
+      uint16_t* mask = const_cast<uint16_t*>(all) + k * blocks;
+      w.words(i + r + k, mask);
+      const auto [first, last] =
+          w.format == "2:4" ? std::pair{(i + r + k) * each, (i + r + k + 1) * each} : w.range(i + r + k, w.count);
+      at[k] = first, masks[k] = mask;
+      together = expansion().count(mask, blocks) == last - first && last + 32 <= w.count;
+    }
+    if (together) {
+      expansion().expand_dot(w.type, w.values.const_data_ptr(), at, masks, blocks, x, out + r);
+      r += 4;
+      continue;
+    }
+    for (const int64_t end = std::min(r + 4, n); r < end; ++r) {
+      w.expand_row(i + r, const_cast<uint16_t*>(all), row.data());
+      dot(Type::f32, row.data(), 0, 1, w.cols, x, 0, 1, out + r, 1);
+    }
+  }
+}
+
+template <class Store>
+void expanded(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+  const int64_t padded = (w.cols + 15) / 16 * 16;
+  const Scratch dense(kRebuildSlot, kBatch * padded), mask(kMaskSlot, padded / 16);
+  batches(
+      m, first, last,
+      [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
+        if (m == 1 && w.cols > 0) return expanded_once(w, x, i, n, out);
+        for (int64_t r = 0; r < n && start == 0; ++r)
+          w.expand_row(i + r, reinterpret_cast<uint16_t*>(mask.data()), dense.data() + r * padded);
+        dot(Type::f32, dense.data(), padded * 4, n, w.cols, x + start * w.cols, w.cols, inputs, out, kBatch);
+      },
+      store);
+}
+
+// x is (cols, m) here where m > 1, so that a kept weight meets all inputs at once.
+template <class Store>
+void indexed(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+  const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+  const Scratch wide(kRebuildSlot, w.cols + 16);
+  std::vector<uint16_t> all(w.cols / 16 + 2, 0xffff);
+  batches(
+      m, first, last,
+      [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
+        for (int64_t r = 0; r < n; ++r) {
+          auto [from, to] = w.range(i + r, w.count);
+          if (to - from > w.cols || std::any_of(index + from, index + to, [&](int c) { return c >= w.cols; }))
+            w.bad = true, to = from;
+          // Only whole words of values are widened, what lies beyond `to` is not used.
+          const int64_t kept = to - from, blocks = kept / 16;
+          expansion().expand(w.type, w.values.const_data_ptr(), from, to, all.data(), blocks, wide.data());
+          const uint16_t rest = static_cast<uint16_t>((1u << kept % 16) - 1);
+          expansion().expand(w.type, w.values.const_data_ptr(), from + 16 * blocks, to, &rest, 1,
+                             wide.data() + 16 * blocks);
+          if (m == 1) {
+            out[r] = expansion().gather(wide.data(), index + from, kept, x);
+            continue;
+          }
+          float sums[kInputsAtOnce];
+          expansion().gather_many(wide.data(), index + from, kept, x + start, m, inputs, sums);
+          for (int64_t j = 0; j < inputs; ++j) out[j * kBatch + r] = sums[j];
+        }
+      },
+      store);
+}
+
+// Rows come in whole blocks; kept ones are dense weights of 32 rows, widened where they are rounded.
+template <class Store>
+void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+  static_assert(kBatch % kBlock == 0);
+  const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
+  const Scratch part(kShiftSlot, std::min(m, kInputsAtOnce) * kBlock), wide(kRebuildSlot, kBlock * kBlock);
+  const std::vector<uint16_t> all(kBlock * kBlock / 16, 0xffff);
+  batches(
+      m, first, last,
+      [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
+        for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, n, 0.0f);
+        for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
+          auto [at, end] = w.range(b, w.count / (kBlock * kBlock));
+          const int64_t rows = std::min(kBlock, w.rows - b * kBlock);
+          for (int64_t c = 0; c < columns; ++c) {
+            if (!(w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1)) continue;
+            if (at >= end) {
+              w.bad = true;
+              break;
+            }
+            const int64_t number = at++ * kBlock * kBlock, cols = std::min(kBlock, w.cols - c * kBlock);
+            expansion().expand(w.type, w.values.const_data_ptr(), number, w.count, all.data(), kBlock * kBlock / 16,
+                               wide.data());
+            dot(Type::f32, wide.data(), kBlock * 4, rows, cols, x + start * w.cols + c * kBlock, w.cols, inputs,
+                part.data(), kBlock);
+            for (int64_t j = 0; j < inputs; ++j)
+              for (int64_t r = 0; r < rows; ++r) out[j * kBatch + b * kBlock - i + r] += part.data()[j * kBlock + r];
+          }
+        }
+      },
+      store);
+}
+
+template <class T>
+void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
+  const int64_t m = x.rows;
+  const bool turned = w.format == "index" && m > 1, padded = m == 1 && w.format != "index" && w.format != "block32";
+  const Scratch columns(kMiddleSlot, turned || padded ? m * (w.cols + 15) : 0);
+  const Stage stages[] = {x.stage(), {turned ? w.cols : padded ? 1 : 0, 256}, {w.rows, kBatch}};
+  const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
+  run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
+    if (stage == 0) return x.prepare(first, last);
+    if (stage == 1 && padded) {
+      std::fill_n(std::copy_n(x.data(), w.cols, columns.data()), 15, 0.0f);
+      return;
+    }
+    if (stage == 1) {
+      for (int64_t c = first; c < last; ++c)
+        for (int64_t j = 0; j < m; ++j) columns.data()[c * m + j] = x.data()[j * w.cols + c];
+      return;
+    }
+    auto store = [&](int64_t j, int64_t i, float* values, int64_t n) {
+      for (int64_t c = 0; c < n && !w.scale.empty(); ++c) values[c] *= w.scale[i + c];
+      y.store(j, i, values, n);
+    };
+    if (w.format == "index")
+      indexed(w, turned ? columns.data() : x.data(), m, first, last, store);
+    else if (w.format == "block32")
+      blockwise(w, x.data(), m, first, last, store);
+    else
+      expanded(w, padded ? columns.data() : x.data(), m, first, last, store);
+  });
+}
+
+// Double: values fit in float32 only where they are rounded, so rows are rebuilt by scattering.
+Tensor dense(const Masked& w, const Tensor& like, const std::vector<double>& scale) {
+  const Tensor result = empty(like, {w.rows, w.cols}, ScalarType::Double);
+  double* to = static_cast<double*>(result.mutable_data_ptr());
+  std::fill_n(to, w.rows * w.cols, 0.0);
+  auto value = [&](int64_t i) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(w.value_data());
+    if (w.type == Type::i8) return static_cast<double>(static_cast<int8_t>(bytes[i]));
+    if (w.type == Type::u4) return static_cast<double>((i % 2 ? bytes[i / 2] >> 4 : bytes[i / 2] & 15) - 8);
+    return static_cast<const double*>(w.values.const_data_ptr())[i];
+  };
+  std::vector<uint16_t> words(w.cols / 16 + 1);
+  for (int64_t i = 0; i < w.rows; ++i) {
+    if (w.format == "index") {
+      const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+      const auto [from, end] = w.range(i, w.count);
+      for (int64_t c = from; c < end; ++c)
+        index[c] < w.cols ? void(to[i * w.cols + index[c]] = value(c)) : void(w.bad = true);
+    } else if (w.format == "block32") {
+      const int64_t b = i / kBlock, bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock);
+      auto [at, end] = w.range(b, w.count / (kBlock * kBlock));
+      for (int64_t c = 0; c < w.cols && at < end; c += kBlock) {
+        if (!(w.mask_data()[b * bytes + c / kBlock / 8] >> (c / kBlock % 8) & 1)) continue;
+        for (int64_t k = c; k < std::min(w.cols, c + kBlock); ++k)
+          to[i * w.cols + k] = value((at * kBlock + i % kBlock) * kBlock + k - c);
+        ++at;
+      }
+    } else if (w.cols > 0) {
+      w.words(i, words.data());
+      int64_t at = w.format == "2:4" ? i * 2 * ((w.cols + 3) / 4) : w.range(i, w.count).first;
+      for (int64_t c = 0; c < (w.cols + 15) / 16 * 16; ++c) {
+        if (!(words[c / 16] >> (c % 16) & 1)) continue;
+        if (at >= w.count) {
+          w.bad = true;
+          break;
+        }
+        if (c < w.cols) to[i * w.cols + c] = value(at);
+        ++at;
+      }
+    }
+    for (int64_t c = 0; c < w.cols && !scale.empty(); ++c) to[i * w.cols + c] *= scale[i];
+  }
+  return result;
+}
+
+void check(const Masked& w, const std::optional<Tensor>& offsets, int64_t value_bits, ScalarType type) {
+  const bool pairs = w.format == "2:4", blocks = w.format == "block32", index = w.format == "index";
+  const int64_t rows = blocks ? (w.rows + kBlock - 1) / kBlock : w.rows;
+  const int64_t width = blocks ? (w.cols + 8 * kBlock - 1) / (8 * kBlock) : (w.cols + 7) / 8;
+  const ScalarType stored = value_bits == 0 ? type : value_bits == 8 ? ScalarType::Char : ScalarType::Byte;
+  const bool mask_fits = index ? w.mask.dim() == 1 && w.mask.scalar_type() == ScalarType::Short && w.cols <= 65536
+                               : w.mask.dim() == 2 && w.mask.size(0) == rows && w.mask.size(1) == width &&
+                                     w.mask.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(w.values.scalar_type() == stored && mask_fits && (pairs || blocks || index || w.format == "bitmask"),
+                  "masked_linear: format, values or mask do not fit");
+  STD_TORCH_CHECK(!pairs || w.count >= w.rows * 2 * ((w.cols + 3) / 4), "masked_linear: too few values");
+  STD_TORCH_CHECK(!index || w.mask.size(0) <= w.count, "masked_linear: too few values");
+  STD_TORCH_CHECK(offsets.has_value() != pairs, "masked_linear: offsets");
+  if (offsets)
+    STD_TORCH_CHECK(offsets->dim() == 1 && offsets->size(0) == rows + 1 && offsets->scalar_type() == ScalarType::Int,
+                    "masked_linear: offsets");
+}
+
+Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& offsets,
+                     const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t out_features,
+                     const std::string& format, int64_t value_bits) {
+  STD_TORCH_CHECK(x.dim() >= 1 && out_features >= 0 && (value_bits == 0 || value_bits == 4 || value_bits == 8) &&
+                      scales.has_value() == (value_bits != 0),
+                  "masked_linear: shapes, value_bits or scales do not fit");
+  return with_float_type(x.scalar_type(), "masked_linear", [&](auto zero) {
+    using T = decltype(zero);
+    const Type type = value_bits == 8 ? Type::i8 : value_bits == 4 ? Type::u4 : dot_type<T>;
+    const Tensor flat = torch::stable::contiguous(values);
+    Masked w{format, type, flat, torch::stable::contiguous(mask), flat, flat, out_features, x.size(x.dim() - 1), 0, {}};
+    w.count = flat.numel() * (value_bits == 4 ? 2 : 1);
+    if (offsets) w.offsets = torch::stable::contiguous(*offsets);
+    check(w, offsets, value_bits, scalar_type<T>);
+    if (format == "index") w.count = w.mask.size(0);
+    std::vector<double> scale;
+    if (scales) {
+      STD_TORCH_CHECK(scales->dim() == 2 && scales->size(0) == out_features && scales->size(1) == 1,
+                      "masked_linear: scales do not fit");
+      const int64_t shape[] = {out_features};
+      const Tensor row = torch::stable::reshape(*scales, {shape, 1});
+      with_float_type(row.scalar_type(), "masked_linear: scales", [&](auto kind) {
+        const auto found = entries<decltype(kind)>(row, out_features, "masked_linear: scales");
+        scale.assign(found.begin(), found.end());
+      });
+      w.scale.assign(scale.begin(), scale.end());
+    }
+    const auto shift = entries<T>(bias, out_features, "masked_linear: bias");
+    const std::vector<int64_t> shape = shape_with_last(x, out_features);
+    Tensor y;
+    if constexpr (std::is_same_v<T, double>) {
+      y = torch::stable::contiguous(gemm(as_matrix(x), dense(w, x, scale)));
+      add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
+      y = torch::stable::view(y, {shape.data(), shape.size()});
+    } else {
+      y = empty(x, shape, scalar_type<T>);
+      stream<T>(w, Inputs(x, zero), {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
+    }
+    STD_TORCH_CHECK(!w.bad, "masked_linear: offsets, mask and values disagree");
+    return y;
+  });
+}
+
+TINYCOMP_CPU_KERNEL(masked_linear, masked_linear)
+
+}  // namespace
+}  // namespace tinycomp
