@@ -289,6 +289,7 @@ def tracks_plot(found: Sequence[Any], task: Mapping[str, Any], titles: Mapping[s
     left.invert_xaxis()
     right.invert_xaxis()
     left.set_xlabel("fraction of the linear parameters kept")
+    left.set_xticks(sorted({s.ratio for s in lines}))
     right.set_xlabel("MB on disk")
     right.margins(x=0.2)
     left.set_ylabel("perplexity (log scale)" if log else "accuracy in percent")

@@ -79,7 +79,8 @@ def title(name: str, ratio: float | None = None) -> str:
 class Judge:
     """Compares two summaries of one task; a difference within the noise is none.
 
-    The noise is the larger spread over the seeds and, for an accuracy, one standard error sqrt(p (1 - p) / examples).
+    The noise is the larger spread over the seeds and, for accuracies, one standard error of the difference of two
+    independent ones, sqrt(2 p (1 - p) / examples).
 
     Args:
         quality: "perplexity" or "accuracy".
@@ -101,7 +102,7 @@ class Judge:
 
     def noise(self, *found: Summary) -> float:
         p = found[-1].mean
-        error = math.sqrt(p * (1 - p) / self.examples) if self.examples else 0.0
+        error = math.sqrt(2 * p * (1 - p) / self.examples) if self.examples else 0.0
         return max(error, *(s.spread for s in found))
 
     def word(self, a: Summary, b: Summary) -> str:
@@ -234,6 +235,7 @@ def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
         (title(name), [(judge.text(by[name, r]), id(by[name, r]) in tops) for r in ratios if (name, r) in by])
         for name in names
     ]
+    refused = [s for s in found if s.refused and s.ratio is not None]
     return {
         "task": task,
         "found": found,
@@ -244,9 +246,7 @@ def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
         "pair": [_cells(by[n, None], dense, judge) for n in PAPER_SIZE if (n, None) in by],
         "bytes": [_cells(s, dense, judge) for s in [dense, *(s for s in found if s.track == "bytes")]],
         "all": [_cells(s, dense, judge) for s in found],
-        "refused": sorted(
-            {f"{title(s.name, s.ratio)}: {s.refused}" for s in found if s.refused and s.ratio is not None}
-        ),
+        "refused": [f"{title(s.name, s.ratio)}: {s.refused.partition(';')[0]}" for s in refused],
         "findings": findings(found, ratios, judge),
     }
 
