@@ -34,7 +34,7 @@ def main(ratio: float, steps: int, output: Path, student_dir: Path | None, wante
             student.save_pretrained(student_dir)
     control = copy.deepcopy(teacher)
     config = tc.Distill(
-        steps=steps, batch_size=2, learning_rate=1.5e-4, kl=1.0, heal_samples=24, eval_every=max(steps // 4, 1),
+        steps=steps, batch_size=2, kl=1.0, heal_samples=24, eval_every=max(steps // 4, 1),
         held_out=0.08,
     )  # fmt: skip
     dense = perplexity(teacher, tokenizer, protocol)

@@ -62,7 +62,7 @@ class Distill(BaseModel):
     steps: int = Field(default=200, ge=0)
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0.0)
+    learning_rate: float = Field(default=2e-5, gt=0.0)
     schedule: str = "cosine"
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0)
