@@ -1,0 +1,66 @@
+"""What the GPU backends need here: the CUDA library, Triton, and what their kernels do not take."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_cuda() -> tuple[str, dict[str, str]]:
+    """Load the CUDA library; gives the reason it is not loaded (empty if it is) and its signatures."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA", {}
+    if not LIBRARY.exists():
+        return "the CUDA library is not built (nvcc was not found at install)", {}
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the CUDA library is not loaded ({error})", {}
+    return "", signatures(LIBRARY)
+
+
+def signatures(library: Path) -> dict[str, str]:
+    """Op -> C++ signature of each kernel in a loaded library."""
+    read = ctypes.CDLL(str(library)).tinycomp_signatures
+    read.restype = ctypes.c_char_p
+    return dict(line.split(" ", 1) for line in read().decode().splitlines())
+
+
+def load_triton() -> str:
+    """Register the Triton launchers; gives the reason they are not registered (empty if they are)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None and not interpreted():
+        return "this torch is built without a GPU"
+    importlib.import_module("tinycomp.triton_kernels")
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
+    """None if the CUDA kernel of `name` takes these arguments, else the reason."""
+    if args[0].dtype not in _KERNEL_DTYPES:
+        return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {args[0].dtype}"
+    return None
+
+
+def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
+    """None if the Triton kernel of `name` takes these arguments, else the reason."""
+    if args[0].device.type != "cuda" and not interpreted():
+        return f"triton runs on a GPU, {name} got a tensor on {args[0].device.type}"
+    if args[0].dtype not in _KERNEL_DTYPES:
+        return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {args[0].dtype}"
+    return None
