@@ -46,7 +46,8 @@ template <class T, int kRows, int kThreads, class Weight, class Cursor>
 __device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int column, char* shared,
                                              Cursor* cursors) {
   if constexpr (Weight::kCopies) {
-    stage_rows<T, kRows, kThreads>({w.data, w.stride, w.vector}, w.rows, w.columns, first_row, column, shared);
+    stage_rows<T, kRows, kThreads>(Matrix<T>{w.row_data(0), w.stride, w.vector != 0}, w.rows, w.columns, first_row, column,
+                                    shared);
   } else {
     // A thread keeps its rows through all stages, so that cursors only move forward. Four threads share a row.
     constexpr int kPerRow = 128 / sizeof(T) / 8, kRounds = kRows * kPerRow / kThreads;

@@ -13,6 +13,8 @@ import torch
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Positions of the scales of rounded weights.
+_SCALES = {"quant_linear": (2, 3), "quant_lowrank_linear": (2, 4, 6, 7), "masked_linear": (4,)}
 
 
 def load_cuda() -> tuple[str, dict[str, str]]:
@@ -54,6 +56,11 @@ def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     """None if the CUDA kernel of `name` takes these arguments, else the reason."""
     if args[0].dtype not in _KERNEL_DTYPES:
         return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {args[0].dtype}"
+    if name == "masked_linear" and args[7] == "index":
+        return "the CUDA kernel of masked_linear has no format 'index'"
+    for scales in (args[i] for i in _SCALES.get(name, ())):
+        if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
+            return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
     return None
 
 

@@ -37,9 +37,9 @@ def segment_sum_kernel(
         x_inside = (m < inputs)[:, None] & (k < columns)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=x_inside, other=0.0)
         label = tl.load(labels_ptr + k, mask=k < columns, other=0).to(tl.int32)
-        value = tl.full((BK,), 1.0, x_ptr.dtype.element_ty)
+        value = tl.full((BK,), 1.0, tl.float32)
         if scales_ptr is not None:
-            value = tl.load(scales_ptr + k, mask=k < columns, other=0.0)
+            value = tl.load(scales_ptr + k, mask=k < columns, other=0.0).to(tl.float32)
         one_hot = tl.where(label[:, None] == c[None, :], value[:, None], 0.0).to(x_ptr.dtype.element_ty)
         sums = tl.dot(x, one_hot, sums, input_precision="ieee")
     inside = (m < inputs)[:, None] & (c < clusters)[None, :]
