@@ -46,10 +46,11 @@ def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
-def fingerprint(*words: str) -> str:
-    """Hash of every source and of the words: the name of what is built from them."""
+def fingerprint(source: Path, *words: str) -> str:
+    """Hash of a source, of every header and of the words: the name of what is built from them."""
     digest = hashlib.sha256("\n".join(words).encode())
-    for path in sorted(p for folder in ("cuda", "common", "emulation") for p in (CSRC / folder).iterdir()):
+    headers = (p for f in ("cuda", "common", "emulation") for p in (CSRC / f).iterdir() if p.suffix in (".h", ".cuh"))
+    for path in (source, *sorted(headers)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -62,11 +63,20 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def _compile_all(build: Path, commands: dict[Path, list[str | Path]]) -> list[Path]:
+def _compile_all(build: Path, files: list[Path], base: list[str | Path]) -> list[Path]:
+    """Compile what has changed, on all cores."""
     build.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.o"
+        if not target.exists():
+            partial = target.with_suffix(".partial.o")
+            run(*base, source, "-o", partial)
+            partial.rename(target)
+        return target
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda item: run(*item[1], "-o", item[0]), commands.items()))
-    return list(commands)
+        return list(pool.map(compile_one, files))
 
 
 def emulated_library(build: Path, *flags: str) -> Path:
@@ -76,17 +86,16 @@ def emulated_library(build: Path, *flags: str) -> Path:
     home, where = cuda_home(), Path(torch.__file__).parent
     assert home is not None
     flags = ("-O1", "-std=c++17", "-fPIC", "-w", "-pthread", "-ffp-contract=off", *flags)
-    build = build / f"emulation-{fingerprint(*flags)}"
-    library = build / "libtinycomp_emulated.so"
-    if library.exists():
-        return library
-    base = ["g++", "-c", *flags, TORCH_TARGET, "-DTINYCOMP_EMULATION", "-DTINYCOMP_TORCH"]
+    base: list[str | Path] = ["g++", "-c", *flags, TORCH_TARGET, "-DTINYCOMP_EMULATION", "-DTINYCOMP_TORCH"]
     base += ["-isystem", home / "include", "-isystem", where / "include", "-x", "c++"]
-    files = [CSRC / "emulation" / "settings.cpp", *sources()]
-    objects = _compile_all(build, {build / (f.stem + ".o"): [*base, f] for f in files})
-    partial = library.with_suffix(".partial")
-    run("g++", "-shared", *flags, *objects, "-L", where / "lib", "-ltorch_cpu", "-lc10", "-o", partial)
-    return partial.rename(library)
+    objects = _compile_all(build / "emulation", [CSRC / "emulation" / "settings.cpp", *sources()], base)
+    digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    library = build / "emulation" / f"libtinycomp_emulated-{digest}.so"
+    if not library.exists():
+        partial = library.with_suffix(".partial")
+        run("g++", "-shared", *flags, *objects, "-L", where / "lib", "-ltorch_cpu", "-lc10", "-o", partial)
+        partial.rename(library)
+    return library
 
 
 def cuda_library(build: Path, output: Path) -> Path:
@@ -99,7 +108,7 @@ def cuda_library(build: Path, output: Path) -> Path:
     gencode.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}")
     base: list[str | Path] = [home / "bin" / "nvcc", "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     base += [*gencode, TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", where / "include"]
-    objects = _compile_all(build, {build / (f.stem + ".o"): [*base, f] for f in sources()})
+    objects = _compile_all(build, sources(), base)
     torch_cuda = where / "lib"
     if torch.version.cuda is None:
         torch_cuda = build / "stub"

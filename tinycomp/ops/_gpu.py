@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,10 +53,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _data(name: str, args: tuple[Any, ...]) -> Tensor:
+    """The argument whose dtype a kernel is compiled for."""
+    return args[1] if name == "gram_accumulate_" else args[0]
+
+
 def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     """None if the CUDA kernel of `name` takes these arguments, else the reason."""
-    if args[0].dtype not in _KERNEL_DTYPES:
-        return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {args[0].dtype}"
+    data = _data(name, args)
+    if data.dtype not in _KERNEL_DTYPES:
+        return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
     if name == "masked_linear" and args[7] == "index":
         return "the CUDA kernel of masked_linear has no format 'index'"
     for scales in (args[i] for i in _SCALES.get(name, ())):
@@ -68,6 +75,7 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     """None if the Triton kernel of `name` takes these arguments, else the reason."""
     if args[0].device.type != "cuda" and not interpreted():
         return f"triton runs on a GPU, {name} got a tensor on {args[0].device.type}"
-    if args[0].dtype not in _KERNEL_DTYPES:
-        return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {args[0].dtype}"
+    data = _data(name, args)
+    if data.dtype not in _KERNEL_DTYPES:
+        return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
     return None
