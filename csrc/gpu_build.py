@@ -42,15 +42,18 @@ def why_no_emulation() -> str | None:
     return None if cuda_home() else "the CUDA headers are not installed (make gpu-tools)"
 
 
-def sources() -> list[Path]:
-    return sorted((CSRC / "cuda").glob("*.cu"))
+def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
+    """The .cu files, or those named in `only` and the library's own."""
+    files = sorted((csrc / "cuda").glob("*.cu"))
+    return [f for f in files if not only or f.stem in (*only, "library")]
 
 
 def fingerprint(source: Path, *words: str) -> str:
     """Hash of a source, of every header and of the words: the name of what is built from them."""
     digest = hashlib.sha256("\n".join(words).encode())
-    headers = (p for f in ("cuda", "common", "emulation") for p in (CSRC / f).iterdir() if p.suffix in (".h", ".cuh"))
-    for path in (source, *sorted(headers)):
+    folders = (source.parent.parent / f for f in ("cuda", "common", "emulation"))
+    headers = sorted(p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
+    for path in (source, *headers):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -79,8 +82,8 @@ def _compile_all(build: Path, files: list[Path], base: list[str | Path]) -> list
         return list(pool.map(compile_one, files))
 
 
-def emulated_library(build: Path, *flags: str) -> Path:
-    """Build csrc/cuda for the emulation; `flags` may ask for a sanitizer or a seeded fault. Cached by contents."""
+def emulated_library(build: Path, csrc: Path, only: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Path:
+    """Build csrc/cuda, or some of its ops, for the emulation; cached by contents. `flags` are g++'s."""
     import torch
 
     home, where = cuda_home(), Path(torch.__file__).parent
@@ -88,7 +91,7 @@ def emulated_library(build: Path, *flags: str) -> Path:
     flags = ("-O1", "-std=c++17", "-fPIC", "-w", "-pthread", "-ffp-contract=off", *flags)
     base: list[str | Path] = ["g++", "-c", *flags, TORCH_TARGET, "-DTINYCOMP_EMULATION", "-DTINYCOMP_TORCH"]
     base += ["-isystem", home / "include", "-isystem", where / "include", "-x", "c++"]
-    objects = _compile_all(build / "emulation", [CSRC / "emulation" / "settings.cpp", *sources()], base)
+    objects = _compile_all(build / "emulation", [csrc / "emulation" / "settings.cpp", *sources(csrc, only)], base)
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = build / "emulation" / f"libtinycomp_emulated-{digest}.so"
     if not library.exists():
@@ -118,3 +121,25 @@ def cuda_library(build: Path, output: Path) -> Path:
     links = ["-L", where / "lib", "-L", torch_cuda, "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
     run(home / "bin" / "nvcc", "-shared", "-cudart=static", "-Xlinker=-z,defs", *objects, *links, "-o", output)
     return output
+
+
+def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
+    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+    import torch
+
+    home = cuda_home()
+    assert home is not None
+    base: list[str | Path] = [home / "bin" / "nvcc", "-cubin", "-O3", "-std=c++17", f"-arch=sm_{architecture}"]
+    base += [TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", Path(torch.__file__).parent / "include"]
+    build = build / f"sm_{architecture}"
+    build.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> tuple[Path, str]:
+        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.cubin"
+        log = target.with_suffix(".log")
+        if not log.exists():
+            log.write_text(run(*base, "-Xptxas=-v", source, "-o", target))
+        return target, log.read_text()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources()))

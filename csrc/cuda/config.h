@@ -9,10 +9,10 @@ struct Product {
   int64_t inputs, columns, rows;  // y (inputs, rows) = x (inputs, columns) wᵀ
 };
 struct Config {
-  bool decode;       // all stages in one launch on at most 16 inputs; otherwise tiles, one launch per stage
-  int row_tiles;     // decode: 8 * row_tiles rows of a weight per item
-  bool large;        // tiles of 128 x 128 instead of 64 x 64
-  int64_t blocks;    // decode: the whole grid
+  bool decode;     // all stages in one launch on at most 16 inputs; otherwise tiles, one launch per stage
+  int row_tiles;   // decode: 8 * row_tiles rows of a weight per item
+  bool large;      // tiles of 128 x 128 instead of 64 x 64
+  int64_t blocks;  // decode: the whole grid
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -46,10 +46,10 @@ template <class T, int kRows, int kThreads, class Weight, class Cursor>
 __device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int column, char* shared,
                                              Cursor* cursors) {
   if constexpr (Weight::kCopies) {
-    stage_rows<T, kRows, kThreads>(Matrix<T>{w.row_data(0), w.stride, w.vector != 0}, w.rows, w.columns, first_row, column,
-                                    shared);
+    stage_rows<T, kRows, kThreads>(Matrix<T>{w.row_data(0), w.stride, w.vector != 0}, w.rows, w.columns, first_row,
+                                   column, shared);
   } else {
-    // A thread keeps its rows through all stages, so that cursors only move forward. Four threads share a row.
+    // A thread keeps its rows through all stages, so that cursors only move forward.
     constexpr int kPerRow = 128 / sizeof(T) / 8, kRounds = kRows * kPerRow / kThreads;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
@@ -58,8 +58,7 @@ __device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int
       constexpr int kChunks = sizeof(T) / 2;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
-        *reinterpret_cast<uint4*>(shared + swizzled(row, part * kChunks + c)) =
-            reinterpret_cast<const uint4*>(&v)[c];
+        *reinterpret_cast<uint4*>(shared + swizzled(row, part * kChunks + c)) = reinterpret_cast<const uint4*>(&v)[c];
     }
   }
 }
@@ -89,7 +88,7 @@ __device__ __forceinline__ void multiply_stage(const char* x, const char* w, flo
     }
   } else {
     const int group = lane / 4, t = lane % 4;
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < 8; ++chunk) {
       float4 b[kTilesN][2];
 #pragma unroll

@@ -1,5 +1,5 @@
-// gram_accumulate_: tiles of 64 x 64 of xᵀ x in the dtype of the sum; a tile off the diagonal is computed once and added
-// on both sides.
+// gram_accumulate_: tiles of 64 x 64 of xᵀ x in the dtype of the sum; a tile off the diagonal is computed once and
+// added on both sides.
 #include "ptx.cuh"
 
 namespace tinycomp::cuda {
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kGramThreads)
       const int row = start + i / kGramTile, column = i % kGramTile;
       const T* from = x + row * x_stride;
       left[i / kGramTile][column] = row < rows && first + column < columns ? G(to_float(from[first + column])) : G(0);
-      right[i / kGramTile][column] = row < rows && second + column < columns ? G(to_float(from[second + column])) : G(0);
+      right[i / kGramTile][column] =
+          row < rows && second + column < columns ? G(to_float(from[second + column])) : G(0);
     }
     __syncthreads();
 #pragma unroll 4
@@ -50,9 +51,9 @@ namespace tinycomp::cuda {
 
 void gram_accumulate_(Tensor gram, const Tensor& x) {
   const Device device(gram);
-  STD_TORCH_CHECK(x.dim() >= 1 && gram.dim() == 2 && gram.size(0) == gram.size(1) &&
-                      gram.size(0) == x.size(x.dim() - 1),
-                  "gram_accumulate_: shapes do not fit");
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) == x.size(x.dim() - 1),
+      "gram_accumulate_: shapes do not fit");
   with_float_type(x.scalar_type(), "gram_accumulate_", [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(x, -1, "gram_accumulate_: x");

@@ -4,19 +4,19 @@
 #include "gemm.cuh"
 
 // Where the outputs of a product go; see Output.
-#define TINYCOMP_OUTPUT(o, T)                                                                                       \
-  T *o##_y, int64_t o##_y_stride, T *o##_kept, int64_t o##_kept_stride, const int *o##_order, const T *o##_bias,    \
+#define TINYCOMP_OUTPUT(o, T)                                                                                    \
+  T *o##_y, int64_t o##_y_stride, T *o##_kept, int64_t o##_kept_stride, const int *o##_order, const T *o##_bias, \
       const T *o##_base, int64_t o##_base_stride, const void *o##_labels, int o##_label_bytes, const T *o##_scales
-#define TINYCOMP_OUTPUT_NAMES(o)                                                                                    \
-  {o##_y, o##_y_stride, o##_kept, o##_kept_stride, o##_order, o##_bias, o##_base, o##_base_stride, o##_labels,      \
-   o##_label_bytes, o##_scales}
+#define TINYCOMP_OUTPUT_NAMES(o)                                                \
+  {o##_y,    o##_y_stride,    o##_kept,   o##_kept_stride, o##_order, o##_bias, \
+   o##_base, o##_base_stride, o##_labels, o##_label_bytes, o##_scales}
 #define TINYCOMP_INPUT(T) const T *x_data, int64_t x_stride, int x_vector
 #define TINYCOMP_INPUT_NAMES {x_data, x_stride, x_vector != 0}
 
 namespace tinycomp::cuda {
 
-// Output i of a product: y[order[i]] = value + scales[i] base[labels[i]] + bias, kept[i] = value. Absent parts are null:
-// without an order or labels, i itself.
+// Output i of a product: y[order[i]] = value + scales[i] base[labels[i]] + bias, kept[i] = value. Absent parts are
+// null: without an order or labels, i itself.
 template <class T>
 struct Output {
   T* y;
@@ -99,9 +99,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const Matrix<T> x TINYCOMP_INPUT_NAMES;
   const int on_first = items<T, kTiles>(first.rows), on_second = items<T, kTiles>(second.rows),
             on_third = items<T, kTiles>(third.rows);
-  const auto run_first = [&](int item) {
-    decode_rows<T, kTiles>(first, x, inputs, item * 8 * kTiles, out_first);
-  };
+  const auto run_first = [&](int item) { decode_rows<T, kTiles>(first, x, inputs, item * 8 * kTiles, out_first); };
   const auto run_third = [&](int item) {
     decode_rows<T, kTiles>(third, out_second.next(), inputs, item * 8 * kTiles, out);
   };

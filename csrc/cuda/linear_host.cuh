@@ -8,7 +8,7 @@
 #define TINYCOMP_PASS_INPUT(x) x.data, x.stride, x.vector
 #define TINYCOMP_PASS_WEIGHT(w) \
   w.data, w.mask, w.offsets, w.scales, w.zeros, w.stride, w.rows, w.columns, w.group, w.wide_scales, w.vector
-#define TINYCOMP_PASS_OUTPUT(o)                                                                                 \
+#define TINYCOMP_PASS_OUTPUT(o) \
   o.y, o.y_stride, o.kept, o.kept_stride, o.order, o.bias, o.base, o.base_stride, o.labels, o.label_bytes, o.scales
 
 namespace tinycomp::cuda {
@@ -27,9 +27,9 @@ struct Scales {
   Scales(const std::optional<Tensor>& t, int64_t rows, int64_t groups, const char* name) {
     if (!t) return;
     wide = t->scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == rows && t->size(1) == groups &&
-                        (wide || t->scalar_type() == scalar_type<T>),
-                    name, ": shape or dtype does not fit");
+    STD_TORCH_CHECK(
+        t->dim() == 2 && t->size(0) == rows && t->size(1) == groups && (wide || t->scalar_type() == scalar_type<T>),
+        name, ": shape or dtype does not fit");
     tensor = torch::stable::contiguous(*t);
     data = tensor->const_data_ptr();
   }
@@ -48,9 +48,19 @@ struct RoundedWeight {
         groups(group_size ? ceil_div(columns, group_size) : 1),
         scales(scale, levels.rows, groups, name),
         zeros(zero, levels.rows, groups, name),
-        storage{levels.data, nullptr, nullptr, scales.data, zeros.data, levels.stride, levels.rows,
-                to_int(columns, name), static_cast<int>(group_size ? group_size : columns > 0 ? columns : 1),
-                scales.wide, vector_aligned(levels.data, levels.stride)} {
+        storage{levels.data,
+                nullptr,
+                nullptr,
+                scales.data,
+                zeros.data,
+                levels.stride,
+                levels.rows,
+                to_int(columns, name),
+                static_cast<int>(group_size    ? group_size
+                                 : columns > 0 ? columns
+                                               : 1),
+                scales.wide,
+                vector_aligned(levels.data, levels.stride)} {
     STD_TORCH_CHECK((bits == 8 || bits == 4) && group_size >= 0, name, ": bits or group_size is not allowed");
     STD_TORCH_CHECK(!zero || zeros.wide == scales.wide, name, ": zeros and scales differ in dtype");
   }
@@ -73,15 +83,16 @@ void launch_tiles(const Device& device, const Matrix<T>& x, const Storage& w, co
   device.check_launch();
 }
 
-// Storages that are unpacked in registers run on small tiles: their work per block is the unpacking.
+// Storages that are unpacked in registers run on small tiles: their work per block is the unpacking. So does float32,
+// whose products take registers, not tensor cores.
 template <class T, class W>
 void product(const Device& device, const Matrix<T>& x, int inputs, const Storage& w, const Output<T>& o) {
   if (inputs == 0 || w.rows == 0) return;
   const Config config = pick_config({{inputs, w.columns, w.rows}}, device.processors);
-  if constexpr (W::kCopies) {
+  if constexpr (W::kCopies)
     if (config.decode && config.row_tiles == 2) return launch_decode<T, W, 2>(device, x, w, o, inputs);
+  if constexpr (W::kCopies && sizeof(T) == 2)
     if (!config.decode && config.large) return launch_tiles<T, W, LargeTile>(device, x, w, o, inputs);
-  }
   if (config.decode)
     launch_decode<T, W, 1>(device, x, w, o, inputs);
   else
@@ -134,6 +145,28 @@ void chain(const Device& device, const Matrix<T>& x, int inputs, const Storage& 
   };
   config.row_tiles == 2 ? launch(std::integral_constant<int, 2>{}) : launch(std::integral_constant<int, 1>{});
 }
+
+// Kernels that several ops launch are compiled once: in the file of the op that is no more than that launch.
+#define TINYCOMP_SHARED_PRODUCT(declared, W)                                                                \
+  declared template void product<float, W(float)>(const Device&, const Matrix<float>&, int, const Storage&, \
+                                                  const Output<float>&);                                    \
+  declared template void product<bf16, W(bf16)>(const Device&, const Matrix<bf16>&, int, const Storage&,    \
+                                                const Output<bf16>&);                                       \
+  declared template void product<f16, W(f16)>(const Device&, const Matrix<f16>&, int, const Storage&,       \
+                                              const Output<f16>&);
+#define TINYCOMP_DENSE(T) Dense<T>
+#define TINYCOMP_ROUNDED8(T) Rounded<T, 8>
+#define TINYCOMP_ROUNDED4(T) Rounded<T, 4>
+TINYCOMP_SHARED_PRODUCT(extern, TINYCOMP_DENSE)
+TINYCOMP_SHARED_PRODUCT(extern, TINYCOMP_ROUNDED8)
+TINYCOMP_SHARED_PRODUCT(extern, TINYCOMP_ROUNDED4)
+extern template void chain<float, Dense<float>, Dense<float>>(const Device&, const Matrix<float>&, int, const Storage&,
+                                                              const Output<float>&, const Storage&,
+                                                              const Output<float>&);
+extern template void chain<bf16, Dense<bf16>, Dense<bf16>>(const Device&, const Matrix<bf16>&, int, const Storage&,
+                                                           const Output<bf16>&, const Storage&, const Output<bf16>&);
+extern template void chain<f16, Dense<f16>, Dense<f16>>(const Device&, const Matrix<f16>&, int, const Storage&,
+                                                        const Output<f16>&, const Storage&, const Output<f16>&);
 
 // The result of a layer, and the outputs that fill it or a matrix between two products.
 template <class T>

@@ -26,6 +26,12 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
   });
 }
 
+template void chain<float, Dense<float>, Dense<float>>(const Device&, const Matrix<float>&, int, const Storage&,
+                                                       const Output<float>&, const Storage&, const Output<float>&);
+template void chain<bf16, Dense<bf16>, Dense<bf16>>(const Device&, const Matrix<bf16>&, int, const Storage&,
+                                                    const Output<bf16>&, const Storage&, const Output<bf16>&);
+template void chain<f16, Dense<f16>, Dense<f16>>(const Device&, const Matrix<f16>&, int, const Storage&,
+                                                 const Output<f16>&, const Storage&, const Output<f16>&);
 TINYCOMP_CUDA_KERNEL(lowrank_linear, lowrank_linear)
 
 }  // namespace tinycomp::cuda

@@ -38,8 +38,17 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
     const Scales<T> scale(scales, out_features, 1, "masked_linear: scales");
     const Vector<T> shift(bias, scalar_type<T>, out_features, "masked_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
-    const Storage w{packed.const_data_ptr(), bits.data, starts.data, scale.data, nullptr, bits.stride,
-                    to_int(out_features, "masked_linear: out_features"), inputs.columns, 1, scale.wide, 0};
+    const Storage w{packed.const_data_ptr(),
+                    bits.data,
+                    starts.data,
+                    scale.data,
+                    nullptr,
+                    bits.stride,
+                    to_int(out_features, "masked_linear: out_features"),
+                    inputs.columns,
+                    1,
+                    scale.wide,
+                    0};
     const Output<T> out = into(y, out_features, shift.data);
     if (value_bits == 0)
       by_format<T, 0>(device, format, inputs, w, out);

@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#define TINYCOMP_SHARED_MEMORY(T, name)                                     \
+#define TINYCOMP_SHARED_MEMORY(T, name)                                    \
   extern __shared__ __align__(128) unsigned char tinycomp_shared_memory[]; \
   T* name = reinterpret_cast<T*>(tinycomp_shared_memory)
 #define TINYCOMP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -71,12 +71,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(shared_address(row))
                : "memory");
 }
-#define TINYCOMP_MMA(T, name)                                                                                       \
-  __device__ __forceinline__ void mma(T, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {           \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                             \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                       \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
+#define TINYCOMP_MMA(T, name)                                                                             \
+  __device__ __forceinline__ void mma(T, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                   \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                     \
   }
 TINYCOMP_MMA(bf16, "bf16")
 TINYCOMP_MMA(f16, "f16")
@@ -156,8 +156,7 @@ void mma_of_warp(void** lanes, unsigned) {
   for (int lane = 0; lane < 32; ++lane) {
     const auto* p = static_cast<Product*>(lanes[lane]);
     for (int r = 0; r < 4; ++r)
-      for (int h = 0; h < 2; ++h)
-        a[lane / 4 + 8 * (r & 1)][lane % 4 * 2 + h + 8 * (r >> 1)] = half_of<T>(p->a[r], h);
+      for (int h = 0; h < 2; ++h) a[lane / 4 + 8 * (r & 1)][lane % 4 * 2 + h + 8 * (r >> 1)] = half_of<T>(p->a[r], h);
     for (int r = 0; r < 2; ++r)
       for (int h = 0; h < 2; ++h) b[lane % 4 * 2 + h + 8 * r][lane / 4] = half_of<T>(p->b[r], h);
   }

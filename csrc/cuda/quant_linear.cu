@@ -24,6 +24,8 @@ Tensor quant_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
   });
 }
 
+TINYCOMP_SHARED_PRODUCT(, TINYCOMP_ROUNDED8)
+TINYCOMP_SHARED_PRODUCT(, TINYCOMP_ROUNDED4)
 TINYCOMP_CUDA_KERNEL(quant_linear, quant_linear)
 
 }  // namespace tinycomp::cuda

@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kPivotThreads)
     keep_higher(best, best_row, score, i);
   }
   best_of_block(best, best_row);
-  if (threadIdx.x == 0) max_scores[step % 2 * blocks + blockIdx.x] = best, max_rows[step % 2 * blocks + blockIdx.x] = best_row;
+  if (threadIdx.x == 0)
+    max_scores[step % 2 * blocks + blockIdx.x] = best, max_rows[step % 2 * blocks + blockIdx.x] = best_row;
 }
 
 }  // namespace tinycomp::cuda

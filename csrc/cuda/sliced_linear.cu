@@ -12,8 +12,8 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     using T = decltype(zero);
     const Device device(x);
     const Rows<T> inputs(x, -1, "sliced_linear: x"), whole(w, -1, "sliced_linear: w");
-    STD_TORCH_CHECK(w.dim() == 2 && 0 <= in_features && in_features <= inputs.columns &&
-                        in_features <= whole.columns && 0 <= out_features && out_features <= whole.rows,
+    STD_TORCH_CHECK(w.dim() == 2 && 0 <= in_features && in_features <= inputs.columns && in_features <= whole.columns &&
+                        0 <= out_features && out_features <= whole.rows,
                     "sliced_linear: a prefix is too long");
     const Vector<T> shift(bias, scalar_type<T>, whole.rows, "sliced_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
@@ -24,6 +24,7 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
   });
 }
 
+TINYCOMP_SHARED_PRODUCT(, TINYCOMP_DENSE)
 TINYCOMP_CUDA_KERNEL(sliced_linear, sliced_linear)
 
 }  // namespace tinycomp::cuda

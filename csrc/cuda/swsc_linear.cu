@@ -36,8 +36,8 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
     const Between<T> corrections(x, inputs.rows, features);
     chain<T, Dense<T>, Dense<T>>(device, inputs.matrix(), inputs.rows, dense(down), keep(z), dense(up),
                                  keep(corrections));
-    const Storage one_hot{label.const_data_ptr(), nullptr, nullptr, scale.data, nullptr, 0, shared.columns,
-                          inputs.columns, label_bytes, 0, 0};
+    const Storage one_hot{label.const_data_ptr(), nullptr,        nullptr,     scale.data, nullptr, 0,
+                          shared.columns,         inputs.columns, label_bytes, 0,          0};
     out.base = corrections.data, out.base_stride = corrections.stride;
     chain<T, OneHot<T>, Dense<T>>(device, inputs.matrix(), inputs.rows, one_hot, keep(sums), dense(shared), out);
     return y;

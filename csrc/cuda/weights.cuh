@@ -8,13 +8,13 @@
 
 // data, mask, offsets, scales, zeros: see the op's contract. stride: elements between rows of data. group: columns per
 // scale. wide_scales: scales and zeros are float32, not T. vector: rows of data may be read 16 bytes at a time.
-#define TINYCOMP_WEIGHT(w)                                                                                       \
-  const void *w##_data, const uint8_t *w##_mask, const int *w##_offsets, const void *w##_scales,                 \
+#define TINYCOMP_WEIGHT(w)                                                                                          \
+  const void *w##_data, const uint8_t *w##_mask, const int *w##_offsets, const void *w##_scales,                    \
       const void *w##_zeros, int64_t w##_stride, int w##_rows, int w##_columns, int w##_group, int w##_wide_scales, \
       int w##_vector
-#define TINYCOMP_WEIGHT_NAMES(w)                                                                          \
-  {w##_data, w##_mask, w##_offsets, w##_scales, w##_zeros, w##_stride, w##_rows, w##_columns, w##_group, \
-   w##_wide_scales, w##_vector}
+#define TINYCOMP_WEIGHT_NAMES(w)                                               \
+  {w##_data, w##_mask,    w##_offsets, w##_scales,      w##_zeros, w##_stride, \
+   w##_rows, w##_columns, w##_group,   w##_wide_scales, w##_vector}
 
 namespace tinycomp::cuda {
 
@@ -210,8 +210,7 @@ struct Blocks : Storage {
     const int64_t at = cursor.counted * 1024 + row % 32 * 32 + column % 32;
     Eight<T> v;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      v.at[i] = from_float<T>(kept ? value_at<T, kBits>(data, at + i) * cursor.scale : 0.f);
+    for (int i = 0; i < 8; ++i) v.at[i] = from_float<T>(kept ? value_at<T, kBits>(data, at + i) * cursor.scale : 0.f);
     return v;
   }
 };

@@ -177,7 +177,8 @@ inline void land(std::vector<Copy>& copies) {
 // One block: its threads, and the scheduler that moves them from barrier to barrier.
 class Block {
  public:
-  Block(int threads, uint3 shape, char* stacks) : threads_(threads), warps_((threads + 31) / 32), random_(options.seed) {
+  Block(int threads, uint3 shape, char* stacks)
+      : threads_(threads), warps_((threads + 31) / 32), random_(options.seed) {
     for (int i = 0; i < threads; ++i) {
       Thread& t = threads_[i];
       t.lane = i % 32, t.state = kReady, t.stack = stacks + kStackBytes * i;
@@ -287,7 +288,8 @@ class Block {
     std::sort(sites.begin(), sites.end());
     const auto different = std::unique(sites.begin(), sites.end()) - sites.begin();
     return "deadlock: " + std::to_string(barriers) + " threads at " + std::to_string(different) +
-           " different barriers, " + std::to_string(warps) + " in warp collectives, " + std::to_string(done) + " exited";
+           " different barriers, " + std::to_string(warps) + " in warp collectives, " + std::to_string(done) +
+           " exited";
   }
 
   std::vector<Thread> threads_;

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, configs, rows_of
+from tinycomp.triton_kernels._launch import DECODE_INPUTS, PRODUCT_CONFIGS, adjacent, configs, rows_of
 
 
 @triton.jit
@@ -18,19 +18,20 @@ def load_weight(
 ):
     """Columns k of rows n as a (k, n) block in `dtype`; rounded weights are rebuilt in float32 as the contract says."""
     if BITS == 0:
-        return tl.load(w_ptr + n[None, :] * w_stride + k[:, None], mask=inside, other=0.0)
-    if BITS == 8:
-        q = tl.load(w_ptr + n[None, :] * w_stride + k[:, None], mask=inside, other=0).to(tl.float32)
-        zero = 0.0
+        w = tl.load(w_ptr + n[None, :] * w_stride + k[:, None], mask=inside, other=0.0)
     else:
-        both = tl.load(w_ptr + n[None, :] * w_stride + (k // 2)[:, None], mask=inside, other=0)
-        q = ((both >> ((k % 2) * 4).to(tl.uint8)[:, None]) & 15).to(tl.float32)
-        zero = 8.0
-    at = n[None, :] * groups + (k // group_size)[:, None]
-    if zeros_ptr is not None:
-        zero = tl.load(zeros_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return ((q - zero) * scale).to(dtype)
+        if BITS == 8:
+            q = tl.load(w_ptr + n[None, :] * w_stride + k[:, None], mask=inside, other=0).to(tl.float32)
+        else:
+            both = tl.load(w_ptr + n[None, :] * w_stride + (k // 2)[:, None], mask=inside, other=0)
+            q = ((both >> ((k % 2) * 4).to(tl.uint8)[:, None]) & 15).to(tl.float32)
+        at = n[None, :] * groups + (k // group_size)[:, None]
+        if zeros_ptr is not None:
+            q -= tl.load(zeros_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        elif BITS == 4:
+            q -= 8.0
+        w = (q * tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    return w
 
 
 @triton.jit
@@ -95,8 +96,7 @@ def product_kernel(
 
 # `bucket` is the power of two above the number of inputs: one search serves all batch sizes in it.
 _KERNELS = {
-    kind: triton.autotune(configs(kind), key=["bucket", "rows", "columns"])(product_kernel)
-    for kind in ("decode", "tiles", "tiles-float32")
+    kind: triton.autotune(configs(kind), key=["bucket", "rows", "columns"])(product_kernel) for kind in PRODUCT_CONFIGS
 }
 
 
@@ -107,6 +107,9 @@ class Rounded(NamedTuple):
     scales: Tensor | None = None
     zeros: Tensor | None = None
     group_size: int = 0
+
+
+PLAIN = Rounded()
 
 
 class Base(NamedTuple):
@@ -122,7 +125,7 @@ def product(
     w: Tensor,
     y: Tensor | None,
     *,
-    rounded: Rounded = Rounded(),
+    rounded: Rounded = PLAIN,
     kept: Tensor | None = None,
     order: Tensor | None = None,
     bias: Tensor | None = None,
@@ -144,7 +147,8 @@ def product(
     inputs, columns, rows = x.shape[0], x.shape[1], w.shape[0]
     if inputs == 0 or rows == 0:
         return
-    kind = "decode" if inputs <= DECODE_INPUTS else "tiles-float32" if x.dtype == torch.float32 else "tiles"
+    kind = "decode" if inputs <= DECODE_INPUTS else "tiles"
+    kind += "-float32" if x.dtype == torch.float32 else ""
     scales = None if rounded.scales is None else rounded.scales.contiguous()
     zeros = None if rounded.zeros is None else rounded.zeros.contiguous()
     groups = 1 if scales is None else scales.shape[1]

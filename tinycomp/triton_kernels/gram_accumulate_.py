@@ -16,9 +16,7 @@ GRAM_BLOCK = (32, 32)
 
 
 @triton.jit
-def gram_kernel(
-    x_ptr, x_stride, gram_ptr, gram_stride, gram_step, rows, columns, BC: tl.constexpr, BR: tl.constexpr
-):
+def gram_kernel(x_ptr, x_stride, gram_ptr, gram_stride, gram_step, rows, columns, BC: tl.constexpr, BR: tl.constexpr):
     """Add one tile of xᵀ x and, off the diagonal, its mirror image."""
     first = tl.program_id(0)
     second = tl.program_id(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
-from tinycomp.triton_kernels._product import Rounded, product
+from tinycomp.triton_kernels._product import PLAIN, Rounded, product
 
 
 def lowrank(
@@ -14,8 +14,8 @@ def lowrank(
     t: Tensor,
     order: Tensor | None,
     bias: Tensor | None,
-    rounded_r: Rounded = Rounded(),
-    rounded_t: Rounded = Rounded(),
+    rounded_r: Rounded = PLAIN,
+    rounded_t: Rounded = PLAIN,
 ) -> Tensor:
     """z = x rᵀ, then t zᵀ; with an order both are outputs. The factors may be rounded."""
     rank = r.shape[0]

@@ -20,8 +20,10 @@ def stored_value(values_ptr, at, inside, BITS: tl.constexpr):
     """Value number `at` of the packed array, as float32."""
     if BITS == 4:
         both = tl.load(values_ptr + at // 2, mask=inside, other=0)
-        return ((both >> ((at % 2) * 4).to(tl.uint8)) & 15).to(tl.float32) - 8.0
-    return tl.load(values_ptr + at, mask=inside, other=0).to(tl.float32)
+        value = ((both >> ((at % 2) * 4).to(tl.uint8)) & 15).to(tl.float32) - 8.0
+    else:
+        value = tl.load(values_ptr + at, mask=inside, other=0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def masked_kernel(
         else:
             block = start // 32
             byte = tl.load(mask_ptr + (n // 32) * mask_columns + block // 8, mask=n < rows, other=0)
-            bit = ((byte >> (block % 8).to(tl.uint8)) & 1).to(tl.int64)
+            bit = ((byte >> tl.cast(block % 8, tl.uint8)) & 1).to(tl.int64)
             at = (first * 1024 + (n % 32) * 32)[None, :] + (k % 32)[:, None]
             w = stored_value(values_ptr, at, inside & (bit == 1)[None, :], BITS)
             w = tl.where((bit == 1)[None, :], w, 0.0)

@@ -95,5 +95,5 @@ def split_bregman_step_(
         B=STEP_BLOCK,
     )
     for original, changed in zip(state, flat, strict=True):
-        if original is not None and not original.is_contiguous():
+        if original is not None and changed is not None and not original.is_contiguous():
             original.copy_(changed)

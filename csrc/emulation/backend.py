@@ -11,7 +11,7 @@ import torch
 
 from tinycomp.ops import _gpu, _registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import gpu_build  # noqa: E402
 
@@ -20,9 +20,15 @@ _library = torch.library.Library("tinycomp_emulated", "DEF")
 
 
 @cache
-def load(*flags: str) -> ctypes.CDLL:
-    """Build and load the emulated kernels, and register them; one build per process."""
-    path = gpu_build.emulated_library(ROOT / "build", *flags)
+def load(sources: Path = ROOT / "csrc", only: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Build and load the emulated kernels, and register them; one build per process.
+
+    Args:
+        sources: where csrc lies; a test passes a copy with a fault in it.
+        only: stems of the ops to build, all by default.
+        flags: for g++, such as a sanitizer.
+    """
+    path = gpu_build.emulated_library(ROOT / "build", sources, only, flags)
     for op in _registry.OPS.values():
         _library.define(op.name + op.schema)
     torch.ops.load_library(path)
@@ -34,6 +40,8 @@ def load(*flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def configure(order: str = "forward", seed: int = 1, lazy_copies: bool = True, processors: int = 108) -> None:
+def configure(
+    library: ctypes.CDLL, order: str = "forward", seed: int = 1, lazy_copies: bool = True, processors: int = 108
+) -> None:
     """How threads take turns, when asynchronous copies land, and how large the device is."""
-    load().tinycomp_emulate(ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors)
+    library.tinycomp_emulate(ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors)
