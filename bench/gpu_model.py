@@ -124,9 +124,10 @@ def table(name: str, ratio: float = 0.5) -> str:
             dense, _, _ = bound_us((Product(inputs, columns, rows),), gpu)
             int4, _, _ = bound_us((Product(inputs, columns, rows, 4.5),), gpu)
             found = launches(chain, gpu.processors)
+            blocks = max(launch.blocks for launch in found)
             megabytes, flops = sum(p.bytes for p in chain) / 1e6, sum(p.flops for p in chain) / 1e9
             lines.append(
                 f"{layer:9} {inputs:5} {found[0].kernel:15} {megabytes:7.1f} {flops:8.2f} "
-                f"{max(launch.blocks for launch in found):7} {waves:6.2f} {limit:>13} {time:9.1f} {dense:9.1f} {int4:8.1f}"
+                f"{blocks:7} {waves:6.2f} {limit:>13} {time:9.1f} {dense:9.1f} {int4:8.1f}"
             )
     return "\n".join([*lines, "modelled, unmeasured: dense and int4 are bounds of the same kind, not of any library"])
