@@ -117,7 +117,7 @@ def cases(
     for backend in ("cuda", "triton"):
         for name, products, args in (
             ("lowrank_linear", chain, (x, r, t, order, None)),
-            ("quant_linear", (dense[0]._replace(bits=4.125),), (x, q, scales, None, None, 4, 128)),
+            ("quant_linear", (dense[0]._replace(bits=4.125),), (x, q, scales, None, None, 4, 128, 0)),
         ):
             if _registry.why_not(ops.OPS[name], backend, args) is not None:
                 continue

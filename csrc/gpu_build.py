@@ -51,8 +51,9 @@ def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
 def fingerprint(source: Path, *words: str) -> str:
     """Hash of a source, of every header and of the words: the name of what is built from them."""
     digest = hashlib.sha256("\n".join(words).encode())
-    folders = (source.parent.parent / f for f in ("cuda", "common", "emulation"))
-    headers = sorted(p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
+    csrc = source.parent.parent
+    headers = sorted(p for f in ("cuda", "emulation") for p in (csrc / f).iterdir() if p.suffix in (".h", ".cuh"))
+    headers.append(csrc / "common" / "register.h")
     for path in (source, *headers):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -7,7 +7,8 @@
 namespace tinycomp::cuda {
 
 Tensor quant_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
-                    const std::optional<Tensor>& bias, int64_t bits, int64_t group_size) {
+                    const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, int64_t activation_bits) {
+  STD_TORCH_CHECK(activation_bits == 0, "quant_linear: activations are not rounded on the device");
   return with_float_type(x.scalar_type(), "quant_linear", [&](auto zero) {
     using T = decltype(zero);
     const Device device(x);

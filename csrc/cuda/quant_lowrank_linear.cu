@@ -9,7 +9,9 @@ namespace tinycomp::cuda {
 Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_scales, const Tensor& t,
                             const Tensor& t_scales, const std::optional<Tensor>& order,
                             const std::optional<Tensor>& r_zeros, const std::optional<Tensor>& t_zeros,
-                            const std::optional<Tensor>& bias, int64_t bits, int64_t group_size) {
+                            const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                            int64_t activation_bits) {
+  STD_TORCH_CHECK(activation_bits == 0, "quant_lowrank_linear: activations are not rounded on the device");
   return with_float_type(x.scalar_type(), "quant_lowrank_linear", [&](auto zero) {
     using T = decltype(zero);
     const Device device(x);

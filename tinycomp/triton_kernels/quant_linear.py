@@ -17,6 +17,7 @@ def quant_linear(
     bias: Tensor | None = None,
     bits: int = 8,
     group_size: int = 0,
+    activation_bits: int = 0,
 ) -> Tensor:
     flat, y = rows_of(x), x.new_empty(*x.shape[:-1], qweight.shape[0])
     out = y.view(flat.shape[0], qweight.shape[0])

@@ -22,6 +22,7 @@ def quant_lowrank_linear(
     bias: Tensor | None = None,
     bits: int = 8,
     group_size: int = 0,
+    activation_bits: int = 0,
 ) -> Tensor:
     rounded_r = Rounded(bits, r_scales, r_zeros, group_size)
     return lowrank(x, r, t, order, bias, rounded_r, Rounded(bits, t_scales, t_zeros, group_size))
