@@ -17,6 +17,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions of the scales of rounded weights.
 _SCALES = {"quant_linear": (2, 3), "quant_lowrank_linear": (2, 4, 6, 7), "masked_linear": (4,)}
 
+# Why the Triton launchers are not registered, in brackets; empty where they are.
+no_triton = ""
+
 
 def load_cuda() -> tuple[str, dict[str, str]]:
     """Load the CUDA library; gives the reason it is not loaded (empty if it is) and its signatures."""
@@ -38,14 +41,15 @@ def signatures(library: Path) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in read().decode().splitlines())
 
 
-def load_triton() -> str:
-    """Register the Triton launchers; gives the reason they are not registered (empty if they are)."""
+def load_triton() -> None:
+    """Register the Triton launchers where they can run, else note why not in `no_triton`."""
+    global no_triton
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if torch.version.cuda is None and torch.version.hip is None and not interpreted():
-        return "this torch is built without a GPU"
-    importlib.import_module("tinycomp.triton_kernels")
-    return ""
+        no_triton = " (triton is not installed)"
+    elif torch.version.cuda is None and torch.version.hip is None and not interpreted():
+        no_triton = " (this torch is built without a GPU)"
+    else:
+        importlib.import_module("tinycomp.triton_kernels")
 
 
 def interpreted() -> bool:

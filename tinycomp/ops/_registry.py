@@ -31,7 +31,6 @@ _LAUNCHERS: dict[tuple[str, str], _Launcher] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 # Why an op has no kernel under a dispatch key; None where it has one. Filled by `load_native`.
 _MISSING: dict[tuple[str, str], str | None] = {}
-_no_triton = ""
 _library = torch.library.Library("tinycomp", "FRAGMENT")
 _forced: str | None = None
 
@@ -241,12 +240,10 @@ def why_not(op: Op, backend: str, args: tuple[Any, ...] = ()) -> str | None:
         device = args[0].device.type if args else backend
         if device != backend:
             return f"{op.name} got a tensor on {device}"
-        limit = _gpu.why_not_cuda(op.name, args) if args and backend == "cuda" else None
-        return _MISSING[op.name, backend] or limit
+        return _MISSING[op.name, backend] or (_gpu.why_not_cuda(op.name, args) if args and backend == "cuda" else None)
     launcher = _LAUNCHERS.get((op.name, backend))
     if launcher is None:
-        reason = f" ({_no_triton})" if backend == "triton" and _no_triton else ""
-        return f"no {backend} kernel is registered for {op.name}{reason}"
+        return f"no {backend} kernel is registered for {op.name}" + (_gpu.no_triton if backend == "triton" else "")
     return launcher.why_not(*args) if args else None
 
 
@@ -327,8 +324,7 @@ def load_native() -> None:
         _check_signatures(native.signatures())
     not_loaded["cuda"], kernels = _gpu.load_cuda()
     _check_signatures(kernels)
-    global _no_triton
-    _no_triton = _gpu.load_triton()
+    _gpu.load_triton()
     for name in OPS:
         for backend, key in _DISPATCH_KEY.items():
             found = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinycomp::{name}", key)
