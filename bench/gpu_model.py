@@ -68,8 +68,9 @@ def launches(products: tuple[Product, ...], processors: int) -> list[Launch]:
     if products[0].inputs <= 16:
         tiles = 1 if any(math.ceil(p.rows / 16) < 2 * processors for p in products) else 2
         items = sum(math.ceil(p.rows / (8 * tiles)) for p in products)
-        blocks = min(items, (3 if tiles == 1 else 2) * processors)
-        return [Launch("chain2_decode" if len(products) > 1 else "product_decode", blocks, products)]
+        if len(products) == 1:
+            return [Launch("product_decode", items, products)]
+        return [Launch("chain2_decode", min(items, (3 if tiles == 1 else 2) * processors), products)]
     found = []
     for p in products:
         large = math.ceil(p.inputs / 128) * math.ceil(p.rows / 128) >= processors

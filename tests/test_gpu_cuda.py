@@ -19,9 +19,10 @@ from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "emulation")]
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "emulation"), str(ROOT / "bench")]
 import backend  # noqa: E402
 import gpu_build  # noqa: E402
+import gpu_model  # noqa: E402
 
 REASON = gpu_build.why_no_emulation()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -109,6 +110,12 @@ def test_pick_config(library: ctypes.CDLL) -> None:
             decode, tiles, _, blocks = pick(inputs, 64, rows)
             assert decode
             assert 1 <= blocks <= min(3 * 108, -(-rows // (8 * tiles)))
+            (modelled,) = gpu_model.launches((gpu_model.Product(inputs, 64, rows),), 108)
+            assert modelled.blocks == -(-rows // (8 * tiles))
+    for inputs in (17, 128, 2048):
+        (modelled,) = gpu_model.launches((gpu_model.Product(inputs, 4096, 4096),), 108)
+        side = 128 if pick(inputs, 4096, 4096)[2] else 64
+        assert modelled.blocks == -(-inputs // side) * (4096 // side)
 
 
 FAULTS = {
