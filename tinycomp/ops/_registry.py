@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinycomp.ops import _gpu
+
 # The whole policy: for each device, backends in the order in which they are tried.
 ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 BACKENDS = ("cuda", "triton", "cpu", "torch")
+# Run only where they are forced: the CUDA kernels on the CPU emulation that the tests build.
+FORCED_ONLY = ("cuda-emulated",)
 _DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
 
 OPS: dict[str, Op] = {}
@@ -116,7 +120,7 @@ def register(name: str, backend: str, why_not: Callable[..., str | None] = lambd
     """Decorator that adds a Python launcher (Triton); `why_not(*args)` gives None or the reason it cannot run."""
     if name not in OPS:
         raise ValueError(f"ops.register: unknown op {name!r}, allowed {sorted(OPS)}; write its contract first")
-    if backend not in BACKENDS or backend in _DISPATCH_KEY or backend == "torch":
+    if backend not in ("triton", *FORCED_ONLY):
         raise ValueError(
             f"ops.register: backend {backend!r}, allowed 'triton'; C++ kernels register with the dispatcher"
         )
@@ -234,10 +238,12 @@ def why_not(op: Op, backend: str, args: tuple[Any, ...] = ()) -> str | None:
         return None
     if backend in _DISPATCH_KEY:
         device = args[0].device.type if args else backend
-        return _MISSING[op.name, backend] if device == backend else f"{op.name} got a tensor on {device}"
+        if device != backend:
+            return f"{op.name} got a tensor on {device}"
+        return _MISSING[op.name, backend] or (_gpu.why_not_cuda(op.name, args) if args and backend == "cuda" else None)
     launcher = _LAUNCHERS.get((op.name, backend))
     if launcher is None:
-        return f"no {backend} kernel is registered for {op.name}"
+        return f"no {backend} kernel is registered for {op.name}" + (_gpu.no_triton if backend == "triton" else "")
     return launcher.why_not(*args) if args else None
 
 
@@ -279,8 +285,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _force(name: str | None, where: str) -> None:
     global _forced
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"{where}: got {name!r}, allowed {', '.join(BACKENDS)}; choose one of these")
+    if name is not None and name not in BACKENDS + FORCED_ONLY:
+        raise ValueError(f"{where}: got {name!r}, allowed {', '.join(BACKENDS + FORCED_ONLY)}; choose one of these")
     _forced = name
     for op in OPS.values():
         _FAST[op.name].cpu = name in (None, "cpu") and why_not(op, "cpu") is None
@@ -316,7 +322,9 @@ def load_native() -> None:
         not_loaded["cpu"] = f"the native library is not loaded ({error})"
     else:
         _check_signatures(native.signatures())
-    not_loaded["cuda"] = "this version has no CUDA library"
+    not_loaded["cuda"], kernels = _gpu.load_cuda()
+    _check_signatures(kernels)
+    _gpu.load_triton()
     for name in OPS:
         for backend, key in _DISPATCH_KEY.items():
             found = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinycomp::{name}", key)

@@ -1,0 +1,168 @@
+// Many inputs times a weight on tensor cores: y = x wᵀ in tiles of kM inputs by kN rows of the weight.
+//
+// Three stages of 64 columns (32 in float32) each: copies run ahead of the products by two. A row of a stage is 128
+// bytes, its 16-byte chunks exchanged by the row number (swizzled) so that neither copies nor ldmatrix meet in a bank.
+#pragma once
+
+#include "decode.cuh"
+
+namespace tinycomp::cuda {
+
+template <int M, int N, int WARPS_M, int WARPS_N>
+struct Tile {
+  static constexpr int kM = M, kN = N, kWarpsM = WARPS_M, kWarpsN = WARPS_N, kThreads = 32 * WARPS_M * WARPS_N;
+  static constexpr int kStages = 3, kRowBytes = 128;
+  static constexpr size_t kSharedBytes = size_t(kStages) * (M + N) * kRowBytes;
+};
+using LargeTile = Tile<128, 128, 2, 4>;
+using SmallTile = Tile<64, 64, 2, 2>;
+
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// The tile's rows of one stage, 128 bytes of columns from `column` on; zeros outside the matrix.
+template <class T, int kRows, int kThreads>
+__device__ __forceinline__ void stage_rows(const Matrix<T>& x, int rows, int columns, int first_row, int column,
+                                           char* shared) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+#pragma unroll
+  for (int i = threadIdx.x; i < kRows * 8; i += kThreads) {
+    const int row = i / 8, chunk = i % 8, at = column + chunk * kPerChunk;
+    const T* from = x.data + static_cast<int64_t>(first_row + row) * x.stride + at;
+    char* to = shared + swizzled(row, chunk);
+    const bool inside = first_row + row < rows;
+    if (x.vector && (at + kPerChunk <= columns || at >= columns || !inside)) {
+      const bool valid = inside && at < columns;
+      ptx::copy_async(to, valid ? from : x.data, valid);
+    } else {
+      alignas(16) T v[kPerChunk];
+#pragma unroll
+      for (int e = 0; e < kPerChunk; ++e) v[e] = inside && at + e < columns ? from[e] : from_float<T>(0.f);
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4*>(v);
+    }
+  }
+}
+
+template <class T, int kRows, int kThreads, class Weight, class Cursor>
+__device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int column, char* shared,
+                                             Cursor* cursors) {
+  if constexpr (Weight::kCopies) {
+    stage_rows<T, kRows, kThreads>(Matrix<T>{w.row_data(0), w.stride, w.vector != 0}, w.rows, w.columns, first_row,
+                                   column, shared);
+  } else {
+    // A thread keeps its rows through all stages, so that cursors only move forward.
+    constexpr int kPerRow = 128 / sizeof(T) / 8, kRounds = kRows * kPerRow / kThreads;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int item = i * kThreads + threadIdx.x, row = item / kPerRow, part = item % kPerRow;
+      const Eight<T> v = w.next(first_row + row, column + 8 * part, cursors[i]);
+      constexpr int kChunks = sizeof(T) / 2;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        *reinterpret_cast<uint4*>(shared + swizzled(row, part * kChunks + c)) = reinterpret_cast<const uint4*>(&v)[c];
+    }
+  }
+}
+
+// Adds the products of one stage; lane (group, t) owns outputs (group + 8h, 2t + e) of every 16 x 8 tile.
+template <class T, class Tile, int kTilesM, int kTilesN>
+__device__ __forceinline__ void multiply_stage(const char* x, const char* w, float (&sums)[kTilesM][kTilesN][4]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int m0 = warp / Tile::kWarpsN * 16 * kTilesM, n0 = warp % Tile::kWarpsN * 8 * kTilesN;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t a[kTilesM][4], b[kTilesN][2];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+        ptx::load_matrices(a[i], x + swizzled(m0 + 16 * i + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int j = 0; j < kTilesN; j += 2) {
+        uint32_t both[4];
+        ptx::load_matrices(both, w + swizzled(n0 + 8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) ptx::mma(T{}, sums[i][j], a[i], b[j]);
+    }
+  } else {
+    const int group = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      float4 b[kTilesN][2];
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          b[j][e] = *reinterpret_cast<const float4*>(w + swizzled(n0 + 8 * j + 2 * t + e, chunk));
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float4 a = *reinterpret_cast<const float4*>(x + swizzled(m0 + 16 * i + group + 8 * h, chunk));
+#pragma unroll
+          for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& sum = sums[i][j][2 * h + e];
+              sum += a.x * b[j][e].x;
+              sum += a.y * b[j][e].y;
+              sum += a.z * b[j][e].z;
+              sum += a.w * b[j][e].w;
+            }
+        }
+    }
+  }
+}
+
+// Calls store(input, row, value) for the tile of block (x, y): inputs along x, rows of the weight along y.
+template <class T, class Tile, class Weight, class Store>
+__device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, int inputs, const Store& store) {
+  TINYCOMP_SHARED_MEMORY(char, shared);
+  constexpr int kTilesM = Tile::kM / Tile::kWarpsM / 16, kTilesN = Tile::kN / Tile::kWarpsN / 8;
+  constexpr int kStages = Tile::kStages, kColumns = Tile::kRowBytes / sizeof(T);
+  constexpr int kStageBytes = (Tile::kM + Tile::kN) * Tile::kRowBytes;
+  constexpr int kRounds = Tile::kN * kColumns / 8 / Tile::kThreads;
+  const int first_input = blockIdx.x * Tile::kM, first_row = blockIdx.y * Tile::kN;
+  const int steps = (w.columns + kColumns - 1) / kColumns;
+  typename Weight::Cursor cursors[kRounds];
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i)
+    cursors[i] = w.start(first_row + (i * Tile::kThreads + static_cast<int>(threadIdx.x)) / (kColumns / 8), 0);
+  auto stage = [&](int step) {
+    char* at = shared + step % kStages * kStageBytes;
+    if (step < steps) {
+      stage_rows<T, Tile::kM, Tile::kThreads>(x, inputs, w.columns, first_input, step * kColumns, at);
+      stage_weight<T, Tile::kN, Tile::kThreads>(w, first_row, step * kColumns, at + Tile::kM * Tile::kRowBytes,
+                                                cursors);
+    }
+    ptx::commit_copies();
+  };
+  float sums[kTilesM][kTilesN][4] = {};
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) stage(s);
+  for (int step = 0; step < steps; ++step) {
+    ptx::wait_copies<kStages - 2>();
+    // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
+    __syncthreads();
+    stage(step + kStages - 1);
+    const char* at = shared + step % kStages * kStageBytes;
+    multiply_stage<T, Tile>(at, at + Tile::kM * Tile::kRowBytes, sums);
+  }
+  ptx::wait_copies<0>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int m0 = first_input + warp / Tile::kWarpsN * 16 * kTilesM + lane / 4;
+  const int n0 = first_row + warp % Tile::kWarpsN * 8 * kTilesN + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int m = m0 + 16 * i + 8 * (e / 2), n = n0 + 8 * j + e % 2;
+        if (m < inputs && n < w.rows) store(m, n, sums[i][j][e]);
+      }
+}
+
+}  // namespace tinycomp::cuda

@@ -1,0 +1,58 @@
+// What the library keeps besides its ops: counters for `run_stages`, and the signatures that Python checks.
+#include <mutex>
+#include <unordered_map>
+
+#include "host.cuh"
+
+namespace tinycomp::cuda {
+
+constexpr int kCounters = 8;
+
+#if defined(TINYCOMP_EMULATION)
+
+unsigned* Device::counters() const {
+  static unsigned zeros[kCounters];
+  for (unsigned count : zeros) STD_TORCH_CHECK(count == 0, "a launch left its counters changed");
+  return zeros;
+}
+
+#else
+
+// Zero from the moment the library is on the device: no launch, no allocation and no wait to prepare them.
+constexpr int kSlots = 1 << 16;
+__device__ unsigned counter_slots[kSlots * kCounters];
+
+// Launches of one stream follow one another and share a slot. A captured launch may be replayed on any stream, so each
+// gets its own.
+unsigned* Device::counters() const {
+  static std::mutex mutex;
+  static std::unordered_map<int, unsigned*> memory;
+  static std::unordered_map<Stream, int> slot_of;
+  static int used = 0;
+  cudaStreamCaptureStatus status;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!memory.count(index)) {
+    void* address = nullptr;
+    STD_CUDA_CHECK(cudaGetSymbolAddress(&address, counter_slots));
+    memory[index] = static_cast<unsigned*>(address);
+  }
+  const auto found = slot_of.find(stream);
+  const bool captured = status != cudaStreamCaptureStatusNone;
+  const int slot = !captured && found != slot_of.end() ? found->second : used++;
+  STD_TORCH_CHECK(slot < kSlots, "tinycomp: more than 65536 captured launches; use fewer or smaller CUDA graphs");
+  if (!captured) slot_of[stream] = slot;
+  return memory[index] + slot * kCounters;
+}
+
+#endif
+
+}  // namespace tinycomp::cuda
+
+// "name signature" lines; read with ctypes.
+extern "C" __attribute__((visibility("default"))) const char* tinycomp_signatures() {
+  static std::string text;
+  text.clear();
+  for (const auto& [name, signature] : tinycomp::signatures()) text += name + " " + signature + "\n";
+  return text.c_str();
+}

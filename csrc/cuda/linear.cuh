@@ -1,0 +1,127 @@
+// The kernels of the linear layers, for every storage of a weight: one product, and two or three in a chain.
+#pragma once
+
+#include "gemm.cuh"
+
+// Where the outputs of a product go; see Output.
+#define TINYCOMP_OUTPUT(o, T)                                                                                    \
+  T *o##_y, int64_t o##_y_stride, T *o##_kept, int64_t o##_kept_stride, const int *o##_order, const T *o##_bias, \
+      const T *o##_base, int64_t o##_base_stride, const void *o##_labels, int o##_label_bytes, const T *o##_scales
+#define TINYCOMP_OUTPUT_NAMES(o)                                                \
+  {o##_y,    o##_y_stride,    o##_kept,   o##_kept_stride, o##_order, o##_bias, \
+   o##_base, o##_base_stride, o##_labels, o##_label_bytes, o##_scales}
+#define TINYCOMP_INPUT(T) const T *x_data, int64_t x_stride, int x_vector
+#define TINYCOMP_INPUT_NAMES {x_data, x_stride, x_vector != 0}
+
+namespace tinycomp::cuda {
+
+// Output i of a product: y[order[i]] = value + scales[i] base[labels[i]] + bias, kept[i] = value. Absent parts are
+// null: without an order or labels, i itself.
+template <class T>
+struct Output {
+  T* y;
+  int64_t y_stride;
+  T* kept;
+  int64_t kept_stride;
+  const int* order;
+  const T* bias;
+  const T* base;
+  int64_t base_stride;
+  const void* labels;
+  int label_bytes;
+  const T* scales;
+
+  __device__ __forceinline__ void operator()(int m, int row, float value) const {
+    if (kept) {
+      const T rounded = from_float<T>(value);
+      kept[m * kept_stride + row] = rounded;
+      value = to_float(rounded);
+    }
+    if (!y) return;
+    if (base) {
+      const float shared = to_float(base[m * base_stride + (labels ? label_at(labels, label_bytes, row) : row)]);
+      value += scales ? shared * to_float(scales[row]) : shared;
+    }
+    const int at = order ? order[row] : row;
+    y[m * y_stride + at] = from_float<T>(bias ? value + to_float(bias[at]) : value);
+  }
+  // What it kept, as the input of the next product.
+  __device__ __forceinline__ Matrix<T> next() const { return {kept, kept_stride, true}; }
+};
+
+template <class T, int kTiles>
+__device__ __forceinline__ int items(int rows) {
+  return (rows + 8 * kTiles - 1) / (8 * kTiles);
+}
+
+template <class T, class W, int kTiles>
+__global__ void __launch_bounds__(kDecodeThreads)
+    product_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(w), TINYCOMP_OUTPUT(o, T), int inputs) {
+  const W weight{TINYCOMP_WEIGHT_NAMES(w)};
+  const Output<T> out TINYCOMP_OUTPUT_NAMES(o);
+  decode_rows<T, kTiles>(weight, Matrix<T> TINYCOMP_INPUT_NAMES, inputs, blockIdx.x * 8 * kTiles, out);
+}
+
+template <class T, class W, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    product_tiles(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(w), TINYCOMP_OUTPUT(o, T), int inputs) {
+  const W weight{TINYCOMP_WEIGHT_NAMES(w)};
+  const Output<T> out TINYCOMP_OUTPUT_NAMES(o);
+  gemm_tile<T, Tile>(weight, Matrix<T> TINYCOMP_INPUT_NAMES, inputs, out);
+}
+
+// a x, then b (a x).
+template <class T, class A, class B, int kTiles>
+__global__ void __launch_bounds__(kDecodeThreads)
+    chain2_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(a), TINYCOMP_OUTPUT(p, T), TINYCOMP_WEIGHT(b),
+                  TINYCOMP_OUTPUT(q, T), unsigned* counters, int inputs) {
+  const A first{TINYCOMP_WEIGHT_NAMES(a)};
+  const B second{TINYCOMP_WEIGHT_NAMES(b)};
+  const Output<T> out_first TINYCOMP_OUTPUT_NAMES(p), out_second TINYCOMP_OUTPUT_NAMES(q);
+  const Matrix<T> x TINYCOMP_INPUT_NAMES;
+  run_stages<2>(counters, {items<T, kTiles>(first.rows), items<T, kTiles>(second.rows)}, [&](int stage, int item) {
+    if (stage == 0)
+      decode_rows<T, kTiles>(first, x, inputs, item * 8 * kTiles, out_first);
+    else
+      decode_rows<T, kTiles>(second, out_first.next(), inputs, item * 8 * kTiles, out_second);
+  });
+}
+
+// c (b (a x)); with kForked, a and b both read x, and c the outputs of b (SWSC's correction).
+template <class T, class A, class B, class C, bool kForked, int kTiles>
+__global__ void __launch_bounds__(kDecodeThreads)
+    chain3_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(a), TINYCOMP_OUTPUT(p, T), TINYCOMP_WEIGHT(b),
+                  TINYCOMP_OUTPUT(q, T), TINYCOMP_WEIGHT(c), TINYCOMP_OUTPUT(o, T), unsigned* counters, int inputs) {
+  const A first{TINYCOMP_WEIGHT_NAMES(a)};
+  const B second{TINYCOMP_WEIGHT_NAMES(b)};
+  const C third{TINYCOMP_WEIGHT_NAMES(c)};
+  const Output<T> out_first TINYCOMP_OUTPUT_NAMES(p), out_second TINYCOMP_OUTPUT_NAMES(q), out TINYCOMP_OUTPUT_NAMES(o);
+  const Matrix<T> x TINYCOMP_INPUT_NAMES;
+  const int on_first = items<T, kTiles>(first.rows), on_second = items<T, kTiles>(second.rows),
+            on_third = items<T, kTiles>(third.rows);
+  const auto run_first = [&](int item) { decode_rows<T, kTiles>(first, x, inputs, item * 8 * kTiles, out_first); };
+  const auto run_third = [&](int item) {
+    decode_rows<T, kTiles>(third, out_second.next(), inputs, item * 8 * kTiles, out);
+  };
+  if constexpr (kForked) {
+    run_stages<2>(counters, {on_first + on_second, on_third}, [&](int stage, int item) {
+      if (stage == 1)
+        run_third(item);
+      else if (item < on_first)
+        run_first(item);
+      else
+        decode_rows<T, kTiles>(second, x, inputs, (item - on_first) * 8 * kTiles, out_second);
+    });
+  } else {
+    run_stages<3>(counters, {on_first, on_second, on_third}, [&](int stage, int item) {
+      if (stage == 0)
+        run_first(item);
+      else if (stage == 1)
+        decode_rows<T, kTiles>(second, out_first.next(), inputs, item * 8 * kTiles, out_second);
+      else
+        run_third(item);
+    });
+  }
+}
+
+}  // namespace tinycomp::cuda

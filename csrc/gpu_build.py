@@ -1,0 +1,146 @@
+"""Compiles csrc/cuda: the library for a GPU (nvcc), and the same sources for the CPU emulation of the tests (g++)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).parent
+# sm_80 code runs on every later GPU through its PTX; the others save that translation.
+ARCHITECTURES = ("80", "90a", "100a")
+# The stable ABI of torch 2.10: one binary serves that release and later ones.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# What a CUDA build of torch provides and a CPU build does not; enough to link where torch has no CUDA.
+_TORCH_CUDA = """
+int aoti_torch_get_current_cuda_stream(int d, void** s) { (void)d; (void)s; return 1; }
+int torch_c10_cuda_check_msg(int e, const char* f, const char* g, unsigned l, _Bool b, char** m) {
+  (void)e; (void)f; (void)g; (void)l; (void)b; (void)m; return 1; }
+void torch_c10_cuda_free_error_msg(char* m) { (void)m; }
+"""
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: $CUDA_HOME, the one that pip installed, or the one on the system; None if there is none."""
+    pip = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
+    for home in (Path(os.environ.get("CUDA_HOME", "/nonexistent")), pip, Path("/usr/local/cuda")):
+        if (home / "bin" / "nvcc").exists():
+            return home
+    return None
+
+
+def why_no_emulation() -> str | None:
+    """None if the emulation can be built here, else the reason."""
+    if os.uname().machine != "x86_64":
+        return f"the CUDA emulation runs on x86-64, this is {os.uname().machine}"
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    return None if cuda_home() else "the CUDA headers are not installed (make gpu-tools)"
+
+
+def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
+    """The .cu files, or those named in `only` and the library's own."""
+    files = sorted((csrc / "cuda").glob("*.cu"))
+    return [f for f in files if not only or f.stem in (*only, "library")]
+
+
+def fingerprint(source: Path, *words: str) -> str:
+    """Hash of a source, of every header and of the words: the name of what is built from them."""
+    digest = hashlib.sha256("\n".join(words).encode())
+    csrc = source.parent.parent
+    headers = sorted(p for f in ("cuda", "emulation") for p in (csrc / f).iterdir() if p.suffix in (".h", ".cuh"))
+    headers.append(csrc / "common" / "register.h")
+    for path in (source, *headers):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(*command: str | Path) -> str:
+    """Output of a command; raises RuntimeError with what it printed if it fails."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _compile_all(build: Path, files: list[Path], base: list[str | Path]) -> list[Path]:
+    """Compile what has changed, on all cores."""
+    build.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.o"
+        if not target.exists():
+            partial = target.with_suffix(".partial.o")
+            run(*base, source, "-o", partial)
+            partial.rename(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, files))
+
+
+def emulated_library(build: Path, csrc: Path, only: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Path:
+    """Build csrc/cuda, or some of its ops, for the emulation; cached by contents. `flags` are g++'s."""
+    import torch
+
+    home, where = cuda_home(), Path(torch.__file__).parent
+    assert home is not None
+    flags = ("-O1", "-std=c++17", "-fPIC", "-w", "-pthread", "-ffp-contract=off", *flags)
+    base: list[str | Path] = ["g++", "-c", *flags, TORCH_TARGET, "-DTINYCOMP_EMULATION", "-DTINYCOMP_TORCH"]
+    base += ["-isystem", home / "include", "-isystem", where / "include", "-x", "c++"]
+    objects = _compile_all(build / "emulation", [csrc / "emulation" / "settings.cpp", *sources(csrc, only)], base)
+    digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    library = build / "emulation" / f"libtinycomp_emulated-{digest}.so"
+    if not library.exists():
+        partial = library.with_suffix(".partial")
+        run("g++", "-shared", *flags, *objects, "-L", where / "lib", "-ltorch_cpu", "-lc10", "-o", partial)
+        partial.rename(library)
+    return library
+
+
+def cuda_library(build: Path, output: Path) -> Path:
+    """Build the library that a CUDA build of torch loads; works where torch has no CUDA."""
+    import torch
+
+    home, where = cuda_home(), Path(torch.__file__).parent
+    assert home is not None
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    gencode.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}")
+    base: list[str | Path] = [home / "bin" / "nvcc", "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    base += [*gencode, TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", where / "include"]
+    objects = _compile_all(build, sources(), base)
+    torch_cuda = where / "lib"
+    if torch.version.cuda is None:
+        torch_cuda = build / "stub"
+        torch_cuda.mkdir(exist_ok=True)
+        (torch_cuda / "stub.c").write_text(_TORCH_CUDA)
+        run("gcc", "-shared", "-fPIC", torch_cuda / "stub.c", "-o", torch_cuda / "libtorch_cuda.so")
+    links = ["-L", where / "lib", "-L", torch_cuda, "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
+    run(home / "bin" / "nvcc", "-shared", "-cudart=static", "-Xlinker=-z,defs", *objects, *links, "-o", output)
+    return output
+
+
+def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
+    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+    import torch
+
+    home = cuda_home()
+    assert home is not None
+    base: list[str | Path] = [home / "bin" / "nvcc", "-cubin", "-O3", "-std=c++17", f"-arch=sm_{architecture}"]
+    base += [TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", Path(torch.__file__).parent / "include"]
+    build = build / f"sm_{architecture}"
+    build.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> tuple[Path, str]:
+        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.cubin"
+        log = target.with_suffix(".log")
+        if not log.exists():
+            log.write_text(run(*base, "-Xptxas=-v", source, "-o", target))
+        return target, log.read_text()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources()))

@@ -1,0 +1,168 @@
+"""The CUDA kernels, executed on the CPU emulation: every sample of every contract, all schedules, seeded faults."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_ops import fresh, run
+from tolerance import assert_close
+
+from tinycomp import ops
+from tinycomp.ops import _registry
+from tinycomp.ops._registry import OPS
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "emulation"), str(ROOT / "bench")]
+import backend  # noqa: E402
+import gpu_build  # noqa: E402
+import gpu_model  # noqa: E402
+
+REASON = gpu_build.why_no_emulation()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = sorted(path.stem for path in gpu_build.sources() if path.stem in OPS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    loaded = backend.load()
+    backend.configure(loaded)
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(name: str, args: tuple, what: str) -> None:
+    with torch.no_grad():
+        with ops.use_backend("cuda-emulated"):
+            got = run(name, fresh(args))
+        with ops.use_backend("torch"):
+            in_dtype, reference = run(name, fresh(args)), run(name, fresh(args, torch.float64))
+    for g, t, r in zip(got, in_dtype, reference, strict=True):
+        if g.is_floating_point():
+            assert_close(g, t, r, what)
+        else:
+            assert torch.equal(g, r), what
+
+
+@pytest.mark.parametrize("processors", [1, 108])
+@pytest.mark.parametrize("name", KERNELS)
+@each_dtype
+def test_samples(library: ctypes.CDLL, name: str, dtype: torch.dtype, processors: int) -> None:
+    backend.configure(library, processors=processors)  # one processor: the configurations of large grids
+    samples = list(OPS[name].samples(dtype))
+    ran = [s for s in samples if _registry.why_not(OPS[name], "cuda-emulated", s.args) is None]
+    for sample in ran:
+        check(name, sample.args, f"{name} {sample.id}")
+    assert len(ran) >= len(samples) / 2
+
+
+def layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, pivoted: bool) -> tuple:
+    g = torch.Generator().manual_seed(m)
+    x, r, t = (torch.randn(s, generator=g).to(dtype) for s in ((m, k), (rank, k), (n - rank * pivoted, rank)))
+    return x, r, t, torch.randperm(n, generator=g).int() if pivoted else None, None
+
+
+@pytest.mark.parametrize("order", backend.ORDERS)
+@pytest.mark.parametrize("lazy_copies", [True, False], ids=["lazy", "eager"])
+def test_schedules(library: ctypes.CDLL, order: str, lazy_copies: bool) -> None:
+    backend.configure(library, order, 7, lazy_copies, processors=1)
+    for m in (7, 33):
+        check("lowrank_linear", layer(m, 264, 136, 40, torch.bfloat16, True), f"{order} {m} rows")
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 33, 129])
+@pytest.mark.parametrize("rank", [1, 7, 255])
+def test_awkward_shapes(library: ctypes.CDLL, m: int, rank: int) -> None:
+    for processors in (1, 108):
+        backend.configure(library, processors=processors)
+        check("lowrank_linear", layer(m, 193, 300, rank, torch.bfloat16, rank == 7), f"{m} rows, rank {rank}")
+
+
+def test_pick_config(library: ctypes.CDLL) -> None:
+    def pick(inputs: int, columns: int, rows: int, processors: int = 108) -> tuple[bool, int, bool, int]:
+        config = (ctypes.c_int64 * 4)()
+        sizes = (ctypes.c_int64(v) for v in (inputs, columns, rows))
+        library.tinycomp_pick_config(*sizes, processors, config)
+        return bool(config[0]), config[1], bool(config[2]), config[3]
+
+    assert pick(1, 4096, 4096) == pick(16, 4096, 4096) == (True, 2, False, 216)
+    assert pick(1, 4096, 512) == (True, 1, False, 64)
+    assert pick(1, 4096, 14336)[:2] == (True, 2)
+    assert pick(17, 4096, 4096)[0] is False
+    assert pick(128, 4096, 4096)[2] is False
+    assert pick(2048, 4096, 4096)[2] is True
+    for inputs in (1, 5, 16):
+        for rows in (1, 100, 5000):
+            decode, tiles, _, blocks = pick(inputs, 64, rows)
+            assert decode
+            assert 1 <= blocks <= min(3 * 108, -(-rows // (8 * tiles)))
+            (modelled,) = gpu_model.launches((gpu_model.Product(inputs, 64, rows),), 108)
+            assert modelled.blocks == -(-rows // (8 * tiles))
+    for inputs in (17, 128, 2048):
+        (modelled,) = gpu_model.launches((gpu_model.Product(inputs, 4096, 4096),), 108)
+        side = 128 if pick(inputs, 4096, 4096)[2] else 64
+        assert modelled.blocks == -(-inputs // side) * (4096 // side)
+
+
+FAULTS = {
+    "none": ("gemm.cuh", "kStages = 3", "kStages = 3"),
+    "waits for too few copies": ("gemm.cuh", "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
+    "no barrier in the loop": ("gemm.cuh", "    __syncthreads();\n    stage(step", "    stage(step"),
+    "no barrier before the sum": ("decode.cuh", "kOutputs);\n  __syncthreads();\n", "kOutputs);\n"),
+    "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
+}
+FAULTY_RUN = """
+import sys, torch
+from pathlib import Path
+import backend
+from test_gpu_cuda import assert_close
+from tinycomp import ops
+torch.use_deterministic_algorithms(True)
+library = backend.load(Path(sys.argv[1]), ("sliced_linear",), ("-O0",))
+g = torch.Generator().manual_seed(0)
+caught = 0
+for order in ("forward", "random", "greedy", "greedy-reverse"):
+    for lazy in (True, False):
+        backend.configure(library, order, 3, lazy)
+        for m in (5, 40):
+            x, w = torch.randn(m, 300, generator=g).bfloat16(), torch.randn(100, 300, generator=g).bfloat16()
+            try:
+                with ops.use_backend("cuda-emulated"):
+                    y = ops.sliced_linear(x, w, None, 300, 100)
+                assert_close(y, x @ w.t(), x.double() @ w.double().t(), "")
+            except (AssertionError, RuntimeError):
+                caught += 1
+print(caught)
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    name, right, wrong = FAULTS[fault]
+    csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    text = (csrc / "cuda" / name).read_text()
+    assert right in text, f"{name} no longer holds {right!r}"
+    (csrc / "cuda" / name).write_text(text.replace(right, wrong))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "csrc" / "emulation")))
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY_RUN, str(csrc)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 16 runs"

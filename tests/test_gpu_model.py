@@ -1,0 +1,50 @@
+"""The modelled bounds: what they must obey whatever the numbers are, and that they are labelled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+import gpu_model  # noqa: E402
+from gpu_model import GPUS, Product  # noqa: E402
+
+
+@pytest.mark.parametrize("name", sorted(GPUS))
+def test_bounds_are_bounds(name: str) -> None:
+    gpu = GPUS[name]
+    for inputs in (1, 16, 17, 512, 4096):
+        product = Product(inputs, 4096, 4096)
+        time, limit, waves = gpu_model.bound_us((product,), gpu)
+        assert time >= gpu_model.LAUNCH_US + product.bytes / gpu.gb_s / 1e3
+        assert time >= gpu_model.LAUNCH_US + product.flops / gpu.tflops / 1e6
+        assert waves > 0
+        assert limit == ("bytes" if inputs <= 17 else limit)
+    assert gpu_model.bound_us((Product(4096, 4096, 4096),), gpu)[1] == "compute"
+
+
+def test_decode_of_a_chain_is_one_launch() -> None:
+    chain = (Product(16, 4096, 1024), Product(16, 1024, 3072))
+    assert [launch.kernel for launch in gpu_model.launches(chain, 108)] == ["chain2_decode"]
+    more = tuple(p._replace(inputs=17) for p in chain)
+    assert [launch.kernel for launch in gpu_model.launches(more, 108)] == ["product_tiles"] * 2
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+def test_pivoted_rank_keeps_the_ratio(ratio: float) -> None:
+    rows, columns = 14336, 4096
+    rank = gpu_model.pivoted_rank(rows, columns, ratio)
+    assert rank * (rows + columns - rank) <= ratio * rows * columns
+    assert (rank + 1) * (rows + columns - rank - 1) > ratio * rows * columns
+
+
+def test_script_labels_what_it_prints() -> None:
+    for words, wanted in ((["--model", "A100"], "modelled, unmeasured"), ([], "nothing was measured")):
+        done = subprocess.run([sys.executable, BENCH / "gpu.py", *words], capture_output=True, text=True, check=True)
+        first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+        assert wanted in first or "samples agree" in first
+        assert not words or wanted in last

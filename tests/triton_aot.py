@@ -1,0 +1,137 @@
+"""Run in its own process: compile every Triton kernel, in every configuration, for a GPU that is not here.
+
+The launchers run on shapes of a real layer with a driver that only names the target, and every launch stops after
+compilation. One JSON line per compiled kernel: registers, spilled bytes, shared memory, matrix instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from tinycomp import ops
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURE = sys.argv[1]
+AMD = ARCHITECTURE.startswith("gfx")
+
+
+class Driver:
+    """Names the target; there is no device behind it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("hip", ARCHITECTURE, 64) if AMD else GPUTarget("cuda", int(ARCHITECTURE), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def measured(kernel: Any) -> dict[str, Any]:
+    """Registers, spilled bytes and matrix instructions of a compiled kernel; a number that is missing is an error."""
+    if AMD:
+        text = kernel.asm["amdgcn"]
+        number = {k: int(re.search(rf"{k}:?\s+(\d+)", text)[1]) for k in (r"\.vgpr_count", r"\.vgpr_spill_count")}
+        registers, spilled = number.values()
+        matrix = text.count("v_mfma")
+    else:
+        ptx = Path(tempfile.mkstemp(suffix=".ptx")[1])
+        ptx.write_text(kernel.asm["ptx"])
+        arch = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
+        tool = BIN / ("ptxas-blackwell" if int(ARCHITECTURE) >= 100 else "ptxas")
+        done = subprocess.run([tool, "-v", f"-arch={arch}", ptx, "-o", "/dev/null"], capture_output=True, text=True)
+        registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()))
+        matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", kernel.asm["ptx"]))
+    return {"registers": registers, "spill_bytes": spilled, "matrix_instructions": matrix}
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Shapes of a layer with 2048 inputs: decode and 64 rows of prefill."""
+    k, n, rank = 2048, 2048, 512
+
+    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    i32, u8, i8 = torch.int32, torch.uint8, torch.int8
+    for m in (1, 64):
+        x, order = t(m, k), t(n, dtype=i32)
+        yield "lowrank_linear", (x, t(rank, k), t(n, rank), None, t(n))
+        yield "lowrank_linear", (x, t(rank, k), t(n - rank, rank), order, None)
+        yield "cur_linear", (x, t(rank, k), t(rank, rank), t(n, rank), None)
+        yield "sliced_linear", (x, t(n, k), None, k // 2, n // 2)
+        for axis in (0, 1):
+            centroids = t(64, k) if axis == 0 else t(n, 64)
+            yield "swsc_linear", (x, centroids, t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, axis)
+        yield "quant_linear", (x, t(n, k, dtype=i8), t(n, 1), None, None, 8, 0)
+        yield "quant_linear", (x, t(n, k // 2, dtype=u8), t(n, k // 128), t(n, k // 128), None, 4, 128)
+        yield (
+            "quant_lowrank_linear",
+            (
+                *(x, t(rank, k // 2, dtype=u8), t(rank, k // 128), t(n, rank // 2, dtype=u8), t(n, rank // 128)),
+                *(None, None, None, None, 4, 128),
+            ),
+        )
+        offsets = t(n + 1, dtype=i32)
+        yield "masked_linear", (x, t(n * k // 2), t(n, k // 8, dtype=u8), offsets, None, None, n, "bitmask", 0)
+        yield "masked_linear", (x, t(n, k // 2), t(n, k // 8, dtype=u8), None, None, None, n, "2:4", 0)
+        blocks = (t(n // 32, k // 256, dtype=u8), t(n // 32 + 1, dtype=i32), None, None, n, "block32", 0)
+        yield "masked_linear", (x, t(n * k // 2048, 32, 32), *blocks)
+    yield "column_norms", (t(n, k),)
+    yield "gram_accumulate_", (t(k, k, dtype=torch.float32), t(256, k))
+    yield "kmeans_assign", (t(n, 256), t(64, 256))
+    yield "kmeans_update", (t(n, 256), t(n, dtype=i32), 64)
+    yield "sample_without_replacement", (t(n), 4, 0)
+    yield "select_pivots", (t(n, 64), 2, "qr")
+    yield "select_pivots", (t(n, 64), 2, "lu")
+    if dtype == torch.float32:
+        yield "split_bregman_step_", (t(n), t(n), t(n), t(n, dtype=i32), t(n), t(n), 1, 0.1)
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    import tinycomp.triton_kernels  # noqa: F401
+
+    ops.OPS  # noqa: B018
+    launch, seen, found = JITFunction.run, set(), []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, args in calls(dtype):
+            getattr(torch.ops.tinycomp_triton, name)(*args)
+            for kernel_name, kernel in found:
+                row = {"op": name, "kernel": kernel_name, "dtype": str(dtype).removeprefix("torch.")}
+                row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
+                print(json.dumps(row | measured(kernel)), flush=True)
+            found.clear()
+
+
+if __name__ == "__main__":
+    main()

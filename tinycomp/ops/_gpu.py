@@ -1,0 +1,92 @@
+"""What the GPU backends need here: the CUDA library, Triton, and what their kernels do not take."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Positions of the scales of rounded weights.
+_SCALES = {"quant_linear": (2, 3), "quant_lowrank_linear": (2, 4, 6, 7), "masked_linear": (4,)}
+
+# Why the Triton launchers are not registered, in brackets; empty where they are.
+no_triton = ""
+
+
+def load_cuda() -> tuple[str, dict[str, str]]:
+    """Load the CUDA library; gives the reason it is not loaded (empty if it is) and its signatures."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA", {}
+    if not LIBRARY.exists():
+        return "the CUDA library is not built (nvcc was not found at install)", {}
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the CUDA library is not loaded ({error})", {}
+    return "", signatures(LIBRARY)
+
+
+def signatures(library: Path) -> dict[str, str]:
+    """Op -> C++ signature of each kernel in a loaded library."""
+    read = ctypes.CDLL(str(library)).tinycomp_signatures
+    read.restype = ctypes.c_char_p
+    return dict(line.split(" ", 1) for line in read().decode().splitlines())
+
+
+def load_triton() -> None:
+    """Register the Triton launchers where they can run, else note why not in `no_triton`."""
+    global no_triton
+    if importlib.util.find_spec("triton") is None:
+        no_triton = " (triton is not installed)"
+    elif torch.version.cuda is None and torch.version.hip is None and not interpreted():
+        no_triton = " (this torch is built without a GPU)"
+    else:
+        importlib.import_module("tinycomp.triton_kernels")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _data(name: str, args: tuple[Any, ...]) -> Tensor:
+    """The argument whose dtype a kernel is compiled for."""
+    return args[1] if name == "gram_accumulate_" else args[0]
+
+
+def _rounds_activations(name: str, args: tuple[Any, ...]) -> str | None:
+    """The reason of both GPU backends against rounded activations; they multiply in the dtype of x."""
+    if name in ("quant_linear", "quant_lowrank_linear") and args[-1] != 0:
+        return f"the GPU kernels of {name} do not round activations, got activation_bits {args[-1]}"
+    return None
+
+
+def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
+    """None if the CUDA kernel of `name` takes these arguments, else the reason."""
+    data = _data(name, args)
+    if data.dtype not in _KERNEL_DTYPES:
+        return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
+    if name == "masked_linear" and args[7] == "index":
+        return "the CUDA kernel of masked_linear has no format 'index'"
+    for scales in (args[i] for i in _SCALES.get(name, ())):
+        if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
+            return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
+    return _rounds_activations(name, args)
+
+
+def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
+    """None if the Triton kernel of `name` takes these arguments, else the reason."""
+    if args[0].device.type != "cuda" and not interpreted():
+        return f"triton runs on a GPU, {name} got a tensor on {args[0].device.type}"
+    data = _data(name, args)
+    if data.dtype not in _KERNEL_DTYPES:
+        return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
+    return _rounds_activations(name, args)

@@ -1,0 +1,19 @@
+"""Triton backend of `cur_linear`: one launch per factor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
+from tinycomp.triton_kernels._product import product
+
+
+@kernel_op("cur_linear")
+def cur_linear(x: Tensor, r: Tensor, u: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    flat = rows_of(x)
+    y = x.new_empty(*x.shape[:-1], c.shape[0])
+    z, linked = x.new_empty(flat.shape[0], r.shape[0]), x.new_empty(flat.shape[0], u.shape[0])
+    product(flat, r, None, kept=z)
+    product(z, u, None, kept=linked)
+    product(linked, c, y.view(flat.shape[0], c.shape[0]), bias=adjacent(bias))
+    return y

@@ -1,0 +1,79 @@
+"""Triton backend of `swsc_linear`: outputs gather their centroid's product; inputs are summed by a one-hot product."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
+from tinycomp.triton_kernels._product import Base, product
+
+# Inputs, clusters and channels per program.
+SEGMENT_BLOCK = (16, 32, 64)
+
+
+@triton.jit
+def segment_sum_kernel(
+    x_ptr,
+    x_stride,
+    labels_ptr,
+    scales_ptr,
+    sums_ptr,
+    inputs,
+    clusters,
+    columns,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """sums[m, c] = sum of x[m, k] scales[k] over labels[k] = c: a product with a one-hot matrix, in a fixed order."""
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    sums = tl.zeros((BM, BC), tl.float32)
+    for start in range(0, columns, BK):
+        k = start + tl.arange(0, BK)
+        x_inside = (m < inputs)[:, None] & (k < columns)[None, :]
+        x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=x_inside, other=0.0)
+        label = tl.load(labels_ptr + k, mask=k < columns, other=0).to(tl.int32)
+        value = tl.full((BK,), 1.0, tl.float32)
+        if scales_ptr is not None:
+            value = tl.load(scales_ptr + k, mask=k < columns, other=0.0).to(tl.float32)
+        one_hot = tl.where(label[:, None] == c[None, :], value[:, None], 0.0).to(x_ptr.dtype.element_ty)
+        sums = tl.dot(x, one_hot, sums, input_precision="ieee")
+    inside = (m < inputs)[:, None] & (c < clusters)[None, :]
+    tl.store(sums_ptr + m[:, None] * clusters + c[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel_op("swsc_linear")
+def swsc_linear(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    axis: int = 0,
+) -> Tensor:
+    flat, clusters = rows_of(x), centroids.shape[axis]
+    inputs = flat.shape[0]
+    y = x.new_empty(*x.shape[:-1], a.shape[0])
+    shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
+    labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
+    product(flat, b, None, kept=z)
+    if axis == 0:
+        product(flat, centroids, None, kept=shared)
+        base = Base(shared, labels, scales)
+    else:
+        bm, bc, bk = SEGMENT_BLOCK
+        if inputs and clusters:
+            torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
+                flat, flat.stride(0), labels, scales, shared, inputs, clusters, x.shape[-1], BM=bm, BC=bc, BK=bk
+            )
+        outputs = x.new_empty(inputs, a.shape[0])
+        product(shared, centroids, None, kept=outputs)
+        base = Base(outputs, torch.arange(a.shape[0], dtype=torch.int32, device=x.device), None)
+    product(z, a, y.view(inputs, a.shape[0]), base=base, bias=bias)
+    return y
