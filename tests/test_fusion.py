@@ -286,7 +286,7 @@ def test_the_result_is_a_plain_model_with_every_config_field_in_step(family, str
 
 
 CONFIGS: dict[str, Any] = {
-    "forest": {"strategy": "fusion"},
+    "forest": {"strategy": "fusion", "regressor": "forest"},
     "ridge-beam": {"strategy": "fusion", "regressor": "ridge", "search": "beam"},
     "paper": {"preset": "paper", "gradient_samples": 2, "random_orders": 1},
     "skip-loss": {"strategy": "skip_loss"},
