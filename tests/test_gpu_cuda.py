@@ -150,6 +150,7 @@ print(caught)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
     name, right, wrong = FAULTS[fault]
