@@ -43,7 +43,7 @@ def interpreted() -> list[dict]:
 def test_interpreted(name: str) -> None:
     rows = [row for row in interpreted() if row["op"] == name]
     ran = [row for row in rows if row["why_not"] is None]
-    assert len(ran) > len(rows) // 2, f"{name}: most samples did not run: {rows[0]}"
+    assert len(ran) >= len(rows) / 2, f"{name}: most samples did not run: {rows[0]}"
     assert [row for row in ran if row["error"]] == []
 
 
