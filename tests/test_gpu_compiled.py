@@ -23,7 +23,11 @@ sys.path.insert(0, str(TESTS.parent / "csrc"))
 import gpu_build  # noqa: E402
 
 BUDGETS = json.loads((TESTS.parent / "csrc" / "cuda" / "budgets.json").read_text())
-pytestmark = pytest.mark.skipif(gpu_build.cuda_home() is None, reason="nvcc is not installed (make gpu-tools)")
+# Slow: nvcc takes minutes for all storages of a weight.
+pytestmark = [
+    pytest.mark.skipif(gpu_build.cuda_home() is None, reason="nvcc is not installed (make gpu-tools)"),
+    pytest.mark.slow,
+]
 # Blocks of one processor by registers and shared memory, of sm_80 (the tightest of the three in shared memory).
 REGISTERS, SHARED = 65536, 164 << 10
 
@@ -55,9 +59,7 @@ def kernels(architecture: str) -> list[Kernel]:
     return found
 
 
-@pytest.mark.parametrize(
-    "architecture", ["80", *(pytest.param(a, marks=pytest.mark.slow) for a in gpu_build.ARCHITECTURES[1:])]
-)
+@pytest.mark.parametrize("architecture", gpu_build.ARCHITECTURES)
 def test_budgets(architecture: str) -> None:
     found = kernels(architecture)
     assert {k.family for k in found} == set(BUDGETS)

@@ -43,7 +43,7 @@ def interpreted() -> list[dict]:
 def test_interpreted(name: str) -> None:
     rows = [row for row in interpreted() if row["op"] == name]
     ran = [row for row in rows if row["why_not"] is None]
-    assert len(ran) > len(rows) // 2, f"{name}: most samples did not run: {rows[0]}"
+    assert len(ran) >= len(rows) / 2, f"{name}: most samples did not run: {rows[0]}"
     assert [row for row in ran if row["error"]] == []
 
 
@@ -57,10 +57,8 @@ def compiled(architecture: str) -> list[dict]:
     return run("triton_aot.py", architecture)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["80", *(pytest.param(a, marks=pytest.mark.slow) for a in ("90", "100", "120", "gfx942"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120", "gfx942"])
 def test_compiled(architecture: str) -> None:
     rows = compiled(architecture)
     assert {row["op"] for row in rows} == set(KERNELS)
