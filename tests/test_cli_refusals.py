@@ -129,6 +129,7 @@ def test_failed_quality_gate_exits_with_4_and_saves_nothing(folder, text, tmp_pa
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
+BLOCKS = 40  # enough that a job is still at work when the first two are seen to be finished
 JOB = ["--method", "svd", "--ratio", 0.6, *SMALL]
 
 
@@ -141,7 +142,7 @@ def start(source: Path, out: Path, text: Path, **more: object) -> subprocess.Pop
 
 def test_killed_compression_resumes_to_the_same_bytes(text, tmp_path):
     """kill -9 once the journal holds a block; --resume ends with the file an undisturbed run writes."""
-    source = write_folder(tmp_path / "model", blocks=6)
+    source = write_folder(tmp_path / "model", blocks=BLOCKS)
     arguments = [*JOB, "--data", text]
     assert run("compress", source, "--output-dir", tmp_path / "whole", *arguments).exit_code == 0
     out, journal = tmp_path / "out", job.journal_dir(tmp_path / "out")
@@ -165,7 +166,7 @@ def test_killed_compression_resumes_to_the_same_bytes(text, tmp_path):
 
 
 def test_interrupt_exits_with_130_and_keeps_the_finished_blocks(text, tmp_path):
-    source = write_folder(tmp_path / "model", blocks=6)
+    source = write_folder(tmp_path / "model", blocks=BLOCKS)
     out, journal = tmp_path / "out", job.journal_dir(tmp_path / "out")
     child = start(source, out, text)
     while child.poll() is None and len(list(journal.glob("*.safetensors"))) < 2:
@@ -285,7 +286,7 @@ def test_output_folder_filled_meanwhile_is_not_replaced(folder, text, tmp_path, 
 @pytest.mark.parametrize(("limit", "where"), [(60_000, "temporary files"), (400_000, "save: cannot write the weights")])
 def test_full_disk_is_refused_with_nothing_half_written(limit, where, text, tmp_path):
     """No file may grow beyond `limit` bytes: first the statistics do not fit, then the weights do not."""
-    source = write_folder(tmp_path / "model", blocks=6)
+    source = write_folder(tmp_path / "model", blocks=BLOCKS)
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     child = start(source, tmp_path / "out", text, preexec_fn=full)
     said = child.communicate()[1]
