@@ -107,8 +107,10 @@ def test_the_two_newest_minor_releases_of_transformers_are_tested():
     ]
     assert pinned[0] == (pinned[1][0], pinned[1][1] - 1)
     assert "| transformers | {}.{}, {}.{} |".format(*pinned[0], *pinned[1]) in (ROOT / "README.md").read_text()
+    done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "make test-previous" in done.stdout
     # -W: as if nothing were installed yet
-    command = ["make", "-n", "-W", "requirements-previous.txt", "test"]
+    command = ["make", "-n", "-W", "requirements-previous.txt", "test-previous"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--target .venv/transformers-previous -r requirements-previous.txt" in done.stdout
     assert re.search(r"PYTHONPATH=\S+/transformers-previous .*pytest .*tests/test_hf.py", done.stdout)
