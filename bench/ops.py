@@ -198,7 +198,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         start_load = load_average()
         try:
             row = bench.row(case)
-        except (TypeError, NotImplementedError) as error:  # an older commit may not have the op's arguments
+        except (TypeError, NotImplementedError) as error:
+            if not options.older:  # only the library of another commit may lack an op or its arguments
+                raise
             row = {"key": case.key, "op": case.op, "fault": f"not run: {error}"}
         yield row | {"load_average": start_load} | about
 
@@ -211,7 +213,7 @@ def at_commit(ref: str, options: argparse.Namespace) -> dict[str, float]:
         try:
             build = [sys.executable, "setup.py", "build_ext", "--inplace"]
             subprocess.run(build, cwd=tree, check=True, capture_output=True)
-            command = [sys.executable, str(HERE / "ops.py"), "--json", "--threads", str(options.threads)]
+            command = [sys.executable, str(HERE / "ops.py"), "--json", "--older", "--threads", str(options.threads)]
             command += [*(["--quick"] if options.quick else []), *(["--cpu-time"] if options.cpu_time else [])]
             command += ["--filter", options.filter] if options.filter else []
             environment = os.environ | {"PYTHONPATH": str(tree)}
@@ -246,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size of each layer, a few minutes")
     parser.add_argument("--peers", type=Path, help="environment of requirements-peers.txt")
+    parser.add_argument("--older", action="store_true", help="leave out rows the library does not know (--base)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
     parser.add_argument("--filter", help="only rows whose key holds this text")

@@ -60,14 +60,16 @@ def test_error_is_one_json_object_with_json(folder, text, tmp_path):
     assert "'qr'" in found["error"]
 
 
-def refused(result, message: str, directory: Path, left: list[str] | None = None) -> None:
+def assert_refused(result, message: str, directory: Path, left: list[str] | None = None) -> None:
     assert result.exit_code == 3, result.output
     assert message in result.stderr
     assert sorted(os.listdir(directory)) == sorted(left or [])
 
 
 def test_model_that_does_not_exist_is_refused(text, tmp_path):
-    refused(compress(tmp_path / "nowhere", tmp_path / "out", text, "--method", "svd"), "does not exist", tmp_path)
+    assert_refused(
+        compress(tmp_path / "nowhere", tmp_path / "out", text, "--method", "svd"), "does not exist", tmp_path
+    )
 
 
 def test_full_output_folder_is_refused_before_any_work(folder, text, tmp_path, monkeypatch):
@@ -75,12 +77,14 @@ def test_full_output_folder_is_refused_before_any_work(folder, text, tmp_path, m
     (tmp_path / "out" / "mine.txt").write_text("keep")
     monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("the model was loaded"))
     result = compress(folder, tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "is not empty", tmp_path, ["out"])
+    assert_refused(result, "is not empty", tmp_path, ["out"])
     assert os.listdir(tmp_path / "out") == ["mine.txt"]
 
 
 def test_unwritable_output_folder_is_refused(folder, text, tmp_path):
-    refused(compress(folder, "/proc/out", text, "--method", "svd", "--ratio", 0.5), "cannot write in /proc", tmp_path)
+    assert_refused(
+        compress(folder, "/proc/out", text, "--method", "svd", "--ratio", 0.5), "cannot write in /proc", tmp_path
+    )
 
 
 def test_nan_weights_are_refused_by_name(text, tmp_path):
@@ -89,28 +93,28 @@ def test_nan_weights_are_refused_by_name(text, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     result = compress(source, tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "model.layers.1.mlp.up_proj.weight: got NaN", tmp_path, ["nan"])
+    assert_refused(result, "model.layers.1.mlp.up_proj.weight: got NaN", tmp_path, ["nan"])
 
 
 def test_empty_and_missing_calibration_text_are_refused(folder, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     result = compress(folder, tmp_path / "out", empty, "--method", "svd", "--ratio", 0.5)
-    refused(result, "empty", tmp_path, ["empty.txt"])
+    assert_refused(result, "empty", tmp_path, ["empty.txt"])
     result = compress(folder, tmp_path / "out", tmp_path / "no.txt", "--method", "svd", "--ratio", 0.5)
-    refused(result, "there is no file", tmp_path, ["empty.txt"])
+    assert_refused(result, "there is no file", tmp_path, ["empty.txt"])
 
 
 def test_rank_larger_than_the_matrix_is_refused(folder, text, tmp_path):
     result = compress(folder, tmp_path / "out", text, "--method", "svd", "--set", "rank=4000")
-    refused(result, "got rank 4000, allowed 1 to 64", tmp_path)
+    assert_refused(result, "got rank 4000, allowed 1 to 64", tmp_path)
 
 
 def test_missing_package_is_refused_with_the_command_that_installs_it(text, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     result = compress(tmp_path / "model.gguf", tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, "pip install 'tinycomp[gguf]'", tmp_path, ["model.gguf"])
+    assert_refused(result, "pip install 'tinycomp[gguf]'", tmp_path, ["model.gguf"])
 
 
 def test_failed_quality_gate_exits_with_4_and_saves_nothing(folder, text, tmp_path):
@@ -224,18 +228,18 @@ def test_damaged_model_folders_are_refused(name, folder, text, tmp_path):
     shutil.copytree(folder, source)
     damage(source)
     result = compress(source, tmp_path / "out", text, "--method", "svd", "--ratio", 0.5)
-    refused(result, message, tmp_path, ["source"])
+    assert_refused(result, message, tmp_path, ["source"])
 
 
 def test_inspect_refuses_a_folder_that_is_cut_short(folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     os.truncate(source / "model.safetensors", 90_000)
-    refused(run("inspect", source), "is cut short", tmp_path, ["source"])
+    assert_refused(run("inspect", source), "is cut short", tmp_path, ["source"])
     os.truncate(source / "model.safetensors", 5)
-    refused(run("inspect", source), "is damaged", tmp_path, ["source"])
+    assert_refused(run("inspect", source), "is damaged", tmp_path, ["source"])
     (source / "config.json").write_text("{")
-    refused(run("inspect", source), "is damaged", tmp_path, ["source"])
+    assert_refused(run("inspect", source), "is damaged", tmp_path, ["source"])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_damaged_calibration_files_are_refused_by_name(name, content, message, f
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     (tmp_path / name).write_bytes(content)
     result = compress(folder, tmp_path / "out", tmp_path / name, "--method", "svd", "--ratio", 0.5)
-    refused(result, message, tmp_path, [name])
+    assert_refused(result, message, tmp_path, [name])
 
 
 def test_second_process_for_one_output_folder_is_refused(folder, text, tmp_path):

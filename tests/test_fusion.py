@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import FAMILIES, output
-from safetensors import safe_open
+from conftest import FAMILIES
 from torch import nn
 
-import tinycomp as tc
 from tinycomp.compression import shadow_of
 from tinycomp.edits import Plan
 from tinycomp.models import spec_of
@@ -28,7 +24,6 @@ from tinycomp.signals import (
     Transition,
     baseline,
     collect_signals,
-    drops,
     estimators,
     quality,
     training_rows,
@@ -258,119 +253,3 @@ def test_entry_times_are_a_signal_that_comes_from_outside():
     model = build("llama")
     search = search_on(model, inputs={"entry_time": [5.0, 1.0, 9.0, 2.0, 3.0]})
     assert search.by_signal("entry_time", 3) == [2, 0, 4]
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "opt", "bert"])
-@pytest.mark.parametrize("strategy", ["block_influence", "every-other"])
-def test_the_result_is_a_plain_model_with_every_config_field_in_step(family, strategy, tmp_path):
-    model = build(family)
-    data = LABELLED if family == "bert" else DATA
-    plan = tc.plan(model, tc.StrategicFusion(drop=2, strategy=strategy), progress=False)
-    report = tc.compress_(model, tc.StrategicFusion(drop=2, strategy=strategy), data, progress=False)
-    assert report.ratio_achieved == pytest.approx(0.6)
-    blocks = spec_of(model).blocks
-    assert len(blocks) == 3 == getattr(model.config, DEPTH.get(family, "num_hidden_layers"))
-    indices = [m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    assert set(indices) <= {0, 1, 2}
-    if getattr(model.config, "layer_types", None):
-        assert len(model.config.layer_types) == 3
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        stored = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 (not a mapping)
-    assert stored == plan["bytes_after"]
-    again = getattr(transformers, FAMILIES[family].auto).from_pretrained(tmp_path)
-    assert torch.equal(output(again, family), output(model, family))
-    if family == "llama":
-        assert model.generate(DATA[0]["input_ids"], max_new_tokens=2).shape == (8, 18)
-
-
-CONFIGS: dict[str, Any] = {
-    "forest": {"strategy": "fusion", "regressor": "forest"},
-    "ridge-beam": {"strategy": "fusion", "regressor": "ridge", "search": "beam"},
-    "paper": {"preset": "paper", "gradient_samples": 2, "random_orders": 1},
-    "skip-loss": {"strategy": "skip_loss"},
-    "exhaustive": {"search": "exhaustive"},
-    "random": {"strategy": "random", "seed": 4},
-}
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_strategies_on_decoder_and_classifier(name, family):
-    model = build(family, 4)
-    data = LABELLED if family == "bert" else DATA
-    fields = {"gradient_samples": 2, **CONFIGS[name]}
-    report = tc.compress_(model, tc.StrategicFusion(ratio=0.5, **fields), data, progress=False)
-    details = report.methods[0]
-    assert len(spec_of(model).blocks) == 2
-    assert len(details["order"]) == len(set(details["order"])) == 2
-    paths = {r["path"] for r in report.records} | {s["path"] for s in report.skipped}
-    assert {p for p, m in build(family, 4).named_modules() if isinstance(m, nn.Linear)} <= paths
-    json.dumps(report.to_dict())
-    if name in ("forest", "ridge-beam", "paper"):
-        assert [c["block"] for c in details["changes"]] == details["order"]
-        total = sum(c["measured"] for c in details["changes"])
-        assert details["score_before"] + total == pytest.approx(details["score_after_each_removal"][-1])
-        assert set(TWELVE) - {"task_relevance"} <= set(details["rank_correlations"])
-
-
-def test_a_stored_regressor_serves_another_model(tmp_path: Path):
-    search = search_on(build("llama"))
-    FusionModel.fit(search.transitions("x", 2, ["energy@update", "flow"]), "forest").save(tmp_path / "fused.json")
-    model = FAMILIES["gpt2"].build(n_layer=6)
-    config = tc.StrategicFusion(drop=2, fusion=str(tmp_path / "fused.json"), gradient_samples=2)
-    report = tc.compress_(model, config, DATA, progress=False)
-    assert len(report.methods[0]["order"]) == 2
-    assert "transitions" not in report.methods[0]
-
-
-def test_dropping_composes_with_other_methods(tmp_path):
-    model = build("llama")
-    configs = [tc.StrategicFusion(drop=2, strategy="top"), tc.SVD(ratio=0.7)]
-    tc.compress_(model, configs, DATA, progress=False)
-    model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(output(again, "llama"), output(model, "llama"))
-    assert len(again.model.layers) == 3
-
-
-def test_recovery_heals_a_shortened_model_towards_the_block_that_is_gone():
-    teacher, student = build("llama"), build("llama")
-    data = [{"input_ids": torch.randint(3, 60, (8, 16))} for _ in range(12)]
-    tc.compress_(student, tc.StrategicFusion(drop=1, strategy="block_influence"), data[:4], progress=False)
-    config = tc.Distill(steps=0, kl=0.0, hidden=1.0, heal_samples=80)
-    report = tc.recover_(student, teacher, data, config, progress=False)
-    assert report.loss_healed < report.loss_before
-    assert any(r["error_left"] < 0.95 for r in report.healed)
-
-
-def test_plan_prices_the_signals_apart():
-    notes = tc.plan(build("llama"), tc.StrategicFusion(drop=2), progress=False)["notes"]
-    assert any("3 passes (one forward, one backward) over 16 samples" in n for n in notes)
-    assert any("skip_loss (4 passes a removal)" in n for n in notes)
-    notes = tc.plan(build("llama").config, tc.StrategicFusion(drop=2, search="exhaustive"), progress=False)["notes"]
-    assert notes == ["exhaustive search: 10 passes over the judging samples"]
-
-
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"'nonsense', allowed: inhibition, .*, fusion, random"):
-        tc.StrategicFusion(drop=1, strategy="nonsense")
-    with pytest.raises(ValueError, match="search='beam' with strategy='random'"):
-        tc.StrategicFusion(drop=1, strategy="random", search="beam")
-    with pytest.raises(ValueError, match="without entry_times"):
-        tc.StrategicFusion(drop=1, strategy="entry_time")
-    with pytest.raises(ValueError, match="neither drop nor ratio"):
-        tc.compress_(build("llama"), tc.StrategicFusion(), DATA, progress=False)
-    with pytest.raises(ValueError, match="5 blocks to remove of 5"):
-        tc.compress_(build("llama"), tc.StrategicFusion(drop=5), DATA, progress=False)
-    with pytest.raises(ValueError, match="data without labels"):
-        tc.compress_(build("bert"), tc.StrategicFusion(drop=1), DATA, progress=False)
-    with pytest.raises(ValueError, match="causal language models and classifiers"):
-        tc.compress_(FAMILIES["distilbert"].build(), tc.StrategicFusion(drop=1), DATA, progress=False)
-    with pytest.raises(ValueError, match="one list of two or more blocks"):
-        tc.compress_(FAMILIES["t5"].build(), tc.StrategicFusion(drop=1), [FAMILIES["t5"].batch()], progress=False)
-    config = build("qwen3").config
-    edits = drops(config, spec_of(build("qwen3")), [1, 3])
-    assert [e.path for e in edits] == ["model.layers.3", "model.layers.1"]
-    assert edits[-1].config["num_hidden_layers"] == 3

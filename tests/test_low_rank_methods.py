@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def build(config: Any, unit: Unit, choice: dict[str, Any]) -> tuple[torch.Tensor
     """(W' as the layer computes it, record), after a JSON round trip of the edit."""
     method = METHODS[type(config).__name__]
     result = method.build(unit, choice, config)
-    (edit,) = Plan.from_json(Plan(result.edits).to_json()).edits
+    (edit,) = Plan.from_dict(json.loads(json.dumps(Plan(result.edits).to_dict()))).edits
     layer = LAYERS[edit.layer](**edit.kwargs)  # type: ignore[attr-defined]
     layer.load_state_dict({k.removeprefix("layer."): v for k, v in result.tensors.items()}, strict=False)
     return layer.dense_weight().detach().float(), result.records[0]

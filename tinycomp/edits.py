@@ -6,7 +6,6 @@ values never live here; they are in the safetensors file under the parameter nam
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -130,13 +129,6 @@ class Plan:
                 "plan: edits and methods must be lists of objects; the checkpoint's config.json is damaged"
             )
         return cls([edit_from_dict(e) for e in edits], list(methods))
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        return cls.from_dict(json.loads(text))
 
     def extended(self, later: Plan) -> Plan:
         """This plan followed by `later`, rewritten so that a skeleton built from the final config replays it.
