@@ -160,10 +160,14 @@ def measure(output: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(gpu_model.GPUS), help="print modelled bounds; no GPU is needed")
+    parser.add_argument("--compare", nargs="+", type=Path, help="print JSON lines of this script as a table")
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
     options = parser.parse_args()
     if options.model:
         print(gpu_model.table(options.model))
+    elif options.compare:
+        lines = [line for path in options.compare for line in path.read_text().splitlines()]
+        print(gpu_model.comparison([json.loads(line) for line in lines]))
     elif torch.cuda.is_available():
         measure(options.output)
     else:

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "ops": set(),
     "layers": {"ops"},
     "triton_kernels": {"ops"},
+    "kernels_dump": {"ops", "triton_kernels"},
     "edits": set(),
     "errors": set(),
     "linalg": {"ops"},

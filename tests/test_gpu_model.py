@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,26 @@ def test_script_labels_what_it_prints() -> None:
         first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
         assert wanted in first or "samples agree" in first
         assert not words or wanted in last
+
+
+def test_command_line_prints_the_bounds_and_measurements_beside_them(tmp_path: Path) -> None:
+    def bench(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "tinycomp.cli", "bench", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    lines = bench("--model-gpu", "H100")
+    assert "modelled, unmeasured" in lines[0]
+    assert "modelled, unmeasured" in lines[-1]
+    for word in ("MB", "GFLOP", "regs", "shared KB", "occupancy", "waves", "limit", "bound us", "dense us", "int4 us"):
+        assert word in lines[1], word
+    assert sum(line.startswith(("q, o", "k, v", "gate, up", "down")) for line in lines) == 16
+    row = {"name": "NVIDIA X", "layer": "q, o", "rows": 1, "case": "dense F.linear", "us": 20.0, "us_p20": 19.0}
+    row |= {"us_p80": 22.0, "modelled_bound_us": 13.0}
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text(json.dumps(row) + "\n")
+    files[1].write_text(json.dumps(row | {"case": "lowrank_linear cuda", "us": 10.0, "modelled_bound_us": None}) + "\n")
+    head, dense, ours, note = bench("--compare", *map(str, files))
+    assert head.index("measured us") < head.index("modelled bound us")
+    assert dense.split()[-6:] == ["F.linear", "20.0", "19.0..22.0", "13.0", "65%", "1.00"]
+    assert ours.split()[-5:] == ["10.0", "19.0..22.0", "-", "-", "2.00"]
+    assert "modelled" in note

@@ -1,4 +1,4 @@
-"""Write every GPU kernel's PTX and launches to a folder, so that anyone can execute them: `docs/gpu.md` has the schema."""
+"""Write every GPU kernel's PTX and launches to a folder for anyone to execute: docs/gpu.md has the schema."""
 
 from __future__ import annotations
 
