@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tinycomp import ops
+
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
+import gpu  # noqa: E402
 import gpu_model  # noqa: E402
 from gpu_model import GPUS, Product  # noqa: E402
 
@@ -72,3 +75,18 @@ def test_command_line_prints_the_bounds_and_measurements_beside_them(tmp_path: P
     assert dense.split()[-6:] == ["F.linear", "20.0", "19.0..22.0", "13.0", "65%", "1.00"]
     assert ours.split()[-5:] == ["10.0", "19.0..22.0", "-", "-", "2.00"]
     assert "modelled" in note
+
+
+def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """The cases of the measurement, built and called on the CPU: every op, and dense and compiled beside it."""
+    layers = {}
+    for name, products, call in gpu.layer_cases(17, 256, 128, "cpu"):
+        assert sum(p.bytes for p in products) > 0
+        layers[name] = call
+    assert all(call().shape == (17, 256) for name, call in layers.items() if "compile" not in name)
+    assert {"dense F.linear", "low rank torch.compile", "low rank 50 % cpu", "int4 torch", "2:4 torch"} <= set(layers)
+    methods = {name: call for name, size, call in gpu.method_cases(256, 128, "cpu") if size > 0}
+    assert all(call() is not None or "_ " in name for name, call in methods.items())
+    assert {n.split()[0] for n in methods} == {n for n in ops.OPS if not n.endswith("linear")}
+    # 2:4 of torch needs a GPU: it is named with its reason, not left out
+    assert "2:4 torch.sparse         not measured: RuntimeError" in capsys.readouterr().out

@@ -57,8 +57,9 @@ def compiled(architecture: str) -> list[dict]:
     return run("triton_aot.py", architecture)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90", "100", "120", "gfx942"])
+@pytest.mark.parametrize(
+    "architecture", ["80", "90", "100", *(pytest.param(a, marks=pytest.mark.slow) for a in ("120", "gfx942"))]
+)
 def test_compiled(architecture: str) -> None:
     rows = compiled(architecture)
     assert {row["op"] for row in rows} == set(KERNELS)

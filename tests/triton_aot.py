@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+# Triton compiles again what has changed, and nothing else.
+os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "triton")
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from tinycomp import ops
 
+CACHE = Path(os.environ["TRITON_CACHE_DIR"])
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURE = sys.argv[1]
 AMD = ARCHITECTURE.startswith("gfx")
@@ -47,6 +48,16 @@ class Driver:
 
 
 def measured(kernel: Any) -> dict[str, Any]:
+    """`measure` of a kernel, once for each that is compiled."""
+    file = CACHE / f"{kernel.hash}.json"
+    if not file.exists():
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(measure(kernel)))
+        partial.rename(file)
+    return json.loads(file.read_text())
+
+
+def measure(kernel: Any) -> dict[str, Any]:
     """Registers, spilled bytes and matrix instructions of a compiled kernel; a number that is missing is an error."""
     if AMD:
         text = kernel.asm["amdgcn"]
@@ -54,7 +65,7 @@ def measured(kernel: Any) -> dict[str, Any]:
         registers, spilled = number.values()
         matrix = text.count("v_mfma")
     else:
-        ptx = Path(tempfile.mkstemp(suffix=".ptx")[1])
+        ptx = CACHE / f"{kernel.hash}.ptx"
         ptx.write_text(kernel.asm["ptx"])
         arch = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
         tool = BIN / ("ptxas-blackwell" if int(ARCHITECTURE) >= 100 else "ptxas")
