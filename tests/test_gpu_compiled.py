@@ -106,3 +106,12 @@ def test_instructions() -> None:
                 assert not missing, (symbol, missing)
                 seen[name] += 1
     assert {name for name, budget in BUDGETS.items() if budget["instructions"]} <= set(seen)
+
+
+@pytest.mark.slow
+def test_the_library_links_where_torch_has_no_cuda(tmp_path: Path) -> None:
+    output = tmp_path / "_C_cuda.so"
+    gpu_build.cuda_library(TESTS.parent / "build" / "cuda", output)
+    symbols = subprocess.run(["nm", "-D", output], capture_output=True, text=True, check=True).stdout
+    assert " T tinycomp_signatures" in symbols
+    assert " U aoti_torch_get_current_cuda_stream" in symbols

@@ -138,6 +138,19 @@ def test_cuda_launches_run_from_their_files(name: str, cuda_dump: tuple[Path, li
 
 
 @needs_nvcc
+def test_dumped_ptx_assembles(cuda_dump: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, cases = cuda_dump
+    modules = {(folder / f"{case}.ptx").read_text(): case for case in cases}
+    assert len(modules) > len(ops.OPS)
+    for text, case in modules.items():
+        assert text.count(".entry") == 1, case
+    for name in ops.OPS:
+        case = next(case for case in modules.values() if case.startswith(f"{name}-"))
+        tool = gpu_build.cuda_home() / "bin" / "ptxas"
+        gpu_build.run(tool, "-arch=sm_80", folder / f"{case}.ptx", "-o", tmp_path / "cubin")
+
+
+@needs_nvcc
 def test_a_wrong_description_is_noticed(cuda_dump: tuple[Path, list[str]]) -> None:
     folder, _ = cuda_dump
     library = _record._from_checkout("backend").load()

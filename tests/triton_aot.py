@@ -114,8 +114,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "sample_without_replacement", (t(n), 4, 0)
     yield "select_pivots", (t(n, 64), 2, "qr")
     yield "select_pivots", (t(n, 64), 2, "lu")
-    if dtype == torch.float32:
-        yield "split_bregman_step_", (t(n), t(n), t(n), t(n, dtype=i32), t(n), t(n), 1, 0.1)
+    state = [torch.empty(n) for _ in range(5)]
+    yield "split_bregman_step_", (*state[:3], t(n, dtype=i32), *state[3:], 1, 0.1)
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (getattr(torch, word) for word in sys.argv[2:]):
         for name, args in calls(dtype):
             getattr(torch.ops.tinycomp_triton, name)(*args)
             for kernel_name, kernel in found:
