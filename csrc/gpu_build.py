@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -48,13 +49,22 @@ def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
     return [f for f in files if not only or f.stem in (*only, "library")]
 
 
+def included(source: Path) -> set[Path]:
+    """A source and the files of the repository that it includes."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(), re.M)
+            waiting += [(path.parent / name).resolve() for name in names]
+    return found
+
+
 def fingerprint(source: Path, *words: str) -> str:
-    """Hash of a source, of every header and of the words: the name of what is built from them."""
+    """Hash of a source, of what it includes and of the words: the name of what is built from them."""
     digest = hashlib.sha256("\n".join(words).encode())
-    csrc = source.parent.parent
-    headers = sorted(p for f in ("cuda", "emulation") for p in (csrc / f).iterdir() if p.suffix in (".h", ".cuh"))
-    headers.append(csrc / "common" / "register.h")
-    for path in (source, *headers):
+    for path in sorted(included(source.resolve())):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   });
 }
 
-// c (b (a x)); with kForked, a and b both read x, and c the outputs of b (SWSC's correction).
+// c (b (a x)); with kForked, a and b both read x, and c the outputs of b (SWSC's correction). In float32, three stages
+// take more registers than two blocks have.
 template <class T, class A, class B, class C, bool kForked, int kTiles>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 1 : 2)
     chain3_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(a), TINYCOMP_OUTPUT(p, T), TINYCOMP_WEIGHT(b),
                   TINYCOMP_OUTPUT(q, T), TINYCOMP_WEIGHT(c), TINYCOMP_OUTPUT(o, T), unsigned* counters, int inputs) {
   const A first{TINYCOMP_WEIGHT_NAMES(a)};
