@@ -54,7 +54,8 @@ def dump(
     """
     shapes = _cases.DEFAULTS if shapes is None else shapes
     names = list(names) or list(shapes)
-    for given, known, what in ((names, ops.OPS, "op"), (shapes, ops.OPS, "op"), (backends, BACKENDS, "backend")):
+    allowed = (("op", shapes, ops.OPS), ("op", names, shapes), ("backend", backends, BACKENDS))
+    for what, given, known in allowed:
         for word in given:
             if word not in known:
                 raise ValueError(f"kernels_dump: {what} {word!r} is not known, allowed {', '.join(sorted(known))}")
@@ -69,7 +70,7 @@ def dump(
             for dtype in dtypes:
                 if dtype != torch.float32 and name == "split_bregman_step_":
                     continue  # its state is float32
-                for i, shape in enumerate(shapes.get(name, [])):
+                for i, shape in enumerate(shapes[name]):
                     case = f"{name}-{backend}-{_dtype_name(dtype)}-{i}"
                     _write(folder, case, name, backend, dtype, shape, recorder, seed)
                     written.append(case)
