@@ -121,7 +121,7 @@ def cuda_dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name", sorted(ops.OPS))
+@pytest.mark.parametrize("name", sorted(_cases.DEFAULTS))
 def test_cuda_launches_run_from_their_files(name: str, cuda_dump: tuple[Path, list[str]]) -> None:
     folder, cases = cuda_dump
     library = _record._from_checkout("backend").load()
@@ -151,10 +151,10 @@ def test_cuda_launches_run_from_their_files(name: str, cuda_dump: tuple[Path, li
 def test_dumped_ptx_assembles(cuda_dump: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, cases = cuda_dump
     modules = {(folder / f"{case}.ptx").read_text(): case for case in cases}
-    assert len(modules) > len(ops.OPS)
+    assert len(modules) > len(_cases.DEFAULTS)
     for text, case in modules.items():
         assert text.count(".entry") == 1, case
-    for name in ops.OPS:
+    for name in _cases.DEFAULTS:
         case = next(case for case in modules.values() if case.startswith(f"{name}-"))
         tool = gpu_build.cuda_home() / "bin" / "ptxas"
         gpu_build.run(tool, "-arch=sm_80", folder / f"{case}.ptx", "-o", tmp_path / "cubin")
@@ -193,9 +193,17 @@ print(*dump(folder, ["split_bregman_step_"], ["triton"], shapes, [torch.float32]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     cases = done.stdout.split()
-    assert {case.split("-")[0] for case in cases} == set(ops.OPS)
+    assert {case.split("-")[0] for case in cases} == set(_cases.DEFAULTS)
     for case in cases:
         check_case(tmp_path, case)
+
+
+def test_every_kernel_is_dumped() -> None:
+    kernels = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} & set(ops.OPS)
+    assert set(_cases.DEFAULTS) == kernels
+    for name, shapes in _cases.DEFAULTS.items():
+        for shape in shapes:
+            _cases.make(name, torch.float32, 0, shape)
 
 
 def module(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

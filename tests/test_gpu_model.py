@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tinycomp import ops
+from tinycomp.kernels_dump import _cases
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -87,6 +87,6 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"dense F.linear", "low rank torch.compile", "low rank 50 % cpu", "int4 torch", "2:4 torch"} <= set(layers)
     methods = {name: call for name, size, call in gpu.method_cases(256, 128, "cpu") if size > 0}
     assert all(call() is not None or "_ " in name for name, call in methods.items())
-    assert {n.split()[0] for n in methods} == {n for n in ops.OPS if not n.endswith("linear")}
+    assert {n.split()[0] for n in methods} == {n for n in _cases.DEFAULTS if not n.endswith("linear")}
     # 2:4 of torch needs a GPU: it is named with its reason, not left out
     assert "2:4 torch.sparse         not measured: RuntimeError" in capsys.readouterr().out

@@ -21,6 +21,8 @@ CSRC = Path(__file__).parent.parent.parent / "csrc"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Letters of csrc/emulation/settings.cpp -> kind, format of the bits.
 _KINDS = {"p": ("ptr", "<Q"), "l": ("i64", "<q"), "i": ("i32", "<i"), "f": ("f32", "<f")}
+# Kinds of Triton's signatures -> ours.
+_TRITON_KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32"}
 
 
 class Launch(NamedTuple):
@@ -184,11 +186,10 @@ def _triton_launch(compiled: Any, values: dict[str, Any], grid: Any) -> Launch:
         )
     args: list[tuple[str, int | float]] = []
     for name, kind in compiled.src.signature.items():
-        value = values.get(name)
         if kind.startswith("*"):
-            args.append(("ptr", value.data_ptr()))
+            args.append(("ptr", values[name].data_ptr()))
         elif kind != "constexpr":
-            args.append(({"fp32": "f32"}.get(kind, kind), value))
+            args.append((_TRITON_KINDS[kind], values[name]))
     args += [("ptr", 0), ("ptr", 0)]
     sizes = tuple(grid(values) if callable(grid) else grid)
     grid3, block = sizes + (1,) * (3 - len(sizes)), (32 * metadata.num_warps, 1, 1)
