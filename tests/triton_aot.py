@@ -123,13 +123,11 @@ def main() -> None:
     import tinycomp.triton_kernels  # noqa: F401
 
     ops.OPS  # noqa: B018
-    launch, seen, found = JITFunction.run, set(), []
+    launch, found = JITFunction.run, {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            found.append((self.__name__, kernel))
+        found[kernel.hash] = (self.__name__, kernel)
         return kernel
 
     JITFunction.run = compile_only
@@ -137,7 +135,7 @@ def main() -> None:
     for dtype in (getattr(torch, word) for word in sys.argv[2:]):
         for name, args in calls(dtype):
             getattr(torch.ops.tinycomp_triton, name)(*args)
-            for kernel_name, kernel in found:
+            for kernel_name, kernel in found.values():
                 row = {"op": name, "kernel": kernel_name, "dtype": str(dtype).removeprefix("torch.")}
                 row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
                 print(json.dumps(row | measured(kernel)), flush=True)
