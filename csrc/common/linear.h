@@ -114,10 +114,12 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
   const Tensor flat = torch::stable::contiguous(t);
   std::vector<int32_t> values(size);
   auto copy = [&](auto* from) {
+    bool inside = true;
     for (int64_t i = 0; i < size; ++i) {
-      STD_TORCH_CHECK(from[i] >= 0 && from[i] < limit, name, ": an index is out of range");
+      inside &= from[i] >= 0 && from[i] < limit;
       values[i] = static_cast<int32_t>(from[i]);
     }
+    STD_TORCH_CHECK(inside, name, ": an index is out of range");
   };
   switch (t.scalar_type()) {
     case ScalarType::Byte:
@@ -139,11 +141,10 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
 inline std::vector<int32_t> permutation(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": dtype does not fit");
   std::vector<int32_t> values = indices(t, size, size, name);
-  std::vector<char> seen(size, 0);
-  for (const int32_t value : values) {
-    STD_TORCH_CHECK(!seen[value], name, ": an index is repeated");
-    seen[value] = 1;
-  }
+  thread_local std::vector<char> seen;
+  seen.assign(size, 0);
+  for (const int32_t value : values) seen[value] = 1;
+  STD_TORCH_CHECK(std::count(seen.begin(), seen.end(), char{1}) == size, name, ": an index is repeated");
   return values;
 }
 
