@@ -225,10 +225,12 @@ class Inputs {
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
 constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 
-// Weight rows as a stage: a chunk streams at least 32 KiB, and begins where a cache line of results does.
+// Weight rows as a stage: a chunk streams 32 to 128 KiB, so that a thread's next one is not far in memory and the last
+// one not much waited for, and begins where a cache line of results does.
 inline Stage row_stage(const Weight& w) {
-  const int64_t rows = 32768 / std::max<int64_t>(w.stride, 1) / 16 * 16;
-  return {w.rows, std::clamp<int64_t>(rows, 16, kBatch)};
+  const int64_t share = w.rows * w.stride / (2 * torch::stable::get_num_threads());
+  const int64_t rows = std::clamp<int64_t>(share, 32768, 131072) / std::max<int64_t>(w.stride, 1) / 16 * 16;
+  return {w.rows, std::max<int64_t>(rows, 16)};
 }
 
 inline double weight_estimate(const Weight& w, int64_t m) {
