@@ -50,8 +50,10 @@ def test_speed_counts_steps_and_restores_the_mode(build, monkeypatch):
     found = speed_of({"model": model, "other": other}, 16, 3, repeats=2, on_progress=lambda *p: done.append(p))
     runs = [name for index, name in enumerate(calls) if index == 0 or calls[index - 1] != name]
     if build is not counted_bert:
-        steps = 3 if build is counted_t5 else 4  # the encoder-decoder's prefill calls its encoder only
-        assert calls[: 2 * steps] == ["model"] * steps + ["other"] * steps
+        prefill = 0 if build is counted_t5 else 1  # the encoder-decoder's prefill calls its encoder only
+        warm, timed = prefill + 1, prefill + 3
+        assert calls[: 2 * warm] == ["model"] * warm + ["other"] * warm
+        assert calls[2 * warm : 2 * (warm + timed)] == ["model"] * timed + ["other"] * timed
         assert runs[:4] == ["model", "other", "model", "other"]
         assert found["model"].decode.p20 <= found["model"].decode.median <= found["model"].decode.p80
         assert found["model"].decode_tokens == 3
