@@ -76,7 +76,7 @@ def test_decoding_is_greedy_generation(monkeypatch):
     seen = []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     speed_of({"model": model}, prefill_tokens=8, decode_tokens=4, repeats=1)
-    prompt, steps = seen[0], torch.cat(seen[1:5], 1)
+    prompt, steps = seen[2], torch.cat(seen[3:7], 1)  # behind the warm-up: its prompt and one step
     wanted = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(steps, wanted[:, 8:])
 
