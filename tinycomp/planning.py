@@ -14,6 +14,7 @@ from tinycomp.errors import UsageError
 from tinycomp.methods import Method, MethodConfig, StrategicFusion, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
 from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
+from tinycomp.methods._rounding import rounded_bits
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.rounding import Rounding
 from tinycomp.methods.svd import SVD
@@ -109,9 +110,7 @@ def _sizes(
     dtype = {16: torch.float16, 32: torch.float32, 64: torch.float64}[bits]
     if isinstance(config, Rounding):
         width = int(config.bits or 8)
-        group = config.group(width)
-        scales = m * (-(-n // group) if group else 1) * bits * (1 if width == 8 else 2)
-        return dense, m * (-(-n * width // 8)) * 8 + scales, {"bits": width}
+        return dense, rounded_bits(m, n, width, config.group(width), bits), {"bits": width}
     if isinstance(config, SWSC) and (config.fixed or config.ratio):
         pairs = max(candidates(m, n, bits, config), key=lambda p: _within(m, n, p, config))
         k, r = max(pairs, key=lambda p: swsc.stored_numbers(m, n, *p, **config.layout))
@@ -123,7 +122,7 @@ def _sizes(
         if isinstance(config, CUR) and config.trainable:
             size = stored_numbers(m, n, rank)
             return size, size * bits, {"rank": rank}
-        return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted), {"rank": rank}
+        return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted, config.bits), {"rank": rank}
     if config.ratio is None:
         raise UsageError(f"ratio: got none, allowed a number in (0, 1] for {method.name}; give ratio=")
     if kind == "ffn":

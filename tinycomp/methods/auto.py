@@ -6,6 +6,7 @@ combination. Nothing here is a method of its own: what `Auto` builds is exactly 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -37,7 +38,8 @@ class Auto(MethodConfig):
         guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine,
             unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
-        bits: widths that rounding may use.
+        bits: widths that rounding, and the factors of SVD and CUR beside the model's own, may use where bytes or time are
+            the budget.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -64,7 +66,16 @@ def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
         "rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None},
         "wanda": {"structured": False, "value_bits": 8},
     }
-    return tuple((_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names)
+    found = [(_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names]
+    if config.budget != "parameters":
+        for name in ("svd", "cur"):
+            if name in names:
+                method = _METHODS[name]
+                found += [
+                    (replace(method, name=f"{method.name} int{bits}"), method.config(**shared, bits=bits))
+                    for bits in config.bits
+                ]
+    return tuple(found)
 
 
 def needs(config: Auto) -> frozenset[str]:
