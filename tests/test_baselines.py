@@ -18,6 +18,7 @@ from tinycomp.edits import Plan, Slice
 from tinycomp.methods import magnitude, random, rounding, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
+from tinycomp.methods._rounding import rounded
 from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
@@ -84,7 +85,7 @@ def test_rounding_stores_what_it_says_and_applies(bits, group_size, dtype):
 
 def test_eight_bits_round_each_row_to_the_nearest_level():
     w = normal(5, 9)
-    q, scales, zeros = rounding.rounded(w, 8, 0)
+    q, scales, zeros = rounded(w, 8, 0)
     assert zeros is None
     levels = torch.arange(-127, 128) * scales[:, :, None]
     nearest = (w[:, :, None] - levels).abs().amin(2)
@@ -93,7 +94,7 @@ def test_eight_bits_round_each_row_to_the_nearest_level():
 
 def test_four_bits_are_exact_on_a_grid_of_sixteen_levels():
     w = (torch.arange(64).reshape(4, 16) % 16 - 6) * 0.25
-    packed = rounding.rounded(w, 4, 16, torch.ones(16))
+    packed = rounded(w, 4, 16, torch.ones(16))
     torch.testing.assert_close(ops.dequantize(*packed, 16, 4, 16), w)
 
 
@@ -111,8 +112,8 @@ def test_the_clip_search_never_costs_more_than_plain_rounding(m, n, bits, group_
     def cost(packed: ops.Quantized) -> float:
         return float((importance * (w - ops.dequantize(*packed, n, bits, group_size)).square()).sum())
 
-    plain = cost(rounding.rounded(w, bits, group_size))
-    assert cost(rounding.rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
+    plain = cost(rounded(w, bits, group_size))
+    assert cost(rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
 
 
 def test_the_clip_search_pays_at_four_bits():

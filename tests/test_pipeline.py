@@ -32,6 +32,8 @@ ONE_OF_EACH: dict[str, Any] = {
     "cur-paper": tc.CUR(preset="paper"),
     "cur-paper-ratio": tc.CUR(preset="paper", ratio=0.8),
     "swsc": tc.SWSC(ratio=0.7),
+    "swsc-int8": tc.SWSC(ratio=0.7, factor_bits=8, scaled=True),
+    "swsc-int8-inputs": tc.SWSC(clusters=6, rank=3, factor_bits=8, axis="input", activation_bits=8),
     "swsc-paper": tc.SWSC(preset="paper"),
     "width": tc.WidthPrune(ratio=0.6),
     "wanda": tc.Wanda(ratio=0.6),

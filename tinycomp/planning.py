@@ -115,7 +115,7 @@ def _sizes(
         pairs = max(candidates(m, n, bits, config), key=lambda p: _within(m, n, p, config))
         k, r = max(pairs, key=lambda p: swsc.stored_numbers(m, n, *p, **config.layout))
         size = swsc.stored_numbers(m, n, k, r, **config.layout)
-        return size, swsc.stored_bits(m, n, k, r, number_bits=bits, **config.layout), {"clusters": k, "rank": r}
+        return size, swsc.stored_bits(m, n, k, r, number_bits=bits, **config.stored), {"clusters": k, "rank": r}
     if isinstance(config, SVD | CUR) and (config.rank or config.ratio):
         pivoted = config.pivoted if isinstance(config, SVD) else config.form == "rows"
         rank = config.rank or rank_for(m, n, config.ratio or 1.0, pivoted)

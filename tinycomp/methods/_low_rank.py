@@ -14,8 +14,17 @@ from torch import Tensor
 from tinycomp import linalg, ops
 from tinycomp.edits import Replace
 from tinycomp.linalg import pivoted_rank
-from tinycomp.methods._base import Linear, MethodConfig, Option, Result, record
-from tinycomp.methods._rounding import default_group, rounded, rounded_bits
+from tinycomp.methods._base import Linear, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._options import dense_option
+from tinycomp.methods._rounding import (
+    default_group,
+    feedback,
+    round_weight,
+    rounded,
+    rounded_bits,
+    rounded_result,
+    spread_errors,
+)
 
 GRID = 64  # candidate ranks per matrix: fine enough that rounding to it costs under 1 % of the budget
 ROUNDING_POINTS = 5  # sizes whose rounding is measured; between them its loss is interpolated
@@ -27,9 +36,9 @@ class LowRankConfig(MethodConfig):
 
     Args:
         rank: one rank for every target, instead of `ratio`.
-        bits: of a stored factor's numbers: 16 keeps the model's dtype; 8 rounds by row, 4 by group of 64 inputs, scales
-            in the model's dtype, the second factor refit to the rounded first. `ratio` counts numbers, whatever their
-            bits; the loss of rounding is part of every predicted loss.
+        bits: of a stored factor's numbers: 16 keeps the model's dtype; 8 rounds by row, 4 by group of 64 inputs, the
+            second factor refit to the rounded first, and matrices that keep their full rank are rounded as well.
+            `ratio` counts numbers, whatever their bits; the loss of rounding is part of every predicted loss.
         activation_bits: 8 also rounds the layer's inputs as it runs, faster for many rows; not in the predicted loss.
     """
 
@@ -45,7 +54,7 @@ class LowRankConfig(MethodConfig):
 
 
 class Factors(NamedTuple):
-    """Plain: W' = t rows, rows (r, n), t (m, r). Pivoted: W'[order] = [rows; t rows], t (m - r, r), order (m,) int32."""
+    """Plain: W' = t rows, rows (r, n), t (m, r). Pivoted: W'[order] = [rows; t rows], t (m - r, r), int32 order."""
 
     rows: Tensor
     t: Tensor
@@ -113,6 +122,15 @@ def with_rounding(options: list[Option], lost: Callable[[Option], float]) -> lis
     return [replace(o, loss=o.loss + float(loss)) for o, loss in zip(options, losses, strict=True)]
 
 
+def full_option(unit: Unit, bits: int) -> Option:
+    """The matrix at full rank: as it is, or rounded."""
+    if bits == 16:
+        return dense_option(unit)
+    (linear,) = unit.linears
+    _, error, stored = round_weight(linear, bits, default_group(bits), bits == 4)
+    return Option(unit.size, stored, linear.predicted_loss(error), {"full": True})
+
+
 def rounding_loss(linear: Linear, factors: Factors, bits: int) -> float:
     """Predicted loss of rounding these factors, in nats per token."""
     return linear.predicted_loss(factors.dense() - round_factors(linear, factors, bits)[0].dense())
@@ -123,19 +141,35 @@ def round_factors(linear: Linear, factors: Factors, bits: int) -> tuple[Factors,
 
     t is refit to the rounded rows: the least squares map from what they compute to what t of the exact rows computed.
     """
-    group, kept = default_group(bits), linear.gram if bits == 4 else None
-    first = rounded(factors.rows.to(linear.dtype), bits, group, None if kept is None else kept.diagonal())
-    rows = ops.dequantize(*first, linear.in_features, bits, group)
-    seen = rows if linear.gram is None else rows @ linear.gram.float()
-    moment = seen @ rows.T
-    t = factors.t
+    gram = torch.eye(linear.in_features) if linear.gram is None else linear.gram.float()
+    upper = linear.remember("rounding feedback", lambda: {"upper": feedback(gram)})["upper"]
+    first, rows = _round_factor(linear, factors.rows, bits, upper, gram)
+    seen = rows @ gram
+    moment, t = seen @ rows.T, factors.t
     if t.numel():
         t = linalg.refit(t, factors.rows.float() @ seen.T, moment, REFIT_DAMPING)
-    second = rounded(t.to(linear.dtype), bits, group, None if kept is None else moment.diagonal().clamp_min(0.0))
-    t = ops.dequantize(*second, len(rows), bits, group)
+    second, t = _round_factor(linear, t, bits, feedback(moment), moment)
     packed = {"r": first.qweight, "r_scales": first.scales, "r_zeros": first.zeros,
               "t": second.qweight, "t_scales": second.scales, "t_zeros": second.zeros}  # fmt: skip
     return factors._replace(rows=rows, t=t), {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+
+def _round_factor(
+    linear: Linear, factor: Tensor, bits: int, upper: Tensor, moment: Tensor
+) -> tuple[ops.Quantized, Tensor]:
+    """A factor rounded for inputs of this second moment, and the matrix that stands for."""
+    group, inputs = default_group(bits), factor.shape[1]
+    importance = moment.diagonal().clamp_min(0.0) if bits == 4 else None
+    packed = rounded(factor.to(linear.dtype), bits, group, importance)
+    packed = spread_errors(factor, packed, bits, group, upper, moment)
+    return packed, ops.dequantize(*packed, inputs, bits, group)
+
+
+def full_result(linear: Linear, method: str, config: LowRankConfig) -> Result:
+    """What `full_option` offers for rounded factors."""
+    return rounded_result(
+        linear, method, config.bits, default_group(config.bits), config.bits == 4, config.activation_bits
+    )
 
 
 def low_rank_result(linear: Linear, method: str, factors: Factors, config: LowRankConfig) -> Result:

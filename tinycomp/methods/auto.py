@@ -38,8 +38,8 @@ class Auto(MethodConfig):
         guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine,
             unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
-        bits: widths that rounding, and the factors of SVD and CUR beside the model's own, may use where bytes or time are
-            the budget.
+        bits: widths that rounding may use; where bytes or time are the budget, also the factors of SVD and CUR, beside
+            the model's own width.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -71,11 +71,17 @@ def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
         for name in ("svd", "cur"):
             if name in names:
                 method = _METHODS[name]
-                found += [
-                    (replace(method, name=f"{method.name} int{bits}"), method.config(**shared, bits=bits))
-                    for bits in config.bits
-                ]
+                found += [(_rounded_factors(method, bits), method.config(**shared, bits=bits)) for bits in config.bits]
     return tuple(found)
+
+
+def _rounded_factors(method: Method, bits: int) -> Method:
+    """A low-rank method with rounded factors, as a family of its own; whole matrices are left to Rounding."""
+
+    def options(unit: Unit, config: MethodConfig) -> list[Option]:
+        return [o for o in method.options(unit, config) if not o.choice.get("full")]
+
+    return replace(method, name=f"{method.name} int{bits}", options=options)
 
 
 def needs(config: Auto) -> frozenset[str]:

@@ -27,6 +27,8 @@ from tinycomp.methods._low_rank import (
     Factors,
     LowRankConfig,
     check_rank,
+    full_option,
+    full_result,
     low_rank_result,
     rank_grid,
     rounding_loss,
@@ -34,7 +36,7 @@ from tinycomp.methods._low_rank import (
     stored_size,
     with_rounding,
 )
-from tinycomp.methods._options import dense_option, require_finite
+from tinycomp.methods._options import require_finite
 from tinycomp.models import ModelSpec
 from tinycomp.selection import SELECTIONS
 
@@ -194,7 +196,7 @@ def options(unit: Unit, config: CUR) -> list[Option]:
         found = with_rounding(
             found, lambda o: rounding_loss(linear, _two_factors(linear, o.choice["rank"], config), config.bits)
         )
-    return found if config.rank else [*(o for o in found if o.size < m * n), dense_option(unit)]
+    return found if config.rank else [*(o for o in found if o.size < m * n), full_option(unit, config.bits)]
 
 
 def _two_factors(linear: Linear, rank: int, config: CUR) -> Factors:
@@ -232,6 +234,8 @@ def _product(c: Tensor, u: Tensor, r: Tensor) -> Tensor:
 def build(unit: Unit, choice: dict[str, Any], config: CUR) -> Result:
     (linear,) = unit.linears
     require_finite(linear)
+    if choice.get("full"):
+        return full_result(linear, "CUR", config)
     rank = choice["rank"]
     check_rank(linear, rank)
     if not config.trainable:

@@ -13,13 +13,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from tinycomp import ops
-from tinycomp.edits import Replace
-from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._base import Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods._options import dense_option, require_finite
-from tinycomp.methods._rounding import default_group, rounded
+from tinycomp.methods._rounding import default_group, round_weight, rounded_result
 
 
 class Rounding(MethodConfig):
@@ -49,22 +46,13 @@ def needs(config: Rounding) -> frozenset[str]:
     return frozenset({"gram"}) if config.searches(config.bits) else frozenset()
 
 
-def _fit(linear: Linear, bits: int, config: Rounding) -> tuple[ops.Quantized, Tensor, int]:
-    """The rounded weight, its error (m, n) and the bits it takes on disk."""
-    group_size = config.group(bits)
-    importance = linear.gram.diagonal() if config.searches(bits) and linear.gram is not None else None
-    packed = rounded(linear.weight.to(linear.dtype), bits, group_size, importance)
-    error = linear.weight - ops.dequantize(*packed, linear.in_features, bits, group_size).to(linear.dtype).float()
-    return packed, error, 8 * sum(t.nbytes for t in packed if t is not None)
-
-
 def options(unit: Unit, config: Rounding) -> list[Option]:
     """One candidate per allowed number of bits, and the dense matrix where the number is left open."""
     linear = unit.linears[0]
     require_finite(linear)
     found = []
     for bits in (8, 4) if config.bits is None else (config.bits,):
-        _, error, stored = _fit(linear, bits, config)
+        _, error, stored = round_weight(linear, bits, config.group(bits), config.searches(bits))
         found.append(Option(unit.size, stored, linear.predicted_loss(error), {"bits": bits}))
     return found + ([dense_option(unit)] if config.bits is None else [])
 
@@ -74,20 +62,7 @@ def build(unit: Unit, choice: dict[str, Any], config: Rounding) -> Result:
     linear = unit.linears[0]
     require_finite(linear)
     bits = choice["bits"]
-    packed, error, stored = _fit(linear, bits, config)
-    kwargs = {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bits": bits,
-        "group_size": config.group(bits),
-        "bias": linear.bias is not None,
-        "symmetric": packed.zeros is None,
-    }
-    tensors = {f"{linear.path}.{name}": t for name, t in packed._asdict().items() if t is not None}
-    if linear.bias is not None:
-        tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
-    row = record(linear, "Rounding", linear.weight.numel(), stored, error, bits=bits, group_size=config.group(bits))
-    return Result([Replace(linear.path, layer="QuantLinear", kwargs=kwargs)], tensors, [row])
+    return rounded_result(linear, "Rounding", bits, config.group(bits), config.searches(bits))
 
 
 METHOD = Method(name="Rounding", config=Rounding, needs=needs, options=options, build=build)

@@ -19,6 +19,8 @@ from tinycomp.methods._low_rank import (
     Factors,
     LowRankConfig,
     check_rank,
+    full_option,
+    full_result,
     low_rank_result,
     rank_grid,
     rounding_loss,
@@ -26,7 +28,7 @@ from tinycomp.methods._low_rank import (
     stored_size,
     with_rounding,
 )
-from tinycomp.methods._options import dense_option, require_finite
+from tinycomp.methods._options import require_finite
 
 
 class SVD(LowRankConfig):
@@ -86,11 +88,13 @@ def options(unit: Unit, config: SVD) -> list[Option]:
         found = with_rounding(
             found, lambda o: rounding_loss(linear, decompose(linear, o.choice["rank"], config), config.bits)
         )
-    return found if config.rank else [*found, dense_option(unit)]
+    return found if config.rank else [*found, full_option(unit, config.bits)]
 
 
 def build(unit: Unit, choice: dict[str, Any], config: SVD) -> Result:
     (linear,) = unit.linears
+    if choice.get("full"):
+        return full_result(linear, "SVD", config)
     return low_rank_result(linear, "SVD", decompose(linear, choice["rank"], config), config)
 
 
