@@ -18,7 +18,7 @@ from tinycomp.edits import Plan, Slice
 from tinycomp.methods import magnitude, random, rounding, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
-from tinycomp.methods._rounding import rounded
+from tinycomp.methods._rounding import feedback, rounded, spread_errors
 from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
@@ -324,3 +324,18 @@ def test_nan_weights_are_refused_by_name(name):
     method, config = (rounding.METHOD, rounding.Rounding()) if name == "Rounding" else pruner(name, structured=False)
     with pytest.raises(ValueError, match=r"fc\.weight"):
         method.options(unit, config)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 16), (4, 0)])
+def test_spread_errors_never_cost_more_than_nearest_levels_and_usually_much_less(bits, group_size):
+    w, h = normal(24, 70), moment(70)
+    nearest = rounded(w, bits, group_size)
+    spread = spread_errors(w, nearest, bits, group_size, feedback(h), h)
+
+    def cost(packed: Any) -> Tensor:
+        error = w - ops.dequantize(*packed, 70, bits, group_size)
+        return ((error @ h) * error).sum(1)
+
+    assert (cost(spread) <= cost(nearest) * (1 + 1e-5)).all()
+    assert cost(spread).sum() < 0.7 * cost(nearest).sum()
+    assert torch.equal(spread.scales, nearest.scales)

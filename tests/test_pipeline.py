@@ -37,7 +37,7 @@ ONE_OF_EACH: dict[str, Any] = {
     "swsc-paper": tc.SWSC(preset="paper"),
     "width": tc.WidthPrune(ratio=0.6),
     "wanda": tc.Wanda(ratio=0.6),
-    "wanda-masked": tc.Wanda(ratio=0.6, structured=False),
+    "wanda-masked": tc.Wanda(ratio=0.6, structured=False, guard_speed=False),
     "magnitude": tc.Magnitude(ratio=0.5),
     "random": tc.Random(ratio=0.5),
     "svd-int8": tc.SVD(ratio=0.7, bits=8),
@@ -266,6 +266,9 @@ def test_plan_of_llama_3_1_8b_from_its_config_alone() -> None:
 @pytest.mark.parametrize(
     "config",
     [tc.SVD(ratio=0.6, allocation="uniform"), tc.CUR(ratio=0.6, allocation="uniform"), tc.Rounding(bits=8),
+     tc.SVD(ratio=0.6, allocation="uniform", bits=4), tc.CUR(rank=8, bits=8),
+     tc.SWSC(clusters=6, rank=2, factor_bits=8),
+     tc.Wanda(ratio=0.6, allocation="uniform", structured=False, guard_speed=False, value_bits=4),
      tc.Rounding(bits=4), tc.CUR(preset="paper"), tc.SVD(rank=8)],
     ids=str,
 )  # fmt: skip
