@@ -328,7 +328,8 @@ def test_nan_weights_are_refused_by_name(name):
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 16), (4, 0)])
 def test_spread_errors_never_cost_more_than_nearest_levels_and_usually_much_less(bits, group_size):
-    w, h = normal(24, 70), moment(70)
+    mixing = normal(70, 70, seed=5)
+    w, h = normal(24, 70), mixing.T @ moment(70) @ mixing
     nearest = rounded(w, bits, group_size)
     spread = spread_errors(w, nearest, bits, group_size, feedback(h), h)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,46 @@ def test_a_global_budget_predicts_less_loss_than_equal_shares() -> None:
         report = tc.compress_(model, tc.SVD(ratio=0.6, allocation=allocation), DATA, progress=False)
         losses[allocation] = sum(r["predicted_loss"] for r in report.records)
     assert losses["global"] < losses["uniform"]
+
+
+def test_rounded_factors_make_small_byte_budgets_cheaper() -> None:
+    """Below a quarter of float32's bytes dense int8 no longer fits everywhere."""
+    lost = {}
+    for name, families, bits in (
+        ("auto", ("svd", "cur", "rounding"), (8,)),
+        ("wide", ("svd", "cur"), ()),
+    ):
+        model = FAMILIES["llama"].build()
+        config = tc.Auto(ratio=0.2, budget="bytes", families=families, bits=bits, guard_speed=False, screen=0)
+        report = tc.compress_(model, config, DATA, progress=False)
+        assert sum(r["bits_after"] for r in report.records) <= 0.2 * sum(32 * r["size_before"] for r in report.records)
+        lost[name] = sum(r["predicted_loss"] for r in report.records)
+        rounded = [r for r in report.records if r["method"] in ("SVD", "CUR") and r.get("bits") == 8]
+        assert bool(rounded) == (name == "auto")
+    assert lost["auto"] < 0.5 * lost["wide"]
+
+
+def test_no_target_stays_wide_beside_rounded_factors() -> None:
+    model = FAMILIES["llama"].build()
+    tc.compress_(model, tc.SVD(ratio=0.8, bits=8), DATA, progress=False)
+    kinds = {type(m).__name__ for name, m in model.named_modules() if re.search("_proj$", name)}
+    assert kinds <= {"QuantLowRankLinear", "QuantLinear"}
+
+
+def test_rounded_factors_generate_compile_and_pass_gradients() -> None:
+    model = FAMILIES["llama"].build()
+    tc.compress_(model, tc.CUR(ratio=0.7, bits=8), DATA, progress=False)
+    tokens = DATA[0]["input_ids"][:2]
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(tokens).logits, model(tokens).logits, atol=1e-5)
+    model.train()
+    model(tokens, labels=tokens).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
 
 
 def test_same_seed_same_result() -> None:

@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
     std::vector<A> norms(k);
     for (int64_t c = 0; c < k; ++c) norms[c] = lane_sum<A>(d, [&](int64_t i) { return to[c * d + i] * to[c * d + i]; });
-    // Scores of a chunk take at most 16 MiB.
-    const int64_t chunk = std::max<int64_t>(1, (16 << 20) / (k * static_cast<int64_t>(sizeof(A))));
+    // Products of a chunk take at most 2 MiB, so that they are still in cache when they are compared.
+    const int64_t chunk = std::max<int64_t>(1, (2 << 20) / (k * static_cast<int64_t>(sizeof(A))));
     for (int64_t start = 0; start < n; start += chunk) {
       const int64_t size = std::min(chunk, n - start);
       const Tensor products = torch::stable::contiguous(gemm(torch::stable::narrow(x, 0, start, size), mu));

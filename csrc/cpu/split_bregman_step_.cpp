@@ -8,12 +8,12 @@
 namespace tinycomp {
 namespace {
 
-constexpr int64_t kBlock = 1024, kPacked = 64;
+constexpr int64_t kBlock = 1024;
 
 struct Numbers {
   double lr, kappa, nu, threshold, beta, beta2, eps;
   int64_t step, group;
-  bool coupled, nonnegative;
+  bool nonnegative;
 };
 
 template <class T>
@@ -25,19 +25,22 @@ struct State {
   uint8_t* support;
 };
 
-// The proximal map of the penalty, as the reference computes it. NaN in v shows in the twin.
+// One number of the proximal map of the l1 penalty, as the reference computes it. NaN shows in the twin.
 template <class T>
-void shrink(const T* __restrict v, T* __restrict twin, int64_t n, const Numbers& by) {
-  const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold);
-  const T floor = by.nonnegative ? T(0) : -std::numeric_limits<T>::infinity();
-  if (by.group == 0) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T size = std::fabs(v[i]) - threshold;
-      const T shrunk = size > 0 ? kappa * (v[i] < 0 ? -size : size) : T(0);
-      twin[i] = v[i] == v[i] ? (shrunk < floor ? floor : shrunk) : v[i];
-    }
-    return;
-  }
+T shrunk(T v, T kappa, T threshold, T floor) {
+  const T size = std::fabs(v) - threshold, made = size > 0 ? kappa * (v < 0 ? -size : size) : T(0);
+  return v == v ? (made < floor ? floor : made) : v;
+}
+
+template <class T>
+T floor_of(const Numbers& by) {
+  return by.nonnegative ? T(0) : -std::numeric_limits<T>::infinity();
+}
+
+// The proximal map of the group penalty.
+template <class T>
+void shrink_groups(const T* __restrict v, T* __restrict twin, int64_t n, const Numbers& by) {
+  const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold), floor = floor_of<T>(by);
   for (int64_t start = 0; start < n; start += by.group) {
     const T* __restrict from = v + start;
     const T norm = std::sqrt(lane_sum<T>(by.group, [&](int64_t i) {
@@ -73,50 +76,79 @@ const T* direction(const State<T>& at, int64_t first, int64_t n, const Numbers& 
   return scratch;
 }
 
+// Mask and dual of one unit.
 template <class T, bool coupled>
-void move(T* __restrict mask, T* __restrict dual, const T* __restrict twin, const T* __restrict along, int64_t n,
-          const Numbers& by) {
+void move(T& mask, T& dual, T twin, T along, T lr, T nu, T pull) {
+  T gap = (mask - twin) / nu;
+  if constexpr (coupled) {
+    mask -= pull * (along + gap);
+  } else {
+    mask -= lr * along;
+    gap = (mask - twin) / nu;
+  }
+  dual += lr * gap;
+}
+
+// All of the step but the direction; inside: whether each unit is in the support.
+template <class T, bool coupled, bool stored>
+void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
+             uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
   const T lr = static_cast<T>(by.lr), nu = static_cast<T>(by.nu), pull = static_cast<T>(by.kappa * by.lr);
+  const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold), floor = floor_of<T>(by);
+  const int32_t step = static_cast<int32_t>(by.step);
   for (int64_t i = 0; i < n; ++i) {
-    T gap = (mask[i] - twin[i]) / nu;
-    if constexpr (coupled) {
-      mask[i] -= pull * (along[i] + gap);
-    } else {
-      mask[i] -= lr * along[i];
-      gap = (mask[i] - twin[i]) / nu;
-    }
-    dual[i] += lr * gap;
+    T old;
+    if constexpr (stored)
+      old = twin[i];
+    else
+      old = shrunk(dual[i], kappa, threshold, floor);
+    move<T, coupled>(mask[i], dual[i], old, along[i], lr, nu, pull);
+    const T made = shrunk(dual[i], kappa, threshold, floor);
+    if constexpr (stored) twin[i] = made;
+    entry[i] = (entry[i] < 0) & (made != 0) ? step : entry[i];
+    inside[i] = made != 0;
   }
 }
 
-// Bit i % 8 of byte i / 8: whether twin[i] is not zero.
-template <class T>
-void pack(const T* __restrict twin, int64_t n, uint8_t* __restrict bits) {
-  for (int64_t start = 0; start < n; start += kPacked) {
-    uint8_t inside[kPacked] = {};
-    const int64_t some = std::min(kPacked, n - start);
-    for (int64_t i = 0; i < some; ++i) inside[i] = twin[start + i] != 0;
-    for (int64_t i = 0; i < some; i += 8) {
-      // As a sum of bytes 2^(8 i) b_i times this number, whose bits are 7 apart, the top byte has b_i as bit i.
-      uint64_t bytes = 0;
-      for (int j = 0; j < 8; ++j) bytes |= static_cast<uint64_t>(inside[i + j]) << (8 * j);
-      bits[(start + i) / 8] = static_cast<uint8_t>((bytes * 0x0102040810204080ull) >> 56);
-    }
+// The same with groups, in passes over a block that stays in the nearest cache.
+template <class T, bool coupled>
+void advance_groups(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
+                    uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
+  const T lr = static_cast<T>(by.lr), nu = static_cast<T>(by.nu), pull = static_cast<T>(by.kappa * by.lr);
+  const int32_t step = static_cast<int32_t>(by.step);
+  for (int64_t i = 0; i < n; ++i) move<T, coupled>(mask[i], dual[i], twin[i], along[i], lr, nu, pull);
+  shrink_groups(dual, twin, n, by);
+  for (int64_t i = 0; i < n; ++i) {
+    entry[i] = (entry[i] < 0) & (twin[i] != 0) ? step : entry[i];
+    inside[i] = twin[i] != 0;
+  }
+}
+
+// Bit i % 8 of byte i / 8 is inside[i].
+void pack(const uint8_t* __restrict inside, int64_t n, uint8_t* __restrict bits) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t bytes = 0;
+    for (int64_t j = 0; j < 8 && i + j < n; ++j) bytes |= static_cast<uint64_t>(inside[i + j]) << (8 * j);
+    // The bits of this number are 7 apart, so that byte i of the other factor arrives as bit i of the top byte.
+    bits[i / 8] = static_cast<uint8_t>((bytes * 0x0102040810204080ull) >> 56);
   }
 }
 
 // scratch: room for two blocks.
-template <class T>
-void step_block(const State<T>& at, int64_t first, int64_t n, const Numbers& by, T* scratch) {
+template <class T, bool coupled>
+void step_block(const State<T>& at, int64_t first, int64_t n, const Numbers& by, T* scratch, uint8_t* inside) {
   T *mask = at.mask + first, *dual = at.dual + first, *twin = at.gamma ? at.gamma + first : scratch + n;
+  int32_t* entry = at.entry + first;
   const T* along = direction(at, first, n, by, scratch);
-  if (!at.gamma) shrink(dual, twin, n, by);
-  by.coupled ? move<T, true>(mask, dual, twin, along, n, by) : move<T, false>(mask, dual, twin, along, n, by);
-  shrink(dual, twin, n, by);
-  int32_t* __restrict entry = at.entry + first;
-  const int32_t step = static_cast<int32_t>(by.step);
-  for (int64_t i = 0; i < n; ++i) entry[i] = (entry[i] < 0) & (twin[i] != 0) ? step : entry[i];
-  if (at.support) pack(twin, n, at.support + first / 8);
+  if (by.group) {
+    if (!at.gamma) shrink_groups(dual, twin, n, by);
+    advance_groups<T, coupled>(mask, dual, twin, entry, inside, along, n, by);
+  } else if (at.gamma) {
+    advance<T, coupled, true>(mask, dual, twin, entry, inside, along, n, by);
+  } else {
+    advance<T, coupled, false>(mask, dual, twin, entry, inside, along, n, by);
+  }
+  if (at.support) pack(inside, n, at.support + first / 8);
 }
 
 // A tensor that is worked on in a contiguous copy where it is not contiguous, and written back; none is a null pointer.
@@ -161,7 +193,7 @@ void split_bregman_step_(Tensor mask, Tensor dual, std::optional<Tensor> gamma, 
                          std::optional<Tensor> momentum, int64_t step, double lr, double kappa, double nu,
                          double threshold, double beta, bool coupled, bool nonnegative, std::optional<Tensor> second,
                          double beta2, double eps, int64_t group_size, std::optional<Tensor> support) {
-  const Numbers by{lr, kappa, nu, threshold, beta, beta2, eps, step, group_size, coupled, nonnegative};
+  const Numbers by{lr, kappa, nu, threshold, beta, beta2, eps, step, group_size, nonnegative};
   check(mask, {dual, gamma, grad, momentum, second}, entry, support, by);
   STD_TORCH_CHECK(!second || momentum, "split_bregman_step_: second goes with momentum");
   Dense state[] = {Dense(mask),     Dense(dual),   Dense(gamma),  Dense(entry),
@@ -182,8 +214,13 @@ void split_bregman_step_(Tensor mask, Tensor dual, std::optional<Tensor> gamma, 
                       state[6].data<uint8_t>()};
     torch::stable::parallel_for(0, blocks, 1 + 32 * kBlock / block, [&](int64_t from, int64_t to) {
       std::vector<T> scratch(2 * block);
+      std::vector<uint8_t> inside(block);
       for (int64_t b = from; b < to; ++b)
-        vectorised([&] { step_block<T>(at, b * block, std::min(block, count - b * block), by, scratch.data()); });
+        vectorised([&] {
+          const int64_t first = b * block, n = std::min(block, count - first);
+          coupled ? step_block<T, true>(at, first, n, by, scratch.data(), inside.data())
+                  : step_block<T, false>(at, first, n, by, scratch.data(), inside.data());
+        });
     });
   };
   mask.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});

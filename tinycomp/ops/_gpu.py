@@ -66,8 +66,10 @@ def _lacks(name: str, args: tuple[Any, ...]) -> str | None:
     """What neither GPU backend has: rounded activations (they multiply in the dtype of x), later forms of the step."""
     if name in ("quant_linear", "quant_lowrank_linear") and args[-1] != 0:
         return f"the GPU kernels of {name} do not round activations, got activation_bits {args[-1]}"
-    if name == "split_bregman_step_" and (args[2] is None or any(a not in (None, 0) for a in (*args[14:15], *args[17:]))):
-        return f"the GPU kernels of {name} need gamma, and have no second, group_size or support"
+    if name == "split_bregman_step_":
+        later = args[14:]  # second, beta2, eps, group_size, support
+        if args[2] is None or (later and (later[0] is not None or later[3] or later[4] is not None)):
+            return f"the GPU kernels of {name} need gamma, and have no second, group_size or support"
     return None
 
 
