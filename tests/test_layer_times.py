@@ -45,7 +45,7 @@ def seconds_of(report: Any) -> float:
 def test_a_budget_of_time_is_kept_and_used(ratio: float, guard: bool, seconds_per_number: None) -> None:
     model = FAMILIES["llama"].build()
     whole = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n)
-    config = tc.Auto(ratio=ratio, budget="time", guard_speed=guard, families=("svd", "widthprune"), screen=0)
+    config = tc.Auto(ratio=ratio, budget="time", guard_speed=guard, families=("svd", "widthprune"), screen=0, bits=())
     report = tc.compress_(model, config, DATA, progress=False)
     assert 0.85 * ratio * whole < seconds_of(report) <= ratio * whole * (1 + 1e-6)
 

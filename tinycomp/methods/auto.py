@@ -39,7 +39,7 @@ class Auto(MethodConfig):
             unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
         bits: widths that rounding may use; where bytes or time are the budget, also the factors of SVD and CUR, beside
-            the model's own width.
+            the model's own width. Empty: nothing is rounded but the values behind masks.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -61,6 +61,7 @@ class Auto(MethodConfig):
 def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
     """The competing methods with the fields they share with `config`."""
     names = config.families or (PARAMETER_FAMILIES if config.budget == "parameters" else BYTE_FAMILIES)
+    names = tuple(n for n in names if n != "rounding" or config.bits)
     shared: dict[str, Any] = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
     extra: dict[str, dict[str, Any]] = {
         "rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None},
