@@ -46,9 +46,11 @@ from tinycomp.methods._shared_weights import (
     fit,
     paper_split,
     require_fits,
+    spectrum,
     squared_tail,
     stored_bits,
     stored_numbers,
+    weighted_rest,
 )
 
 PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
@@ -145,7 +147,7 @@ class SWSC(MethodConfig):
     def metric(self, linear: Linear) -> Metric:
         if not self.weighted:
             return Metric()
-        return Metric.of(linear.gram, linear.output_gram, self.layout["axis"], self.damping)
+        return Metric.of(linear.gram, linear.output_gram, self.layout["axis"], self.damping, linear.remember)
 
 
 def needs(config: SWSC) -> frozenset[str]:
@@ -189,10 +191,14 @@ class _Fitting:
         return self.config.metric(self.linear)
 
     def first(self, k: int) -> dict[str, Tensor]:
-        """labels, centroids and scales of the first pass, and `tail`: the squared error left at every rank."""
+        """labels, centroids and scales of the first pass, and `tail`: the squared error left at every rank.
+
+        With the number of clusters given it is surely built, so the vectors of the correction are kept as `basis`.
+        """
         apart = {"ratio", "bits", "rank", "clusters", "targets", "ignore", "iterations", "sequential", "allocation",
                  "factor_bits", "activation_bits"}  # fmt: skip
-        return self.linear.remember(f"SWSC {k} {self.config.model_dump_json(exclude=apart)}", lambda: self._first(k))
+        key = f"SWSC {k} {self.config.clusters is None} {self.config.model_dump_json(exclude=apart)}"
+        return self.linear.remember(key, lambda: self._first(k))
 
     def factors(self, k: int, r: int, iterations: int) -> tuple[Factors, list[float]]:
         """The first clustering with its correction, refined `iterations` times; errors as `fit` gives them."""
@@ -207,6 +213,7 @@ class _Fitting:
             iterations=iterations,
             lloyd=config.lloyd,
             start=Clusters(first["labels"], first["centroids"], first.get("scales")),
+            basis=first.get("basis"),
         )
 
     def rounding_loss(self, k: int, r: int) -> float:
@@ -223,7 +230,11 @@ class _Fitting:
         target = self.metric.whiten_along(weight.float())
         found = cluster_step(target, k, self.metric, self.config.lloyd)
         made = {"labels": found.labels, "centroids": found.centroids, "scales": found.scales}
-        made["tail"] = squared_tail(target, found, self.metric)
+        rest = weighted_rest(target, found, self.metric)
+        if self.config.clusters is None:
+            made["tail"] = squared_tail(rest)
+        else:
+            made["tail"], made["basis"] = spectrum(rest)
         return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
