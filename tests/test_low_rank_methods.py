@@ -12,7 +12,7 @@ import torch
 from tinycomp.edits import Plan
 from tinycomp.layers import LAYERS, LowRankLinear, QuantLowRankLinear
 from tinycomp.methods import CUR, METHODS, SVD, Linear, Unit, WidthPrune, svd
-from tinycomp.methods._low_rank import Factors, rank_for, rank_grid, rounding_loss, stored_size
+from tinycomp.methods._low_rank import FactorRounding, Factors, rank_for, rank_grid, stored_size
 from tinycomp.models import FFNSpec
 
 
@@ -113,7 +113,7 @@ def test_refitting_the_second_factor_to_the_rounded_first_pays() -> None:
     exact = Factors(*svd.decompose(target, 24, SVD(ratio=0.5)))
     layer = QuantLowRankLinear.from_low_rank(LowRankLinear.from_factors(*exact), 4, 64, symmetric=False)
     plain = target.predicted_loss(exact.dense() - layer.dense_weight())
-    assert rounding_loss(target, exact, 4) < 0.8 * plain
+    assert FactorRounding(target, 4).loss(exact) < 0.8 * plain
 
 
 def test_contradictory_bits_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -131,38 +132,46 @@ def full_option(unit: Unit, bits: int) -> Option:
     return Option(unit.size, stored, linear.predicted_loss(error), {"full": True})
 
 
-def rounding_loss(linear: Linear, factors: Factors, bits: int) -> float:
-    """Predicted loss of rounding these factors, in nats per token."""
-    return linear.predicted_loss(factors.dense() - round_factors(linear, factors, bits)[0].dense())
+class FactorRounding:
+    """Rounds factors of one linear; what depends on its inputs alone is made once."""
 
+    def __init__(self, linear: Linear, bits: int) -> None:
+        self.linear, self.bits, self.group = linear, bits, default_group(bits)
 
-def round_factors(linear: Linear, factors: Factors, bits: int) -> tuple[Factors, dict[str, Tensor]]:
-    """The factors that rounded ones stand for, and the tensors of a QuantLowRankLinear.
+    @cached_property
+    def gram(self) -> Tensor:
+        n = self.linear.in_features
+        return torch.eye(n).to(self.linear.weight) if self.linear.gram is None else self.linear.gram.float()
 
-    t is refit to the rounded rows: the least squares map from what they compute to what t of the exact rows computed.
-    """
-    gram = torch.eye(linear.in_features) if linear.gram is None else linear.gram.float()
-    upper = linear.remember("rounding feedback", lambda: {"upper": feedback(gram)})["upper"]
-    first, rows = _round_factor(linear, factors.rows, bits, upper, gram)
-    seen = rows @ gram
-    moment, t = seen @ rows.T, factors.t
-    if t.numel():
-        t = linalg.refit(t, factors.rows.float() @ seen.T, moment, REFIT_DAMPING)
-    second, t = _round_factor(linear, t, bits, feedback(moment), moment)
-    packed = {"r": first.qweight, "r_scales": first.scales, "r_zeros": first.zeros,
-              "t": second.qweight, "t_scales": second.scales, "t_zeros": second.zeros}  # fmt: skip
-    return factors._replace(rows=rows, t=t), {name: tensor for name, tensor in packed.items() if tensor is not None}
+    @cached_property
+    def upper(self) -> Tensor:
+        return feedback(self.gram)
 
+    def loss(self, factors: Factors) -> float:
+        """Predicted loss of rounding these factors, in nats per token."""
+        return self.linear.predicted_loss(factors.dense() - self.rounded(factors)[0].dense())
 
-def _round_factor(
-    linear: Linear, factor: Tensor, bits: int, upper: Tensor, moment: Tensor
-) -> tuple[ops.Quantized, Tensor]:
-    """A factor rounded for inputs of this second moment, and the matrix that stands for."""
-    group, inputs = default_group(bits), factor.shape[1]
-    importance = moment.diagonal().clamp_min(0.0) if bits == 4 else None
-    packed = rounded(factor.to(linear.dtype), bits, group, importance)
-    packed = spread_errors(factor, packed, bits, group, upper, moment)
-    return packed, ops.dequantize(*packed, inputs, bits, group)
+    def rounded(self, factors: Factors) -> tuple[Factors, dict[str, Tensor]]:
+        """The factors that rounded ones stand for, and the tensors of a QuantLowRankLinear.
+
+        t is refit to the rounded rows: the least squares map from what they compute to what t made of the exact rows.
+        """
+        first, rows = self._factor(factors.rows, self.upper, self.gram)
+        seen = rows @ self.gram
+        moment, t = seen @ rows.T, factors.t
+        if t.numel():
+            t = linalg.refit(t, factors.rows.float() @ seen.T, moment, REFIT_DAMPING)
+        second, t = self._factor(t, feedback(moment), moment)
+        packed = {"r": first.qweight, "r_scales": first.scales, "r_zeros": first.zeros,
+                  "t": second.qweight, "t_scales": second.scales, "t_zeros": second.zeros}  # fmt: skip
+        return factors._replace(rows=rows, t=t), {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+    def _factor(self, factor: Tensor, upper: Tensor, moment: Tensor) -> tuple[ops.Quantized, Tensor]:
+        """A factor rounded for inputs of this second moment, and the matrix that stands for."""
+        importance = moment.diagonal().clamp_min(0.0) if self.bits == 4 else None
+        packed = rounded(factor.to(self.linear.dtype), self.bits, self.group, importance)
+        packed = spread_errors(factor, packed, self.bits, self.group, upper, moment)
+        return packed, ops.dequantize(*packed, factor.shape[1], self.bits, self.group)
 
 
 def full_result(linear: Linear, method: str, config: LowRankConfig) -> Result:
@@ -183,7 +192,7 @@ def low_rank_result(linear: Linear, method: str, factors: Factors, config: LowRa
         tensors = {"down.weight": factors.rows.to(linear.dtype), "up.weight": factors.t.to(linear.dtype)}
     else:
         layer = "QuantLowRankLinear"
-        stored, tensors = round_factors(linear, factors, bits)
+        stored, tensors = FactorRounding(linear, bits).rounded(factors)
         kwargs |= {"bits": bits, "group_size": default_group(bits), "symmetric": bits == 8}
         kwargs["activation_bits"] = config.activation_bits
         exact = factors.dense()

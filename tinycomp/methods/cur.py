@@ -24,6 +24,7 @@ from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
+    FactorRounding,
     Factors,
     LowRankConfig,
     check_rank,
@@ -31,7 +32,6 @@ from tinycomp.methods._low_rank import (
     full_result,
     low_rank_result,
     rank_grid,
-    rounding_loss,
     stored_bits,
     stored_size,
     with_rounding,
@@ -193,9 +193,8 @@ def options(unit: Unit, config: CUR) -> list[Option]:
         Option(*_sizes(linear, rank, config), loss, {"rank": rank}) for rank, loss in zip(ranks, losses, strict=True)
     ]
     if config.bits != 16:
-        found = with_rounding(
-            found, lambda o: rounding_loss(linear, _two_factors(linear, o.choice["rank"], config), config.bits)
-        )
+        rounding = FactorRounding(linear, config.bits)
+        found = with_rounding(found, lambda o: rounding.loss(_two_factors(linear, o.choice["rank"], config)))
     return found if config.rank else [*(o for o in found if o.size < m * n), full_option(unit, config.bits)]
 
 

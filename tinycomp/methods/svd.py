@@ -16,6 +16,7 @@ from pydantic import Field
 from tinycomp.linalg import Truncation, pivoted_factors
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit
 from tinycomp.methods._low_rank import (
+    FactorRounding,
     Factors,
     LowRankConfig,
     check_rank,
@@ -23,7 +24,6 @@ from tinycomp.methods._low_rank import (
     full_result,
     low_rank_result,
     rank_grid,
-    rounding_loss,
     stored_bits,
     stored_size,
     with_rounding,
@@ -85,9 +85,8 @@ def options(unit: Unit, config: SVD) -> list[Option]:
         for r in ranks
     ]
     if config.bits != 16:
-        found = with_rounding(
-            found, lambda o: rounding_loss(linear, decompose(linear, o.choice["rank"], config), config.bits)
-        )
+        rounding = FactorRounding(linear, config.bits)
+        found = with_rounding(found, lambda o: rounding.loss(decompose(linear, o.choice["rank"], config)))
     return found if config.rank else [*found, full_option(unit, config.bits)]
 
 
