@@ -29,11 +29,15 @@ class Pruning(MethodConfig):
             the lowest scores of every output row and store a bit mask with the packed rest.
         round_to: kept widths are multiples of this (structured).
         value_bits: 8 or 4 also rounds the kept weights, one scale per row (masked); 0 keeps their dtype.
+        rows: batch rows (sequences times tokens per step) at which masks must not be slower than dense.
+        guard_speed: measure that on this machine, and refuse masks that lose; off accepts them for their bytes.
     """
 
     structured: bool = True
     round_to: int = Field(default=8, ge=1)
     value_bits: Literal[0, 4, 8] = 0
+    rows: int = Field(default=1, ge=1)
+    guard_speed: bool = True
 
 
 def prediction_needs(config: Pruning) -> frozenset[str]:
@@ -141,6 +145,17 @@ def row_places(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def mask_width(n: int, ratio: float) -> int:
+    """Weights that a row of n keeps: no more than this ratio allows, but one."""
+    return max(int(ratio * n + 1e-9), 1)
+
+
+def masked_bits(m: int, n: int, kept: int, value_bits: int, number_bits: int) -> int:
+    """Bits on disk of an (m, n) matrix with `kept` weights in every row: values, mask, row offsets, scales."""
+    values = m * kept * number_bits if value_bits == 0 else 8 * -(-m * kept * value_bits // 8)
+    return values + 8 * m * -(-n // 8) + 32 * (m + 1) + (m * number_bits if value_bits else 0)
+
+
 def _mask(linear: Linear, places: Tensor, kept: int, value_bits: int) -> tuple[ops.Packed, Tensor, int]:
     """The matrix with the first `kept` places of every row packed, its error and the bits it takes on disk."""
     packed = ops.pack_masked(linear.weight.to(linear.dtype), places < kept, "bitmask", value_bits)
@@ -152,7 +167,7 @@ def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]
     linear = unit.linears[0]
     m, n = linear.weight.shape
     places, found = row_places(scores), []
-    for kept in sorted({max(round(f * n), 1) for f in size_grid(config.ratio, MASKED_SIZES)}):
+    for kept in sorted({mask_width(n, f) for f in size_grid(config.ratio, MASKED_SIZES)}):
         _, error, bits = _mask(linear, places, kept, config.value_bits)
         found.append(Option(m * kept, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
     return [*found, dense_option(unit)]
