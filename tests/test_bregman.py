@@ -207,13 +207,13 @@ def test_group_prox_lets_a_group_enter_as_one():
 
 
 def test_kicking_skips_waiting_and_keeps_entry_times():
-    a = torch.tensor([4.0, 1.0, 0.05, 0.01], dtype=torch.float64)
+    a = torch.tensor([4.0, 1.0, 0.5, 0.004], dtype=torch.float64)
 
     def gradient(mask):
         return 0.0, a * (mask - 1)
 
     options = {"lr": 0.1, "nu": 1.0, "threshold": 1.5}
-    slow, _ = run(gradient, torch.ones(4, dtype=torch.float64), 3000, **options)
+    slow, _ = run(gradient, torch.ones(4, dtype=torch.float64), 5000, **options)
     fast, _ = run(gradient, torch.ones(4, dtype=torch.float64), 250, **options, kick=1e-3)
     assert bool((fast.entry > 0).all())
     assert int(slow.entry.max()) > 2 * fast.calls

@@ -4,8 +4,8 @@ Minimises L(M) + |M - G|² / (2 nu) by mirror descent that starts with the twin 
 another, the important ones first: a separable L = sum a_j (M_j - 1)² / 2 lets unit j enter at the time
 t_j = lambda (1 + nu a_j) / a_j (steps times step size, large kappa).
 
-Source: DessiLBI, arXiv 2007.02010; SPP, arXiv 2501.03289 and its repository ("released"); dual extrapolation: Huang, Ma,
-Goldfarb 2013; AdaBreg: Bungert et al., JMLR 2022; kicking: Osher et al. 2010.
+Source: DessiLBI, arXiv 2007.02010; SPP, arXiv 2501.03289 and its repository ("released"); dual extrapolation: Huang,
+Ma, Goldfarb 2013; AdaBreg: Bungert et al., JMLR 2022; kicking: Osher et al. 2010.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SplitBregman:
         coupled: the published iteration, or the released one.
         nonnegative: keep G at least 0.
         groups: int64 (n,), numbers of groups that enter together: G = kappa V max(0, 1 - lambda / |V_group|_2).
-        dual: "plain"; "nesterov" extrapolates V by k/(k + 3) of its last change; "adam" (AdaBreg) moves V by Adam's
-            direction of (M - G)/nu, which makes every unit's V equally fast at first: late units differ, early ones not.
+        dual: "plain"; "nesterov" extrapolates V by (k - 1)/(k + 2) of its last change; "adam" (AdaBreg) moves V by
+            Adam's direction of (M - G)/nu, which makes the V of all units equally fast at first.
         kick: when no mask and no twin moved by more than this, V jumps to just before the next entry, and the step
             number with it; 0 never does.
 
