@@ -35,6 +35,7 @@ _LAZY = {
     "Random": "tinycomp.methods",
     "Rounding": "tinycomp.methods",
     "StrategicFusion": "tinycomp.methods",
+    "SPP": "tinycomp.methods",
     "Auto": "tinycomp.methods",
 }
 
@@ -57,6 +58,7 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "Random",
     "Rounding",
     "StrategicFusion",
+    "SPP",
     "Auto",
 ]
 

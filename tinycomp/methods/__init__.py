@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tinycomp.methods import auto, cur, magnitude, random, rounding, strategic_fusion, svd, swsc, wanda, width
+from tinycomp.methods import auto, cur, magnitude, random, rounding, spp, strategic_fusion, svd, swsc, wanda, width
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods.auto import Auto
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.magnitude import Magnitude
 from tinycomp.methods.random import Random
 from tinycomp.methods.rounding import Rounding
+from tinycomp.methods.spp import SPP
 from tinycomp.methods.strategic_fusion import StrategicFusion
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "Random": random.METHOD,
     "Rounding": rounding.METHOD,
     "StrategicFusion": strategic_fusion.METHOD,
+    "SPP": spp.METHOD,
     "Auto": auto.METHOD,
 }
 # The same scores as masks on single matrices instead of whole feed-forward units.
@@ -48,6 +50,7 @@ def method_of(config: MethodConfig) -> Method:
 __all__ = [
     "CUR",
     "METHODS",
+    "SPP",
     "SVD",
     "SWSC",
     "Auto",
