@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from tinycomp.choosing import Choices
+from tinycomp.edits import Edit, Plan
 from tinycomp.errors import UsageError
 from tinycomp.methods import Method, MethodConfig, StrategicFusion, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
@@ -20,6 +22,7 @@ from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC, candidates
 from tinycomp.models import ModelSpec
 from tinycomp.signals.collect import the_stack
+from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
 
 
@@ -98,6 +101,19 @@ def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> d
     plan["parameters_after"] -= others
     plan["bytes_after"] -= others * bits // 8
     return plan
+
+
+def after_edits(model: nn.Module, edits: Sequence[Edit]) -> dict[str, int]:
+    """{"parameters", "bytes"} of the tensors that a model has on disk after `edits`; weights are not looked at."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    skeleton = copy.deepcopy(model, empty)  # unlike a copy that is moved to meta, it keeps ties
+    apply_(skeleton, Plan(list(edits)))
+    skip = tuple(getattr(skeleton, "_keys_to_ignore_on_save", None) or ())
+    stored = {id(t): t for name, t in skeleton.state_dict(keep_vars=True).items() if name not in skip}.values()
+    return {
+        "parameters": sum(t.numel() for t in stored if t.is_floating_point()),
+        "bytes": sum(t.nbytes for t in stored),
+    }
 
 
 def _sizes(

@@ -155,7 +155,8 @@ def _replace(model: nn.Module, edit: Replace, changes: _Changes) -> None:
     if bias is not None:
         if new._parameters.get("bias") is None:
             raise ValueError(f"{where}: got no bias, but the {type(old).__name__} there has one; set bias to true")
-        new._parameters["bias"] = bias
+        if new._parameters["bias"].shape == bias.shape:  # a layer with fewer rows gets its bias as a tensor
+            new._parameters["bias"] = bias
     trainable = [p.requires_grad for p in old.parameters()]
     if trainable and not any(trainable):
         new.requires_grad_(False)

@@ -4,7 +4,7 @@ from torch import nn
 
 from tinycomp.layers._base import CompressedLinear
 from tinycomp.layers.dense import DenseLinear
-from tinycomp.layers.elastic import ElasticLinear
+from tinycomp.layers.elastic import ElasticLinear, elastic_layers, set_ratio_
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
@@ -32,4 +32,6 @@ __all__ = [
     "QuantLinear",
     "QuantLowRankLinear",
     "SWSCLinear",
+    "elastic_layers",
+    "set_ratio_",
 ]

@@ -7,11 +7,12 @@ index of one key/value head. `unit_groups` lists them; a `UnitPath` ranks them, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tinycomp.models.find import is_linear, spec_of
 from tinycomp.models.spec import AttentionSpec, ModelSpec
 
-BILLIONTHS = 10**9  # entries on the ratio scale are integers, so that casting a model cannot change them
+DIGITS = 9  # of a ratio; checkpoints store ratios in billionths
 _METADATA = "tinycomp_path"
 
 
@@ -34,13 +35,20 @@ class Member:
         path: the linear.
         dim: 0 when the units are outputs of it, 1 when they are inputs.
         features: int64 (count, features per unit): which outputs or inputs belong to unit i.
-        parameters: weights and biases that go with one of those features.
+        shape: (out_features, in_features) of the linear.
+        bias: whether it has one.
     """
 
     path: str
     dim: int
     features: Tensor
-    parameters: int
+    shape: tuple[int, int]
+    bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases that go with one of those features."""
+        return self.shape[0] if self.dim else self.shape[1] + self.bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,7 @@ class UnitGroup:
         count: number of units.
         heads: key/value heads; 1 for "ffn".
         members: "ffn": the input linears, then down; "qk": q, then k; "v": v, then o.
+        config_field: config attribute with the width of all "ffn" groups of the stack, where there is one.
     """
 
     name: str
@@ -64,6 +73,7 @@ class UnitGroup:
     count: int
     heads: int
     members: tuple[Member, ...]
+    config_field: str | None = None
 
     @property
     def parameters_per_unit(self) -> int:
@@ -107,7 +117,8 @@ def unit_groups(model: nn.Module, spec: ModelSpec | None = None) -> tuple[UnitGr
             units = torch.arange(block.ffn.width)[:, None]
             members = [_member(model, path, 0, units) for path in block.ffn.inputs]
             members.append(_member(model, block.ffn.down, 1, units))
-            groups.append(UnitGroup(f"{block.path}.ffn", "ffn", block.path, block.ffn.width, 1, tuple(members)))
+            name, field = f"{block.path}.ffn", block.ffn.config_field
+            groups.append(UnitGroup(name, "ffn", block.path, block.ffn.width, 1, tuple(members), field))
     return tuple(groups)
 
 
@@ -118,8 +129,7 @@ def _dense(model: nn.Module, paths: Sequence[str]) -> bool:
 def _member(model: nn.Module, path: str, dim: int, features: Tensor) -> Member:
     module: Any = model.get_submodule(path)
     outputs, inputs = module.weight.T.shape if hasattr(module, "nf") else module.weight.shape
-    per_feature = outputs if dim else inputs + (module.bias is not None)
-    return Member(path, dim, features, int(per_feature))
+    return Member(path, dim, features, (outputs, inputs), module.bias is not None)
 
 
 def _attention_groups(model: nn.Module, block: str, a: AttentionSpec) -> list[UnitGroup]:
@@ -183,12 +193,12 @@ class Chunk:
     Args:
         group: name of the group.
         units: int64, most important first.
-        enters: smallest ratio that keeps them, in billionths.
+        enters: smallest ratio that keeps them, a multiple of one billionth.
     """
 
     group: str
     units: Tensor
-    enters: int
+    enters: float
 
 
 @dataclass
@@ -205,8 +215,8 @@ class UnitPath:
 
     entry: dict[str, Tensor]
     tie: dict[str, Tensor]
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_scores(cls, scores: Mapping[str, Tensor], config: dict[str, Any] | None = None) -> UnitPath:
@@ -279,7 +289,7 @@ class UnitPath:
             while stop < len(pieces) and pieces[stop][0] == pieces[start][0]:
                 stop += 1
             after = before + sum(piece[1] for piece in pieces[start:stop])
-            enters = (before + after) * BILLIONTHS // (2 * total)
+            enters = round((before + after) / (2 * total), DIGITS)
             found += [Chunk(name, units, enters) for _, _, name, units in pieces[start:stop]]
             before, start = after, stop
         return found
@@ -293,7 +303,7 @@ class UnitPath:
             raise ValueError(f"units: got ratio {ratio}, allowed above 0 up to 1; change it")
         kept: dict[str, list[Tensor]] = {group.name: [torch.zeros(0, dtype=torch.int64)] for group in groups}
         for chunk in self.chunks(groups, round_to, cost, uniform):
-            if chunk.enters <= round(ratio * BILLIONTHS):
+            if chunk.enters <= round(ratio, DIGITS):
                 kept[chunk.group].append(chunk.units)
         return {name: torch.cat(units).sort().values for name, units in kept.items()}
 
