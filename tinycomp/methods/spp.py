@@ -65,7 +65,9 @@ def groups_of(model: nn.Module, spec: ModelSpec, config: SPP, targets: Sequence[
     """
     wanted = set(targets)
     found = tuple(
-        g for g in unit_groups(model, spec) if (config.attention or g.kind == "ffn") and {m.path for m in g.members} <= wanted
+        g
+        for g in unit_groups(model, spec)
+        if (config.attention or g.kind == "ffn") and {m.path for m in g.members} <= wanted
     )
     if not found:
         raise ValueError(

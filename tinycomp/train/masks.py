@@ -34,7 +34,9 @@ class Masks:
     def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], per_head: bool = True):
         self.model, self.groups = model, tuple(groups)
         self.device = next(model.parameters()).device
-        self.units = [torch.arange(g.count) if per_head else torch.arange(g.count) % (g.count // g.heads) for g in groups]
+        self.units = [
+            torch.arange(g.count) if per_head else torch.arange(g.count) % (g.count // g.heads) for g in groups
+        ]
         sizes = [int(units.max()) + 1 for units in self.units]
         self.values = [torch.ones(size, device=self.device, requires_grad=True) for size in sizes]
         self.active = True
