@@ -71,8 +71,8 @@ def groups_of(model: nn.Module, spec: ModelSpec, config: SPP, targets: Sequence[
     )
     if not found:
         raise ValueError(
-            "SPP: got no sublayer to prune, allowed are models whose feed-forward or attention linears are dense and all "
-            "targeted; change targets or ignore"
+            "SPP: got no sublayer to prune, allowed are models whose feed-forward or attention linears are dense and "
+            "all targeted; change targets or ignore"
         )
     return found
 

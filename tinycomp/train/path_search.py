@@ -232,8 +232,8 @@ class _Search:
             wrong = (g.name for g, v in pairs if v.grad is not None and not bool(torch.isfinite(v.grad).all()))
             where = next(wrong, "the output of the model")
         return (
-            f"SPP search: got loss {loss} with NaN or infinite values at step {step + 1}, first in {where}; allowed are "
-            f"finite ones. Lower lr ({self.optimiser.lr:.3g}), use float32 weights, or check that layer's weights and "
+            f"SPP search: got loss {loss} with NaN or infinite values at step {step + 1}, first in {where}; allowed "
+            f"are finite ones. Lower lr ({self.optimiser.lr:.3g}), use float32 weights, or check that layer's weights and "
             "the data"
         )
 
@@ -269,7 +269,7 @@ def _rows(batch: Batch, length: int) -> list[Batch]:
     found: list[Batch] = []
     for row in rows:
         ids = row.get("input_ids")
-        padded = ids is None or "attention_mask" in row and not bool(row["attention_mask"].bool().all())
+        padded = ids is None or ("attention_mask" in row and not bool(row["attention_mask"].bool().all()))
         if padded or len(ids) <= length or any(v.shape != ids.shape for v in row.values()):  # type: ignore[arg-type, union-attr]
             found.append(row)
             continue
