@@ -13,17 +13,21 @@ from torch import nn
 from tinycomp.choosing import Choices
 from tinycomp.edits import Edit, Plan
 from tinycomp.errors import UsageError
-from tinycomp.methods import Method, MethodConfig, StrategicFusion, strategic_fusion, swsc
+from tinycomp.eval.machine import ceilings
+from tinycomp.methods import SPP, Method, MethodConfig, StrategicFusion, spp, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
 from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
+from tinycomp.methods._slicing import cuts_of, slice_edits
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.rounding import Rounding
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC, candidates
-from tinycomp.models import ModelSpec
+from tinycomp.models import ModelSpec, UnitGroup, UnitPath, spec_of
 from tinycomp.signals.collect import the_stack
 from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
+
+LIBRARIES_BYTES = 500_000_000  # torch and transformers themselves
 
 
 def skeleton_of(source: Any) -> nn.Module:
@@ -101,6 +105,50 @@ def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> d
     plan["parameters_after"] -= others
     plan["bytes_after"] -= others * bits // 8
     return plan
+
+
+def from_units(model: nn.Module, spec: ModelSpec, config: SPP) -> dict[str, Any]:
+    """The plan of a ranking of units: exact where the path is known, else as if every group kept its share."""
+    targets = find_targets(model, spec, config)
+    groups = spp.groups_of(model, spec, config, targets.paths)
+    known = config.path is not None and os.path.exists(config.path)
+    path = (
+        UnitPath.load(str(config.path))
+        if known
+        else UnitPath.from_scores({g.name: torch.ones(g.count) for g in groups})
+    )
+    kept = spp.kept_units(config, path, groups, uniform=not known)
+    cuts = cuts_of(groups, kept)
+    bits = 8 * next(model.parameters()).dtype.itemsize
+    rows = []
+    for name, (m, n) in shapes(model, list(cuts)).items():
+        height, width = cuts[name].sizes
+        rows.append(_row(name, [(m, n)], height * width, height * width * bits, {"rows": height, "columns": width}))
+    inside = {member.path for group in groups for member in group.members}
+    notes = [] if known else ["which units go depends on the search; here every sublayer keeps the same share"]
+    plan = _totals(model, rows, set(cuts), inside, notes if known else notes + _search_costs(model, groups, config))
+    after = after_edits(model, slice_edits(groups, kept))
+    return plan | {"parameters_after": after["parameters"], "bytes_after": after["bytes"]}
+
+
+def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[str]:
+    """What a search will take: passes of activations forward and backward; the weights get no gradient."""
+    tokens = config.samples * config.length
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = sum(m * n for m, n in shapes(model, spec_of(model).linears).values())
+    vocabulary, hidden = (0, 0) if head is None else head.weight.shape
+    passes = 3 if config.loss == "distill" or head is None else 2
+    flops = 2 * passes * (linears + vocabulary * hidden) * tokens * config.steps
+    widths = sum(m for m, _ in shapes(model, spec_of(model).linears).values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = weights + 4 * tokens * (4 * vocabulary + 3 * widths) + LIBRARIES_BYTES
+    rate = ceilings().gemm_gf_s * 1e9
+    units = sum(g.count for g in groups)
+    return [
+        f"search: {config.steps} steps of {config.samples} x {config.length} tokens on {units} masks, "
+        f"{flops / 1e12:.0f} TFLOP, at least {flops / rate:.0f} s at this machine's matrix rate, "
+        f"about {memory / 1e9:.1f} GB of memory"
+    ]
 
 
 def after_edits(model: nn.Module, edits: Sequence[Edit]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from tinycomp.models import ModelSpec, UnitGroup, UnitPath, unit_groups
 from tinycomp.train.path_search import PathSearch, search_path
 
 Batch = dict[str, Tensor]
+NO_RATIO = "SPP: got no ratio, allowed a number in (0, 1]; give ratio=0.8"
 
 
 class SPP(PathSearch, MethodConfig):
@@ -77,6 +78,22 @@ def groups_of(model: nn.Module, spec: ModelSpec, config: SPP, targets: Sequence[
     return found
 
 
+def kept_units(
+    config: SPP, path: UnitPath, groups: Sequence[UnitGroup], uniform: bool | None = None
+) -> dict[str, Tensor]:
+    """Group name -> units that stay at the config's ratio; `uniform` overrides its allocation.
+
+    Raises:
+        ValueError: no ratio, or a path of another model.
+    """
+    if config.ratio is None:
+        raise ValueError(NO_RATIO)
+    uniform = config.allocation == "uniform" if uniform is None else uniform
+    return path.kept(
+        groups, config.ratio, config.round_to, uniform, "parameters" if config.cost == "parameters" else None
+    )
+
+
 def choose(
     model: nn.Module, spec: ModelSpec, config: SPP, groups: Sequence[UnitGroup],
     batches: Callable[[], Sequence[Batch]], folder: Path | None, progress: Callable[..., None],
@@ -96,12 +113,11 @@ def choose(
         ValueError: no ratio, or a path of another model.
     """
     if config.ratio is None:
-        raise ValueError("SPP: got no ratio, allowed a number in (0, 1]; give ratio=0.8")
+        raise ValueError(NO_RATIO)
     started = time.perf_counter()
     path = _path(model, config, groups, batches, folder, progress)
     seconds = time.perf_counter() - started
-    cost: Literal["parameters"] | None = "parameters" if config.cost == "parameters" else None
-    kept = path.kept(groups, config.ratio, config.round_to, config.allocation == "uniform", cost)
+    kept = kept_units(config, path, groups)
     result = slice_units(
         _linears(model, spec, config, groups, kept, batches, progress), groups, kept, refit=config.refit,
         damping=config.damping, released_scale=config.released_scale,

@@ -233,8 +233,8 @@ class _Search:
             where = next(wrong, "the output of the model")
         return (
             f"SPP search: got loss {loss} with NaN or infinite values at step {step + 1}, first in {where}; allowed "
-            f"are finite ones. Lower lr ({self.optimiser.lr:.3g}), use float32 weights, or check that layer's weights and "
-            "the data"
+            f"are finite ones. Lower lr ({self.optimiser.lr:.3g}), use float32 weights, or check that layer's weights "
+            "and the data"
         )
 
     def _save(self, folder: Path) -> None:
