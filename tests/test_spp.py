@@ -95,11 +95,11 @@ def test_mask_gradients_are_those_of_the_loss():
             values = []
             for sign in (1, -1):
                 masks.values[0].data[3] = 0.7 + sign * 1e-2
-                values.append(float(loss(batch)))
+                values.append(float(loss(batch).detach()))
             masks.values[0].data.fill_(1.0)
             assert float(grad[3]) == pytest.approx((values[0] - values[1]) / 2e-2, rel=0.02, abs=1e-5)
         (at_one,) = torch.autograd.grad(loss(batch), masks.values[:1])
-        assert float(loss(batch)) == pytest.approx(0.0, abs=1e-6)
+        assert float(loss(batch).detach()) == pytest.approx(0.0, abs=1e-6)
         assert float(at_one.abs().max()) < 1e-6
 
 
@@ -111,20 +111,17 @@ def dead_units(model):
     return [g for g in unit_groups(model) if g.kind == "ffn"]
 
 
-@pytest.mark.parametrize("loss", ["labels", "distill"])
-def test_coupled_search_finds_dead_units_and_the_released_form_does_not(loss):
+def test_coupled_search_finds_dead_units_and_the_released_form_does_not():
+    """Where the loss is stationary at M = 1, the released form lets all units enter at the same step."""
     model = FAMILIES["llama"].build()
     groups = dead_units(model)
-    options = {"steps": 40, "samples": 4, "length": 9, "rise": 0.02, "loss": loss}
+    options = {"steps": 40, "samples": 4, "length": 9, "rise": 0.02, "loss": "distill"}
     path = search_path(model, groups, data("llama"), PathSearch(**options))
     kept = path.kept(groups, 0.5, round_to=1)
-    found = sum(int((units % 2 == 1).sum()) for units in kept.values())
-    assert found == sum(g.count for g in groups) // 2
+    assert all(units.tolist() == list(range(1, WIDTH, 2)) for units in kept.values())
     assert bool(torch.cat([path.entry[g.name][::2] for g in groups]).eq(-1).all())
-    released = search_path(model, groups, data("llama"), PathSearch(**options, preset="paper", lr=0.1, loss="labels")
-                           if loss == "distill" else PathSearch(**options, coupled=False))  # fmt: skip
-    wrong = sum(int((units % 2 == 0).sum()) for units in released.kept(groups, 0.5, round_to=1).values())
-    assert wrong > 10
+    released = search_path(model, groups, data("llama"), PathSearch(**options, coupled=False))
+    assert len(torch.cat(list(released.entry.values())).unique()) == 1
 
 
 def test_shared_masks_and_head_prox():
@@ -302,7 +299,7 @@ def test_messages():
             FAMILIES["vit"].build(), unit_groups(FAMILIES["vit"].build()), data("vit"), PathSearch(loss="labels")
         )
     with pytest.raises(ValueError, match="got no sublayer to prune"):
-        tc.compress_(model, tc.SPP(ratio=0.5, ignore=("re:.*",)), data("llama"), progress=False)
+        tc.compress_(model, tc.SPP(ratio=0.5, ignore=("re:.*(q_proj|o_proj|down_proj)",)), data("llama"), progress=False)
 
 
 def test_long_samples_are_cut_and_every_sample_is_drawn_once_an_epoch():

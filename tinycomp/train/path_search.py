@@ -37,6 +37,7 @@ RELEASED = {
     "coupled": False, "direction": "adam", "lr": 1e-3, "nu": 1.0, "threshold": 3.0, "nonnegative": True,
     "per_head": False, "loss": "labels",
 }  # fmt: skip
+LIPSCHITZ_AT = (1.0, 0.5, 0.25)  # all masks at this: the path starts at one, and the coupling pulls to zero
 CHECKPOINT = "search.safetensors"
 _TAG = "tinycomp_search"
 ADAM_TRAVEL = 4.0  # steps times lr: an important unit enters after 1 of it, a unit at half of its value after 2
@@ -179,8 +180,8 @@ class _Search:
             grads = torch.autograd.grad(self.nu * self.loss(batch), self.masks.values)
             return torch.cat([g.flatten() for g in grads])
 
-        start = torch.cat([v.detach() for v in self.masks.values])
-        largest = lipschitz(gradient, start.clone(), seed=config.seed)
+        ones = torch.cat([v.detach() for v in self.masks.values])
+        largest = max(lipschitz(gradient, at * ones, seed=config.seed) for at in LIPSCHITZ_AT)
         for value in self.masks.values:
             value.data.fill_(1.0)
         return step_size(largest, 1.0, config.kappa)
@@ -197,8 +198,9 @@ class _Search:
                 (self.nu * loss).backward()
             if not (math.isfinite(value) and bool(torch.isfinite(optimiser.grad).all())):
                 raise ValueError(self._what_broke(step, value, batch))
+            objective = optimiser.objective(self.nu * value) / self.nu  # before the step, as the loss
             optimiser.step()
-            self.curve.append(self._point(value))
+            self.curve.append(self._point(value, objective))
             note = f"loss {value:.3f}, in {self.curve[-1]['active']:.0%}"
             progress("SPP: searching the path", step + 1, config.steps, note)
             if self.folder and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
@@ -210,13 +212,13 @@ class _Search:
             config.model_dump(mode="json") | found,
         )  # fmt: skip
 
-    def _point(self, loss: float) -> dict[str, Any]:
+    def _point(self, loss: float, objective: float) -> dict[str, Any]:
         """One point of the curve; `active` is the share of the parameters whose units have entered."""
         optimiser = self.optimiser
         return {
             "step": optimiser.steps,
             "loss": loss,
-            "objective": optimiser.objective(self.nu * loss) / self.nu,
+            "objective": objective,
             "active": float(self.share.to(optimiser.gamma)[optimiser.gamma != 0].sum()),
             "mean_mask": float(optimiser.mask.mean()),
         }
