@@ -45,7 +45,7 @@ from tinycomp.train.path_search import PathSearch, search_path
 AGAIN = 75
 SEARCHES = {
     "SPP coupled": {},
-    "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False},
+    "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
 }
 ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy, equal widths", "random")
 

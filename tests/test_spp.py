@@ -19,6 +19,7 @@ from tinycomp.edits import Plan
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
 from tinycomp.models import UnitPath, spec_of, unit_groups
+from tinycomp.signals import block_entry_times
 from tinycomp.surgery import apply_
 from tinycomp.train import path_search
 from tinycomp.train.masks import Masks, search_loss
@@ -290,6 +291,26 @@ def test_refit_helps_and_paper_preset_is_the_released_form():
     assert tc.SPP(preset="paper", ratio=0.5, lr=0.1).lr == 0.1
 
 
+def test_entry_times_are_a_signal_of_blocks(tmp_path):
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    path = UnitPath.from_scores({g.name: torch.ones(g.count) for g in groups})
+    for group in groups:
+        path.entry[group.name].fill_({"0": 4, "1": 9, "2": 6}[group.block[-1]])
+    path.save(tmp_path / "path.safetensors")
+    blocks = [b.path for b in spec_of(model).blocks]
+    assert block_entry_times(path, groups, blocks) == [4.0, 9.0, 6.0]
+    path.entry["model.layers.1.ffn"].fill_(-1)
+    assert block_entry_times(path, groups, blocks)[1] == pytest.approx(9.0)  # never, at the largest tie: the last step
+    path.tie["model.layers.1.ffn"].fill_(0.5)
+    assert 9.0 < block_entry_times(path, groups, blocks)[1] < 9.5
+    config = tc.StrategicFusion(drop=1, strategy="entry_time", path=str(tmp_path / "path.safetensors"))
+    report = tc.compress_(model, config, data("llama"), progress=False)
+    assert report.methods[0]["order"] == [1]
+    with pytest.raises(ValueError, match="ranks no unit of elsewhere"):
+        block_entry_times(path, groups, ["elsewhere"])
+
+
 def test_messages():
     model = FAMILIES["llama"].build()
     with pytest.raises(ValueError, match="SPP: got no ratio"):
@@ -299,7 +320,9 @@ def test_messages():
             FAMILIES["vit"].build(), unit_groups(FAMILIES["vit"].build()), data("vit"), PathSearch(loss="labels")
         )
     with pytest.raises(ValueError, match="got no sublayer to prune"):
-        tc.compress_(model, tc.SPP(ratio=0.5, ignore=("re:.*(q_proj|o_proj|down_proj)",)), data("llama"), progress=False)
+        tc.compress_(
+            model, tc.SPP(ratio=0.5, ignore=("re:.*(q_proj|o_proj|down_proj)",)), data("llama"), progress=False
+        )
 
 
 def test_long_samples_are_cut_and_every_sample_is_drawn_once_an_epoch():

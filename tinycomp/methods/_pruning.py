@@ -1,4 +1,4 @@
-"""Pruning by scores, shared by Wanda, Magnitude and Random: feed-forward units sliced out, or weights masked by row.
+"""Pruning by scores, shared by Wanda, RIA, Magnitude and Random: feed-forward units sliced out, or weights masked.
 
 Nothing is refitted: kept weights stay as they are. That is what makes these the baselines.
 """
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from tinycomp import ops
 from tinycomp.edits import Replace, Slice
@@ -29,11 +30,20 @@ class Pruning(MethodConfig):
             the lowest scores of every output row and store a bit mask with the packed rest.
         round_to: kept widths are multiples of this (structured).
         value_bits: 8 or 4 also rounds the kept weights, one scale per row (masked); 0 keeps their dtype.
+        pattern: "row" keeps the largest scores of a row, "2:4" the two largest of every four consecutive inputs,
+            whatever the ratio (masked).
     """
 
     structured: bool = True
     round_to: int = Field(default=8, ge=1)
     value_bits: Literal[0, 4, 8] = 0
+    pattern: Literal["row", "2:4"] = "row"
+
+    @model_validator(mode="after")
+    def _pattern_is_of_masks(self) -> Pruning:
+        if self.pattern == "2:4" and self.structured:
+            raise ValueError("got pattern='2:4' with structured=True, allowed with structured=False")
+        return self
 
 
 def prediction_needs(config: Pruning) -> frozenset[str]:
@@ -141,36 +151,52 @@ def row_places(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def _mask(linear: Linear, places: Tensor, kept: int, value_bits: int) -> tuple[ops.Packed, Tensor, int]:
-    """The matrix with the first `kept` places of every row packed, its error and the bits it takes on disk."""
-    packed = ops.pack_masked(linear.weight.to(linear.dtype), places < kept, "bitmask", value_bits)
-    dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, "bitmask", value_bits)
-    return packed, linear.weight - dense.float(), 8 * sum(t.nbytes for t in packed if t is not None)
+def kept_weights(scores: Tensor, kept: int, pattern: str) -> Tensor:
+    """bool (out, in): the first `kept` places of every row, or of every group of four the first two."""
+    if pattern == "row":
+        return row_places(scores) < kept
+    m, n = scores.shape
+    groups = functional.pad(scores, (0, -n % 4), value=-1.0).reshape(-1, 4)  # scores are not negative
+    return (row_places(groups) < 2).reshape(m, -1)[:, :n]
+
+
+def _mask(linear: Linear, scores: Tensor, kept: int, config: Pruning) -> tuple[ops.Packed, Tensor, int, int]:
+    """The matrix packed with what is kept of every row, its error, the bits on disk, and the number of kept weights."""
+    keep = kept_weights(scores, kept, config.pattern)
+    layout = _format(config), config.value_bits
+    packed = ops.pack_masked(linear.weight.to(linear.dtype), keep, *layout)
+    dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, *layout)
+    bits = 8 * sum(t.nbytes for t in packed if t is not None)
+    return packed, linear.weight - dense.float(), bits, int(keep.sum())
+
+
+def _format(config: Pruning) -> str:
+    return "bitmask" if config.pattern == "row" else "2:4"
 
 
 def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]:
     linear = unit.linears[0]
-    m, n = linear.weight.shape
-    places, found = row_places(scores), []
-    for kept in sorted({max(round(f * n), 1) for f in size_grid(config.ratio, MASKED_SIZES)}):
-        _, error, bits = _mask(linear, places, kept, config.value_bits)
-        found.append(Option(m * kept, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
+    n, found = linear.in_features, []
+    sizes = size_grid(config.ratio, MASKED_SIZES) if config.pattern == "row" else [0.5]
+    for kept in sorted({max(round(f * n), 1) for f in sizes}):
+        _, error, bits, count = _mask(linear, scores, kept, config)
+        found.append(Option(count, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
     return [*found, dense_option(unit)]
 
 
 def _masked_build(name: str, unit: Unit, scores: Tensor, kept: int, config: Pruning) -> Result:
     linear = unit.linears[0]
-    packed, error, bits = _mask(linear, row_places(scores), kept, config.value_bits)
+    packed, error, bits, count = _mask(linear, scores, kept, config)
     kwargs = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
-        "nnz": linear.out_features * kept,
+        "nnz": count if config.pattern == "row" else None,
         "bias": linear.bias is not None,
-        "format": "bitmask",
+        "format": _format(config),
         "value_bits": config.value_bits,
     }
     tensors = {f"{linear.path}.{field}": t for field, t in packed._asdict().items() if t is not None}
     if linear.bias is not None:
         tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
-    row = record(linear, name, linear.out_features * kept, bits, error, kept_per_row=kept, value_bits=config.value_bits)
+    row = record(linear, name, count, bits, error, kept_per_row=kept, value_bits=config.value_bits)
     return Result([Replace(linear.path, layer="MaskedLinear", kwargs=kwargs)], tensors, [row])
