@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_folder import write_folder
 from typer.testing import CliRunner
+from unit_models import random_path
 
+import tinycomp as tc
 from tinycomp import cli
 from tinycomp.data import calibration_text
 
@@ -33,8 +35,12 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty current folder with a model in it, and short calibration text."""
+    """A folder with a model and an elastic one in it, and short calibration text."""
     write_folder(tmp_path / "model", blocks=4)  # the paper preset never takes the first and the last
+    model, tokenizer = tc.load_model(tmp_path / "model")
+    tc.make_elastic_(model, random_path(tc.unit_groups(model)))
+    model.save_pretrained(tmp_path / "elastic")
+    tokenizer.save_pretrained(tmp_path / "elastic")
     speech = [calibration_text()[0][:6000]]
     monkeypatch.setattr("tinycomp.data.inputs.calibration_text", lambda: speech)
     monkeypatch.chdir(tmp_path)
