@@ -35,12 +35,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder with a model and an elastic one in it, and short calibration text."""
+    """A folder with a model and a path of its units in it, and short calibration text."""
     write_folder(tmp_path / "model", blocks=4)  # the paper preset never takes the first and the last
-    model, tokenizer = tc.load_model(tmp_path / "model")
-    tc.make_elastic_(model, random_path(tc.unit_groups(model)))
-    model.save_pretrained(tmp_path / "elastic")
-    tokenizer.save_pretrained(tmp_path / "elastic")
+    random_path(tc.unit_groups(tc.load_model(tmp_path / "model")[0])).save(tmp_path / "path.safetensors")
     speech = [calibration_text()[0][:6000]]
     monkeypatch.setattr("tinycomp.data.inputs.calibration_text", lambda: speech)
     monkeypatch.chdir(tmp_path)

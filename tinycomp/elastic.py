@@ -32,12 +32,12 @@ def make_elastic_(
     """Bring a model's units into the order of a path, so that every ratio is a prefix of its weights.
 
     The model computes what it did, at ratio 1; `set_ratio_` chooses another one. Its weights are as large as before;
-    one index of four bytes is added per row or column that can be left out, two in attention.
+    an index of four bytes is added per row or column that can be left out, of twelve in attention.
 
     Args:
         model: a dense transformers model of the architecture table, changed in place.
         path: the order, from a search or `UnitPath.from_scores`.
-        groups: the units that may go, `unit_groups(model)` unless given.
+        groups: the units that may go; those of `unit_groups(model)` that the path ranks unless given.
         round_to: widths are multiples of this.
         cost: see `UnitPath.ranking`.
         uniform: groups of equal size have equal widths at every ratio; needed for plain exports.
@@ -46,7 +46,13 @@ def make_elastic_(
         ValueError: the path is another model's, or the model cannot be compressed; the model is as it was.
     """
     hf.check_compressible(model)
-    groups = unit_groups(model) if groups is None else groups
+    if groups is None:
+        groups = [group for group in unit_groups(model) if group.name in path.entry]
+    if not groups:
+        raise ValueError(
+            f"make_elastic_: got a path of {', '.join(list(path.entry)[:3])}, ..., and no group of that name to order; "
+            "use the path of this model"
+        )
     chunks = path.chunks(groups, round_to, cost, uniform)
     edits: list[Edit] = []
     tensors: dict[str, Tensor] = {}
@@ -165,10 +171,10 @@ def _dense_copy(model: Any) -> Any:
         linear, weight, bias = stock.get_submodule(path), layer.full.weight, layer.bias
         linear = linear.to(weight.dtype).to_empty(device=weight.device).train(layer.training)
         if layer.scatter:
-            back = layer.outputs.long().argsort()
+            back = layer.outputs.argsort()
             weight, bias = weight[back], None if bias is None else bias[back]
         if layer.gather:
-            weight = weight[:, layer.inputs.long().argsort()]
+            weight = weight[:, layer.inputs.argsort()]
         with torch.no_grad():
             linear.weight.copy_(weight if isinstance(linear, nn.Linear) else weight.T)
             if bias is not None:
@@ -196,7 +202,7 @@ def _kept_units(model: Any, ratio: float | None) -> dict[str, Tensor]:
         active = layer.sizes_at(_ratio(model, ratio))[0 if member.dim else 1]
         index = layer.inputs if layer.gather else layer.outputs if layer.scatter else torch.arange(layer.in_features)
         there = torch.zeros(member.shape[member.dim], dtype=torch.bool)
-        there[index[:active].long().cpu()] = True
+        there[index[:active].cpu()] = True
         kept[group.name] = there[member.features[:, 0]].nonzero().flatten()
     return kept
 

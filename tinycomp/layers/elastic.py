@@ -28,8 +28,8 @@ class ElasticLinear(CompressedLinear):
         bias: whether a bias is added, one number for each stored row.
         stored_in: columns that are stored, in_features unless given.
         stored_out: rows that are stored, out_features unless given.
-        gather: a buffer `inputs`, int32 (stored_in,), says which input each column reads.
-        scatter: a buffer `outputs`, int32 (stored_out,), says which output each row writes.
+        gather: a buffer `inputs`, int64 (stored_in,), says which input each column reads.
+        scatter: a buffer `outputs`, int64 (stored_out,), says which output each row writes.
         ranked_in: a buffer `in_enters`, int32 (stored_in,) ascending, says from which ratio on, in billionths, each
             column is active; see `set_ratio_`.
         ranked_out: a buffer `out_enters`, the same for rows.
@@ -51,14 +51,14 @@ class ElasticLinear(CompressedLinear):
         if bias and stored_out != out_features:
             self.bias = nn.Parameter(torch.zeros(stored_out, device=device, dtype=dtype))
         self.gather, self.scatter, self.ranked_in, self.ranked_out = gather, scatter, ranked_in, ranked_out
-        for name, wanted, size in (
-            ("inputs", gather, stored_in),
-            ("outputs", scatter, stored_out),
-            ("in_enters", ranked_in, stored_in),
-            ("out_enters", ranked_out, stored_out),
+        for name, wanted, size, kind in (
+            ("inputs", gather, stored_in, torch.int64),  # what indexing takes without a conversion
+            ("outputs", scatter, stored_out, torch.int64),
+            ("in_enters", ranked_in, stored_in, torch.int32),
+            ("out_enters", ranked_out, stored_out, torch.int32),
         ):
             if wanted:
-                self.register_buffer(name, torch.arange(size, dtype=torch.int32, device=device))
+                self.register_buffer(name, torch.arange(size, dtype=kind, device=device))
         self.active_in, self.active_out = stored_in, stored_out
 
     def set_active_(self, active_in: int | None = None, active_out: int | None = None) -> None:
@@ -79,12 +79,12 @@ class ElasticLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gather:
-            x = x.index_select(-1, self.inputs[: self.active_in])
+            x = x.index_select(-1, _prefix(self.inputs, self.active_in))
         y = self._product(x)
         if not self.scatter:
             return y
-        zeros = y.new_zeros(*y.shape[:-1], self.out_features)
-        return zeros.index_copy(-1, self.outputs[: self.active_out].long(), y)
+        whole = y.new_zeros(*y.shape[:-1], self.out_features)
+        return whole.index_copy_(-1, _prefix(self.outputs, self.active_out), y)
 
     def _product(self, x: Tensor) -> Tensor:
         if is_plain(self.full):
@@ -101,14 +101,19 @@ class ElasticLinear(CompressedLinear):
         """The active part; with `gather` and `scatter` at its place among zeros."""
         w = self.full.weight[: self.active_out, : self.active_in]
         if self.gather:
-            w = w.new_zeros(len(w), self.in_features).index_copy(1, self.inputs[: self.active_in].long(), w)
+            w = w.new_zeros(len(w), self.in_features).index_copy(1, self.inputs[: self.active_in], w)
         if self.scatter:
             zeros = w.new_zeros(self.out_features, w.shape[1])
-            w = zeros.index_copy(0, self.outputs[: self.active_out].long(), w)
+            w = zeros.index_copy(0, self.outputs[: self.active_out], w)
         return w
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active_in={self.active_in}, active_out={self.active_out}"
+
+
+def _prefix(index: Tensor, size: int) -> Tensor:
+    """The first entries; every operator counts when one row is multiplied."""
+    return index if len(index) == size else index[:size]
 
 
 def set_ratio_(model: nn.Module, ratio: float) -> None:
