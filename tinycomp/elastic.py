@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinycomp import __version__, hf
 from tinycomp.edits import Edit, Plan, Replace
 from tinycomp.layers import elastic_layers, set_ratio_
-from tinycomp.layers.elastic import BILLIONTHS
+from tinycomp.layers.elastic import BILLIONTHS, require_elastic
 from tinycomp.methods import Linear, Result, WidthPrune
 from tinycomp.methods._slicing import Cut, slice_edits, slice_units
 from tinycomp.models import Chunk, UnitGroup, UnitPath, spec_of, unit_groups
@@ -121,7 +121,8 @@ def export(
     Raises:
         ValueError: the model is not elastic, or the ratio is out of range.
     """
-    dense, kept, ratio = _dense_copy(model), _kept_units(model, ratio), _ratio(model, ratio)
+    ratio = _ratio(model) if ratio is None else ratio
+    kept, dense = _kept_units(model, ratio), _dense_copy(model)
     groups, spec = unit_groups(dense), spec_of(dense)
     store = None
     if refit:
@@ -143,15 +144,15 @@ def export(
 
 def size_at(model: nn.Module, ratio: float | None = None) -> dict[str, Any]:
     """{"ratio", "parameters", "bytes"} of what `export` makes: the ratio that is reached, tensors on disk."""
-    kept, (stock, _) = _kept_units(model, ratio), _stock(model)
-    groups = unit_groups(stock)
-    sizes = {group.name: (group.count * group.parameters_per_unit) for group in groups if group.name in kept}
-    left = sum(len(kept[group.name]) * group.parameters_per_unit for group in groups if group.name in kept)
-    return {"ratio": left / sum(sizes.values())} | after_edits(stock, slice_edits(groups, kept))
+    kept, (stock, _) = _kept_units(model, _ratio(model) if ratio is None else ratio), _stock(model)
+    groups = [group for group in unit_groups(stock) if group.name in kept]
+    whole = sum(group.count * group.parameters_per_unit for group in groups)
+    left = sum(len(kept[group.name]) * group.parameters_per_unit for group in groups)
+    return {"ratio": left / whole} | after_edits(stock, slice_edits(groups, kept))
 
 
-def _ratio(model: Any, ratio: float | None) -> float:
-    return float(getattr(getattr(model, "config", None), "ratio", 1.0)) if ratio is None else ratio
+def _ratio(model: Any) -> float:
+    return float(getattr(model.config, "ratio", 1.0))
 
 
 def _stock(model: Any) -> tuple[Any, Plan]:
@@ -168,7 +169,8 @@ def _dense_copy(model: Any) -> Any:
     stock, rest = _stock(model)
     memo: dict[int, Any] = {}  # takes the linears' place in the copy
     for path, layer in elastic_layers(model).items():
-        linear, weight, bias = stock.get_submodule(path), layer.full.weight, layer.bias
+        weight, bias = layer.full.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        linear: Any = stock.get_submodule(path)
         linear = linear.to(weight.dtype).to_empty(device=weight.device).train(layer.training)
         if layer.scatter:
             back = layer.outputs.argsort()
@@ -186,20 +188,16 @@ def _dense_copy(model: Any) -> Any:
     return dense
 
 
-def _kept_units(model: Any, ratio: float | None) -> dict[str, Tensor]:
+def _kept_units(model: Any, ratio: float) -> dict[str, Tensor]:
     """Group name -> units that are active at a ratio, for the groups that the elastic model may cut."""
-    layers = elastic_layers(model)
-    if not layers:
-        raise ValueError(
-            f"export: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
-        )
+    layers = require_elastic("export", model, ratio)
     kept: dict[str, Tensor] = {}
     for group in unit_groups(_stock(model)[0]):
         member = group.members[-1] if group.members[-1].dim else group.members[0]
         layer = layers.get(member.path)
         if layer is None or not (layer.ranked_in if member.dim else layer.ranked_out):
             continue
-        active = layer.sizes_at(_ratio(model, ratio))[0 if member.dim else 1]
+        active = layer.sizes_at(ratio)[0 if member.dim else 1]
         index = layer.inputs if layer.gather else layer.outputs if layer.scatter else torch.arange(layer.in_features)
         there = torch.zeros(member.shape[member.dim], dtype=torch.bool)
         there[index[:active].cpu()] = True

@@ -37,6 +37,11 @@ class ElasticLinear(CompressedLinear):
         dtype: dtype of weight and bias.
     """
 
+    inputs: Tensor
+    outputs: Tensor
+    in_enters: Tensor
+    out_enters: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, stored_in: int | None = None,
         stored_out: int | None = None, gather: bool = False, scatter: bool = False, ranked_in: bool = False,
@@ -73,8 +78,8 @@ class ElasticLinear(CompressedLinear):
         """(columns, rows) that are active at a ratio; all of a side that is not ranked."""
         limit = round(ratio * BILLIONTHS)
         return (
-            int((self.in_enters <= limit).sum()) if self.ranked_in else self.full.in_features,
-            int((self.out_enters <= limit).sum()) if self.ranked_out else self.full.out_features,
+            int(self.in_enters.le(limit).sum()) if self.ranked_in else self.full.in_features,
+            int(self.out_enters.le(limit).sum()) if self.ranked_out else self.full.out_features,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,17 +131,22 @@ def set_ratio_(model: nn.Module, ratio: float) -> None:
     Raises:
         ValueError: the model is not elastic, or the ratio is out of range.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio <= 1.0:
-        raise ValueError(f"set_ratio_: got ratio {ratio!r}, allowed above 0 up to 1; change it")
-    layers = elastic_layers(model)
-    if not layers:
-        raise ValueError(
-            f"set_ratio_: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
-        )
-    for layer in layers.values():
+    for layer in require_elastic("set_ratio_", model, ratio).values():
         layer.set_active_(*layer.sizes_at(ratio))
     if hasattr(model, "config"):
         model.config.ratio = float(ratio)  # type: ignore[union-attr]
+
+
+def require_elastic(where: str, model: nn.Module, ratio: float) -> dict[str, ElasticLinear]:
+    """`elastic_layers`; raises unless there are some and `ratio` is one."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio <= 1.0:
+        raise ValueError(f"{where}: got ratio {ratio!r}, allowed above 0 up to 1; change it")
+    layers = elastic_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{where}: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
+        )
+    return layers
 
 
 def elastic_layers(model: nn.Module) -> dict[str, ElasticLinear]:
