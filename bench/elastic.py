@@ -1,10 +1,11 @@
 """Sliced and elastic models against the dense one: their linears at M = 1, and whole tokens per second.
 
-    python bench/elastic.py [--ratio 0.5] [--model MODEL] [--repeats 15] [--json]
+    python bench/elastic.py [--ratio 0.5] [--model MODEL | --hidden 2048] [--repeats 15] [--json]
 
 All linears of the blocks are called one after another on one row, so that weights come from memory as in decoding.
 The bytes that are left out allow a speed-up of bytes dense / bytes sliced; the line says which part of it is reached.
-One thread, interleaved, process CPU time; units in random order. Lines go to bench/results/elastic.jsonl.
+One thread, interleaved, process CPU time; units in random order. `--hidden` takes two random blocks of a Llama of that
+size instead, where an operator's own cost is small beside its weights. Lines go to bench/results/elastic.jsonl.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tinycomp as tc
 from tinycomp.eval.machine import machine
@@ -52,14 +54,25 @@ def weight_bytes(linears: list[tuple[nn.Module, torch.Tensor]]) -> int:
     return total
 
 
-def models(source: Any, dtype: torch.dtype, ratio: float) -> dict[str, nn.Module]:
-    dense = load_model(source, dtype)[0]
+def dense_model(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    if not options.hidden:
+        return load_model(options.model or default_model(), dtype)[0]
+    size = options.hidden
+    config = LlamaConfig(
+        hidden_size=size, intermediate_size=size * 11 // 4, num_hidden_layers=2, num_attention_heads=size // 64,
+        num_key_value_heads=size // 256, vocab_size=1024, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def models(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
+    dense = dense_model(options, dtype)
     groups = unit_groups(dense)
     generator = torch.Generator().manual_seed(0)
     path = tc.UnitPath.from_scores({g.name: torch.rand(g.count, generator=generator) for g in groups})
     elastic = copy.deepcopy(dense)
     tc.make_elastic_(elastic, path)
-    set_ratio_(elastic, ratio)
+    set_ratio_(elastic, options.ratio)
     own = copy.deepcopy(dense)
     for name, module in list(own.named_modules()):
         if isinstance(module, nn.Linear):
@@ -72,13 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--model", help="default: SmolLM2-135M")
+    parser.add_argument("--hidden", type=int, help="random blocks of this size")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        rows += measure(models(options.model or default_model(), dtype, options.ratio), dtype, options)
+        rows += measure(models(options, dtype), dtype, options)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -106,6 +120,7 @@ def measure(found: dict[str, nn.Module], dtype: torch.dtype, options: argparse.N
         allowed, reached = bytes_dense / weight_bytes(linears[name]), base.median / timing.median
         row = {
             "name": name, "dtype": str(dtype).removeprefix("torch."), "ratio": options.ratio,
+            "model": f"random, hidden {options.hidden}" if options.hidden else options.model or "SmolLM2-135M",
             "linears_ms": timing.median * 1e3, "linears_ms_p20_p80": [timing.quantile(q) * 1e3 for q in (0.2, 0.8)],
             "speed_up": reached, "speed_up_of_bytes": allowed, "reached": reached / allowed,
             "decode_tokens_s": decode.median, "machine": machine(),

@@ -65,6 +65,7 @@ class ElasticLinear(CompressedLinear):
             if wanted:
                 self.register_buffer(name, torch.arange(size, dtype=kind, device=device))
         self.active_in, self.active_out = stored_in, stored_out
+        self._one_pass: _OnePass | None = None
 
     def set_active_(self, active_in: int | None = None, active_out: int | None = None) -> None:
         """Choose how many columns and rows are used from now on; None leaves a number as it is."""
@@ -73,6 +74,7 @@ class ElasticLinear(CompressedLinear):
         check_size("ElasticLinear", "active_in", active_in, 0, self.full.in_features)
         check_size("ElasticLinear", "active_out", active_out, 0, self.full.out_features)
         self.active_in, self.active_out = active_in, active_out
+        self._one_pass = None
 
     def sizes_at(self, ratio: float) -> tuple[int, int]:
         """(columns, rows) that are active at a ratio; all of a side that is not ranked."""
@@ -83,13 +85,32 @@ class ElasticLinear(CompressedLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gather != self.scatter and not torch.is_grad_enabled() and type(x) is Tensor:
+            arguments = self._inference_arguments()
+            if arguments is not None:
+                return ops.swsc_linear(x, *arguments)
         if self.gather:
-            x = x.index_select(-1, _prefix(self.inputs, self.active_in))
+            x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)
         if not self.scatter:
             return y
         whole = y.new_zeros(*y.shape[:-1], self.out_features)
-        return whole.index_copy_(-1, _prefix(self.outputs, self.active_out), y)
+        return whole.index_copy_(-1, self.outputs[: self.active_out], y)
+
+    def _inference_arguments(self) -> tuple[Any, ...] | None:
+        """What `swsc_linear` takes after x, kept for the next call; None where it cannot stand in."""
+        if torch.compiler.is_compiling() or not is_plain(self.full):
+            return None
+        if self._one_pass is None or not self._one_pass.holds(self):
+            self._one_pass = _OnePass(self)
+        return self._one_pass.arguments
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._one_pass = None  # it holds views of what moves now
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_one_pass": None}
 
     def _product(self, x: Tensor) -> Tensor:
         if is_plain(self.full):
@@ -116,9 +137,45 @@ class ElasticLinear(CompressedLinear):
         return f"{super().extra_repr()}, active_in={self.active_in}, active_out={self.active_out}"
 
 
-def _prefix(index: Tensor, size: int) -> Tensor:
-    """The first entries; every operator counts when one row is multiplied."""
-    return index if len(index) == size else index[:size]
+class _OnePass:
+    """Gather or scatter and the product as one call of `swsc_linear`, for inference.
+
+    Rows are centroids, each output takes its row times 1, or the first row times 0 where it has none; columns likewise.
+    Indexing by torch operators costs more than the product when one row meets a small weight.
+    """
+
+    def __init__(self, layer: ElasticLinear) -> None:
+        self.seen = self._tensors(layer)
+        self.state = self._state()
+        self.arguments: tuple[Any, ...] | None = None
+        weight, index, bias = (t if t is None else t.detach() for t in self.seen)
+        weight = weight[: layer.active_out, : layer.active_in]
+        active = index[: layer.active_in if layer.gather else layer.active_out]
+        if len(active) == 0 or not (layer.gather or layer.active_in == layer.in_features):
+            return
+        features = layer.in_features if layer.gather else layer.out_features
+        labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
+        labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)
+        scales = weight.new_zeros(features).index_fill_(0, active, 1)
+        bias = None if bias is None else bias[: layer.active_out]
+        if bias is not None and layer.scatter:
+            bias = bias.new_zeros(features).index_copy_(0, active, bias)
+        b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
+        self.arguments = (weight, labels, b, a, scales, bias, int(layer.gather))
+
+    @staticmethod
+    def _tensors(layer: ElasticLinear) -> tuple[Any, ...]:
+        return layer.full.weight, layer.inputs if layer.gather else layer.outputs, layer.bias
+
+    def _state(self) -> tuple[int, ...]:
+        """Where the weight is, and the versions of what is copied; inference tensors count none and do not change."""
+        weight, *copied = self.seen
+        return weight.data_ptr(), *(0 if t is None or t.is_inference() else t._version for t in copied)
+
+    def holds(self, layer: ElasticLinear) -> bool:
+        """Whether the layer still has the same tensors, unchanged where they were copied."""
+        same = all(a is b for a, b in zip(self.seen, self._tensors(layer), strict=True))
+        return same and self.state == self._state()
 
 
 def set_ratio_(model: nn.Module, ratio: float) -> None:
