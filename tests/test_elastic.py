@@ -20,7 +20,7 @@ from tinycomp.eval.size import size_of
 from tinycomp.hf import plan_of
 from tinycomp.layers import elastic_layers
 
-RATIOS = (0.3, 0.62, 1.0)
+RATIOS = (0.4, 1.0)
 
 
 def invoke(*arguments: object) -> tuple[int, dict[str, Any]]:
@@ -63,10 +63,12 @@ def test_files_round_trip_and_the_ratio_travels(family: str, tiny: Callable[...,
     loaded = check_round_trip(model, family, tmp_path)
     assert loaded.config.ratio == 1.0
     tc.set_ratio_(model, 0.4)
-    assert torch.equal(output(reload(family, tmp_path / "first", ratio=0.4), family), output(model, family))
-    check_round_trip(model, family, tmp_path / "smaller")
-    assert json.loads((tmp_path / "smaller" / "first" / "config.json").read_text())["ratio"] == 0.4
-    assert reload(family, tmp_path / "smaller" / "first", ratio=1.0).config.ratio == 1.0
+    smaller = reload(family, tmp_path / "first", ratio=0.4)
+    assert torch.equal(output(smaller, family), output(model, family))
+    smaller.save_pretrained(tmp_path / "smaller")
+    assert json.loads((tmp_path / "smaller" / "config.json").read_text())["ratio"] == 0.4
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "smaller")]
+    assert weights[0] == weights[1]
 
 
 def test_memory_is_that_of_the_largest_and_prefixes_are_views(tiny: Callable[..., Any]) -> None:
@@ -178,13 +180,12 @@ def test_compiles_whole_at_a_fixed_ratio(tiny: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def folders(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A dense model folder and an elastic one with its tokenizer."""
-    model, tokenizer = tc.load_model(folder)
-    path = random_path(tc.unit_groups(model))
-    tc.make_elastic_(model, path, round_to=4)
-    model.save_pretrained(tmp_path / "elastic")
-    tokenizer.save_pretrained(tmp_path / "elastic")
-    return folder, tmp_path / "elastic"
+    """A dense model folder and an elastic one."""
+    random_path(tc.unit_groups(tc.load_model(folder)[0])).save(tmp_path / "path.safetensors")
+    out = tmp_path / "elastic"
+    code, result = invoke("elastic", folder, "--path", tmp_path / "path.safetensors", "--output-dir", out)
+    assert (code, result["plain"]) == (0, False)
+    return folder, out
 
 
 def test_command_writes_a_model_of_the_predicted_size(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -205,6 +206,16 @@ def test_command_writes_a_model_of_the_predicted_size(folders: tuple[Path, Path]
     assert {m["layer"] for m in result["modules"] if m["op"] == "replace"} == {"ElasticLinear"}
 
 
+def test_uniform_feed_forward_command_leads_to_plain_exports(folder: Path, tmp_path: Path) -> None:
+    random_path(tc.unit_groups(tc.load_model(folder)[0])).save(tmp_path / "path")
+    options = ("--uniform", "--ffn-only", "--round-to", "16")
+    code, _ = invoke("elastic", folder, "--path", tmp_path / "path", "--output-dir", tmp_path / "elastic", *options)
+    assert code == 0
+    code, result = invoke("export", tmp_path / "elastic", "--ratio", "0.5", "--output-dir", tmp_path / "half")
+    assert (code, result["plain"], is_plain(tmp_path / "half")) == (0, True, True)
+    assert tc.load_model(tmp_path / "half")[0].config.intermediate_size == 64
+
+
 def test_command_refuses_clearly(folders: tuple[Path, Path], tmp_path: Path) -> None:
     dense, source = folders
     out = tmp_path / "out"
@@ -214,6 +225,8 @@ def test_command_refuses_clearly(folders: tuple[Path, Path], tmp_path: Path) -> 
     assert (code, "allowed elastic models; make one with make_elastic_" in result["error"]) == (3, True)
     code, result = invoke("export", source, "--ratio", "0.5", "--output-dir", source)
     assert (code, "is not empty" in result["error"]) == (3, True)
+    code, result = invoke("elastic", dense, "--path", source / "model.safetensors", "--output-dir", out)
+    assert (code, "is no path of a search" in result["error"]) == (3, True)
     assert not out.exists()
 
 
@@ -222,9 +235,9 @@ def test_refusals_leave_the_model_as_it_was(tiny: Callable[..., Any]) -> None:
     before = output(model, "llama")
     with pytest.raises(ValueError, match="of one size, allowed elastic models"):
         tc.set_ratio_(model, 0.5)
-    other = random_path(tc.unit_groups(tiny("llama", intermediate_size=40)))
-    with pytest.raises(ValueError, match="use the path of this model"):
-        tc.make_elastic_(model, other)
+    for other in (tiny("llama", intermediate_size=40), tiny("bert")):
+        with pytest.raises(ValueError, match="use the path of this model"):
+            tc.make_elastic_(model, random_path(tc.unit_groups(other)))
     assert torch.equal(output(model, "llama"), before)
     elastic(model)
     for ratio in (0, 1.1, True, "0.5"):

@@ -50,8 +50,10 @@ def test_speed_counts_steps_and_restores_the_mode(build, monkeypatch):
     found = speed_of({"model": model, "other": other}, 16, 3, repeats=2, on_progress=lambda *p: done.append(p))
     runs = [name for index, name in enumerate(calls) if index == 0 or calls[index - 1] != name]
     if build is not counted_bert:
-        steps = 3 if build is counted_t5 else 4  # the encoder-decoder's prefill calls its encoder only
-        assert calls[: 2 * steps] == ["model"] * steps + ["other"] * steps
+        prefill = 0 if build is counted_t5 else 1  # the encoder-decoder's prefill calls its encoder only
+        warm, timed = prefill + 1, prefill + 3
+        assert calls[: 2 * warm] == ["model"] * warm + ["other"] * warm
+        assert calls[2 * warm : 2 * (warm + timed)] == ["model"] * timed + ["other"] * timed
         assert runs[:4] == ["model", "other", "model", "other"]
         assert found["model"].decode.p20 <= found["model"].decode.median <= found["model"].decode.p80
         assert found["model"].decode_tokens == 3
@@ -74,7 +76,7 @@ def test_decoding_is_greedy_generation(monkeypatch):
     seen = []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     speed_of({"model": model}, prefill_tokens=8, decode_tokens=4, repeats=1)
-    prompt, steps = seen[0], torch.cat(seen[1:5], 1)
+    prompt, steps = seen[2], torch.cat(seen[3:7], 1)  # behind the warm-up: its prompt and one step
     wanted = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(steps, wanted[:, 8:])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinycomp import __version__, hf
 from tinycomp.edits import Edit, Plan, Replace
 from tinycomp.layers import elastic_layers, set_ratio_
-from tinycomp.layers.elastic import BILLIONTHS
+from tinycomp.layers.elastic import BILLIONTHS, require_elastic
 from tinycomp.methods import Linear, Result, WidthPrune
 from tinycomp.methods._slicing import Cut, slice_edits, slice_units
 from tinycomp.models import Chunk, UnitGroup, UnitPath, spec_of, unit_groups
@@ -32,12 +32,12 @@ def make_elastic_(
     """Bring a model's units into the order of a path, so that every ratio is a prefix of its weights.
 
     The model computes what it did, at ratio 1; `set_ratio_` chooses another one. Its weights are as large as before;
-    one index of four bytes is added per row or column that can be left out, two in attention.
+    an index of four bytes is added per row or column that can be left out, of twelve in attention.
 
     Args:
         model: a dense transformers model of the architecture table, changed in place.
         path: the order, from a search or `UnitPath.from_scores`.
-        groups: the units that may go, `unit_groups(model)` unless given.
+        groups: the units that may go; those of `unit_groups(model)` that the path ranks unless given.
         round_to: widths are multiples of this.
         cost: see `UnitPath.ranking`.
         uniform: groups of equal size have equal widths at every ratio; needed for plain exports.
@@ -46,7 +46,13 @@ def make_elastic_(
         ValueError: the path is another model's, or the model cannot be compressed; the model is as it was.
     """
     hf.check_compressible(model)
-    groups = unit_groups(model) if groups is None else groups
+    if groups is None:
+        groups = [group for group in unit_groups(model) if group.name in path.entry]
+    if not groups:
+        raise ValueError(
+            f"make_elastic_: got a path of {', '.join(list(path.entry)[:3])}, ..., and no group of that name to order; "
+            "use the path of this model"
+        )
     chunks = path.chunks(groups, round_to, cost, uniform)
     edits: list[Edit] = []
     tensors: dict[str, Tensor] = {}
@@ -115,7 +121,8 @@ def export(
     Raises:
         ValueError: the model is not elastic, or the ratio is out of range.
     """
-    dense, kept, ratio = _dense_copy(model), _kept_units(model, ratio), _ratio(model, ratio)
+    ratio = _ratio(model) if ratio is None else ratio
+    kept, dense = _kept_units(model, ratio), _dense_copy(model)
     groups, spec = unit_groups(dense), spec_of(dense)
     store = None
     if refit:
@@ -137,15 +144,15 @@ def export(
 
 def size_at(model: nn.Module, ratio: float | None = None) -> dict[str, Any]:
     """{"ratio", "parameters", "bytes"} of what `export` makes: the ratio that is reached, tensors on disk."""
-    kept, (stock, _) = _kept_units(model, ratio), _stock(model)
-    groups = unit_groups(stock)
-    sizes = {group.name: (group.count * group.parameters_per_unit) for group in groups if group.name in kept}
-    left = sum(len(kept[group.name]) * group.parameters_per_unit for group in groups if group.name in kept)
-    return {"ratio": left / sum(sizes.values())} | after_edits(stock, slice_edits(groups, kept))
+    kept, (stock, _) = _kept_units(model, _ratio(model) if ratio is None else ratio), _stock(model)
+    groups = [group for group in unit_groups(stock) if group.name in kept]
+    whole = sum(group.count * group.parameters_per_unit for group in groups)
+    left = sum(len(kept[group.name]) * group.parameters_per_unit for group in groups)
+    return {"ratio": left / whole} | after_edits(stock, slice_edits(groups, kept))
 
 
-def _ratio(model: Any, ratio: float | None) -> float:
-    return float(getattr(getattr(model, "config", None), "ratio", 1.0)) if ratio is None else ratio
+def _ratio(model: Any) -> float:
+    return float(getattr(model.config, "ratio", 1.0))
 
 
 def _stock(model: Any) -> tuple[Any, Plan]:
@@ -162,13 +169,14 @@ def _dense_copy(model: Any) -> Any:
     stock, rest = _stock(model)
     memo: dict[int, Any] = {}  # takes the linears' place in the copy
     for path, layer in elastic_layers(model).items():
-        linear, weight, bias = stock.get_submodule(path), layer.full.weight, layer.bias
+        weight, bias = layer.full.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        linear: Any = stock.get_submodule(path)
         linear = linear.to(weight.dtype).to_empty(device=weight.device).train(layer.training)
         if layer.scatter:
-            back = layer.outputs.long().argsort()
+            back = layer.outputs.argsort()
             weight, bias = weight[back], None if bias is None else bias[back]
         if layer.gather:
-            weight = weight[:, layer.inputs.long().argsort()]
+            weight = weight[:, layer.inputs.argsort()]
         with torch.no_grad():
             linear.weight.copy_(weight if isinstance(linear, nn.Linear) else weight.T)
             if bias is not None:
@@ -180,23 +188,19 @@ def _dense_copy(model: Any) -> Any:
     return dense
 
 
-def _kept_units(model: Any, ratio: float | None) -> dict[str, Tensor]:
+def _kept_units(model: Any, ratio: float) -> dict[str, Tensor]:
     """Group name -> units that are active at a ratio, for the groups that the elastic model may cut."""
-    layers = elastic_layers(model)
-    if not layers:
-        raise ValueError(
-            f"export: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
-        )
+    layers = require_elastic("export", model, ratio)
     kept: dict[str, Tensor] = {}
     for group in unit_groups(_stock(model)[0]):
         member = group.members[-1] if group.members[-1].dim else group.members[0]
         layer = layers.get(member.path)
         if layer is None or not (layer.ranked_in if member.dim else layer.ranked_out):
             continue
-        active = layer.sizes_at(_ratio(model, ratio))[0 if member.dim else 1]
+        active = layer.sizes_at(ratio)[0 if member.dim else 1]
         index = layer.inputs if layer.gather else layer.outputs if layer.scatter else torch.arange(layer.in_features)
         there = torch.zeros(member.shape[member.dim], dtype=torch.bool)
-        there[index[:active].long().cpu()] = True
+        there[index[:active].cpu()] = True
         kept[group.name] = there[member.features[:, 0]].nonzero().flatten()
     return kept
 

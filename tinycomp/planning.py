@@ -152,16 +152,13 @@ def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[
 
 
 def after_edits(model: nn.Module, edits: Sequence[Edit]) -> dict[str, int]:
-    """{"parameters", "bytes"} of the tensors that a model has on disk after `edits`; weights are not looked at."""
+    """{"parameters", "bytes" of the tensors on disk} of a model after `edits`; weights are not looked at."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     skeleton = copy.deepcopy(model, empty)  # unlike a copy that is moved to meta, it keeps ties
     apply_(skeleton, Plan(list(edits)))
     skip = tuple(getattr(skeleton, "_keys_to_ignore_on_save", None) or ())
     stored = {id(t): t for name, t in skeleton.state_dict(keep_vars=True).items() if name not in skip}.values()
-    return {
-        "parameters": sum(t.numel() for t in stored if t.is_floating_point()),
-        "bytes": sum(t.nbytes for t in stored),
-    }
+    return {"parameters": sum(p.numel() for p in skeleton.parameters()), "bytes": sum(t.nbytes for t in stored)}
 
 
 def _sizes(

@@ -22,6 +22,8 @@ namespace {
 
 // Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048.
 constexpr int64_t kAhead = 512;
+// The prefetch goes to the next rows instead where they are this near: short rows would begin unfetched.
+constexpr int64_t kNear = 16384;
 
 // From this many inputs on, transposing rows of a weight costs less than summing across registers.
 constexpr int64_t kPanelInputs = 16;
@@ -54,12 +56,13 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   Vec acc[M][R];
   for (int j = 0; j < M; ++j)
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
+  const int64_t ahead = R * stride <= kNear ? R * stride : kAhead;
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width) {
     Vec v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = V::load(row[r] + c);
-      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + kAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
     }
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load(x + j * ldx + c);

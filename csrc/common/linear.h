@@ -114,10 +114,12 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
   const Tensor flat = torch::stable::contiguous(t);
   std::vector<int32_t> values(size);
   auto copy = [&](auto* from) {
+    bool inside = true;
     for (int64_t i = 0; i < size; ++i) {
-      STD_TORCH_CHECK(from[i] >= 0 && from[i] < limit, name, ": an index is out of range");
+      inside &= from[i] >= 0 && from[i] < limit;
       values[i] = static_cast<int32_t>(from[i]);
     }
+    STD_TORCH_CHECK(inside, name, ": an index is out of range");
   };
   switch (t.scalar_type()) {
     case ScalarType::Byte:
@@ -139,11 +141,10 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
 inline std::vector<int32_t> permutation(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": dtype does not fit");
   std::vector<int32_t> values = indices(t, size, size, name);
-  std::vector<char> seen(size, 0);
-  for (const int32_t value : values) {
-    STD_TORCH_CHECK(!seen[value], name, ": an index is repeated");
-    seen[value] = 1;
-  }
+  thread_local std::vector<char> seen;
+  seen.assign(size, 0);
+  for (const int32_t value : values) seen[value] = 1;
+  STD_TORCH_CHECK(std::count(seen.begin(), seen.end(), char{1}) == size, name, ": an index is repeated");
   return values;
 }
 
@@ -224,10 +225,12 @@ class Inputs {
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
 constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 
-// Weight rows as a stage: a chunk streams at least 32 KiB, and begins where a cache line of results does.
+// Weight rows as a stage: a chunk streams 32 to 128 KiB, so that a thread's next one is not far in memory and the last
+// one not much waited for, and begins where a cache line of results does.
 inline Stage row_stage(const Weight& w) {
-  const int64_t rows = 32768 / std::max<int64_t>(w.stride, 1) / 16 * 16;
-  return {w.rows, std::clamp<int64_t>(rows, 16, kBatch)};
+  const int64_t share = w.rows * w.stride / (2 * torch::stable::get_num_threads());
+  const int64_t rows = std::clamp<int64_t>(share, 32768, 131072) / std::max<int64_t>(w.stride, 1) / 16 * 16;
+  return {w.rows, std::max<int64_t>(rows, 16)};
 }
 
 inline double weight_estimate(const Weight& w, int64_t m) {

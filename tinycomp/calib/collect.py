@@ -198,7 +198,8 @@ class _Collector:
                 continue  # never called: an unused branch of the model
             gram, grad, tokens = entry.gram, entry.output_gram, max(self.gradient_tokens[path], 1)
             for name, value in (("input", gram), ("output gradient", grad)):
-                if value is not None and not torch.isfinite(value).all():
+                # The diagonal holds sums of squares: a number that is not finite shows there, wherever it was.
+                if value is not None and not torch.isfinite(value.diagonal()).all():
                     raise ValueError(
                         f"calibration: the {name} of {path} is NaN or infinite, allowed finite values only; "
                         "check the weights and the data, or load the model in float32"

@@ -114,13 +114,13 @@ class _Run:
             output = self.model(**self.inputs)
         prefill = time.perf_counter() - start
         self.tokens = tokens_of(self.inputs, output)
-        decode = self._decode(output) if self.generates else 0.0
+        decode = self._decode(output, self.decode_tokens if timed else 1) if self.generates else 0.0
         if timed:
             self.prefill_seconds.append(prefill)
             self.decode_seconds.append(decode)
 
-    def _decode(self, output: Any) -> float:
-        """Seconds of the greedy steps; the cache is the one that the prompt filled."""
+    def _decode(self, output: Any, steps: int) -> float:
+        """Seconds of so many greedy steps; the cache is the one that the prompt filled."""
         device = self.inputs["input_ids"].device
         if self.encoder_decoder:
             step = {"encoder_outputs": output, "use_cache": True}
@@ -131,7 +131,7 @@ class _Run:
             name, past = "input_ids", output.past_key_values
             token = output.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
-        for _ in range(self.decode_tokens):
+        for _ in range(steps):
             result = self.model(**{name: token}, past_key_values=past, **step)
             past, token = result.past_key_values, result.logits[:, -1:].argmax(-1)
         return time.perf_counter() - start

@@ -28,14 +28,19 @@ class ElasticLinear(CompressedLinear):
         bias: whether a bias is added, one number for each stored row.
         stored_in: columns that are stored, in_features unless given.
         stored_out: rows that are stored, out_features unless given.
-        gather: a buffer `inputs`, int32 (stored_in,), says which input each column reads.
-        scatter: a buffer `outputs`, int32 (stored_out,), says which output each row writes.
+        gather: a buffer `inputs`, int64 (stored_in,), says which input each column reads.
+        scatter: a buffer `outputs`, int64 (stored_out,), says which output each row writes.
         ranked_in: a buffer `in_enters`, int32 (stored_in,) ascending, says from which ratio on, in billionths, each
             column is active; see `set_ratio_`.
         ranked_out: a buffer `out_enters`, the same for rows.
         device: where the tensors are.
         dtype: dtype of weight and bias.
     """
+
+    inputs: Tensor
+    outputs: Tensor
+    in_enters: Tensor
+    out_enters: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, stored_in: int | None = None,
@@ -51,15 +56,16 @@ class ElasticLinear(CompressedLinear):
         if bias and stored_out != out_features:
             self.bias = nn.Parameter(torch.zeros(stored_out, device=device, dtype=dtype))
         self.gather, self.scatter, self.ranked_in, self.ranked_out = gather, scatter, ranked_in, ranked_out
-        for name, wanted, size in (
-            ("inputs", gather, stored_in),
-            ("outputs", scatter, stored_out),
-            ("in_enters", ranked_in, stored_in),
-            ("out_enters", ranked_out, stored_out),
+        for name, wanted, size, kind in (
+            ("inputs", gather, stored_in, torch.int64),  # what indexing takes without a conversion
+            ("outputs", scatter, stored_out, torch.int64),
+            ("in_enters", ranked_in, stored_in, torch.int32),
+            ("out_enters", ranked_out, stored_out, torch.int32),
         ):
             if wanted:
-                self.register_buffer(name, torch.arange(size, dtype=torch.int32, device=device))
+                self.register_buffer(name, torch.arange(size, dtype=kind, device=device))
         self.active_in, self.active_out = stored_in, stored_out
+        self._one_pass: _OnePass | None = None
 
     def set_active_(self, active_in: int | None = None, active_out: int | None = None) -> None:
         """Choose how many columns and rows are used from now on; None leaves a number as it is."""
@@ -68,23 +74,43 @@ class ElasticLinear(CompressedLinear):
         check_size("ElasticLinear", "active_in", active_in, 0, self.full.in_features)
         check_size("ElasticLinear", "active_out", active_out, 0, self.full.out_features)
         self.active_in, self.active_out = active_in, active_out
+        self._one_pass = None
 
     def sizes_at(self, ratio: float) -> tuple[int, int]:
         """(columns, rows) that are active at a ratio; all of a side that is not ranked."""
         limit = round(ratio * BILLIONTHS)
         return (
-            int((self.in_enters <= limit).sum()) if self.ranked_in else self.full.in_features,
-            int((self.out_enters <= limit).sum()) if self.ranked_out else self.full.out_features,
+            int(self.in_enters.le(limit).sum()) if self.ranked_in else self.full.in_features,
+            int(self.out_enters.le(limit).sum()) if self.ranked_out else self.full.out_features,
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gather != self.scatter and not torch.is_grad_enabled() and type(x) is Tensor:
+            arguments = self._inference_arguments()
+            if arguments is not None:
+                return ops.swsc_linear(x, *arguments)
         if self.gather:
             x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)
         if not self.scatter:
             return y
-        zeros = y.new_zeros(*y.shape[:-1], self.out_features)
-        return zeros.index_copy(-1, self.outputs[: self.active_out].long(), y)
+        whole = y.new_zeros(*y.shape[:-1], self.out_features)
+        return whole.index_copy_(-1, self.outputs[: self.active_out], y)
+
+    def _inference_arguments(self) -> tuple[Any, ...] | None:
+        """What `swsc_linear` takes after x, kept for the next call; None where it cannot stand in."""
+        if torch.compiler.is_compiling() or not is_plain(self.full):
+            return None
+        if self._one_pass is None or not self._one_pass.holds(self):
+            self._one_pass = _OnePass(self)
+        return self._one_pass.arguments
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._one_pass = None  # it holds views of what moves now
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_one_pass": None}
 
     def _product(self, x: Tensor) -> Tensor:
         if is_plain(self.full):
@@ -101,14 +127,55 @@ class ElasticLinear(CompressedLinear):
         """The active part; with `gather` and `scatter` at its place among zeros."""
         w = self.full.weight[: self.active_out, : self.active_in]
         if self.gather:
-            w = w.new_zeros(len(w), self.in_features).index_copy(1, self.inputs[: self.active_in].long(), w)
+            w = w.new_zeros(len(w), self.in_features).index_copy(1, self.inputs[: self.active_in], w)
         if self.scatter:
             zeros = w.new_zeros(self.out_features, w.shape[1])
-            w = zeros.index_copy(0, self.outputs[: self.active_out].long(), w)
+            w = zeros.index_copy(0, self.outputs[: self.active_out], w)
         return w
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active_in={self.active_in}, active_out={self.active_out}"
+
+
+class _OnePass:
+    """Gather or scatter and the product as one call of `swsc_linear`, for inference.
+
+    Rows are centroids, each output takes its row times 1, or the first row times 0 where it has none; columns likewise.
+    Indexing by torch operators costs more than the product when one row meets a small weight.
+    """
+
+    def __init__(self, layer: ElasticLinear) -> None:
+        self.seen = self._tensors(layer)
+        self.state = self._state()
+        self.arguments: tuple[Any, ...] | None = None
+        weight, index, bias = (t if t is None else t.detach() for t in self.seen)
+        weight = weight[: layer.active_out, : layer.active_in]
+        active = index[: layer.active_in if layer.gather else layer.active_out]
+        if len(active) == 0 or not (layer.gather or layer.active_in == layer.in_features):
+            return
+        features = layer.in_features if layer.gather else layer.out_features
+        labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
+        labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)
+        scales = weight.new_zeros(features).index_fill_(0, active, 1)
+        bias = None if bias is None else bias[: layer.active_out]
+        if bias is not None and layer.scatter:
+            bias = bias.new_zeros(features).index_copy_(0, active, bias)
+        b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
+        self.arguments = (weight, labels, b, a, scales, bias, int(layer.gather))
+
+    @staticmethod
+    def _tensors(layer: ElasticLinear) -> tuple[Any, ...]:
+        return layer.full.weight, layer.inputs if layer.gather else layer.outputs, layer.bias
+
+    def _state(self) -> tuple[int, ...]:
+        """Where the weight is, and the versions of what is copied; inference tensors count none and do not change."""
+        weight, *copied = self.seen
+        return weight.data_ptr(), *(0 if t is None or t.is_inference() else t._version for t in copied)
+
+    def holds(self, layer: ElasticLinear) -> bool:
+        """Whether the layer still has the same tensors, unchanged where they were copied."""
+        same = all(a is b for a, b in zip(self.seen, self._tensors(layer), strict=True))
+        return same and self.state == self._state()
 
 
 def set_ratio_(model: nn.Module, ratio: float) -> None:
@@ -121,17 +188,22 @@ def set_ratio_(model: nn.Module, ratio: float) -> None:
     Raises:
         ValueError: the model is not elastic, or the ratio is out of range.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio <= 1.0:
-        raise ValueError(f"set_ratio_: got ratio {ratio!r}, allowed above 0 up to 1; change it")
-    layers = elastic_layers(model)
-    if not layers:
-        raise ValueError(
-            f"set_ratio_: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
-        )
-    for layer in layers.values():
+    for layer in require_elastic("set_ratio_", model, ratio).values():
         layer.set_active_(*layer.sizes_at(ratio))
     if hasattr(model, "config"):
         model.config.ratio = float(ratio)  # type: ignore[union-attr]
+
+
+def require_elastic(where: str, model: nn.Module, ratio: float) -> dict[str, ElasticLinear]:
+    """`elastic_layers`; raises unless there are some and `ratio` is one."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio <= 1.0:
+        raise ValueError(f"{where}: got ratio {ratio!r}, allowed above 0 up to 1; change it")
+    layers = elastic_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{where}: got a {type(model).__name__} of one size, allowed elastic models; make one with make_elastic_"
+        )
+    return layers
 
 
 def elastic_layers(model: nn.Module) -> dict[str, ElasticLinear]:

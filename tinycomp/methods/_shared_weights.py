@@ -74,13 +74,26 @@ class Metric:
     coupling: Tensor | None = None
 
     @classmethod
-    def of(cls, gram: Tensor | None, output_gram: Tensor | None, axis: int, damping: float) -> Metric:
+    def of(
+        cls,
+        gram: Tensor | None,
+        output_gram: Tensor | None,
+        axis: int,
+        damping: float,
+        remember: linalg.Remember = linalg.made_anew,
+    ) -> Metric:
         """From S (n, n) and G (m, m), damped by a fraction (at least 1e-6) of their mean diagonal."""
         damping = max(damping, 1e-6)
-        along, across = (gram, output_gram) if axis == 0 else (output_gram, gram)
-        coupling = None if across is None else linalg.damped(across, damping).float()
-        lower = [None if s is None else linalg.cholesky(s, damping).float() for s in (along, across)]
-        return cls(lower[0], lower[1], coupling)
+        sides = {"gram": gram, "output gram": output_gram}
+
+        def factors() -> dict[str, Tensor]:
+            return {name: linalg.cholesky(s, damping).float() for name, s in sides.items() if s is not None}
+
+        lower = remember(f"metric {sorted(name for name, s in sides.items() if s is not None)} {damping}", factors)
+        along, across = sides if axis == 0 else reversed(sides)
+        coupling = sides[across]
+        coupling = None if coupling is None else linalg.damped(coupling, damping).float()
+        return cls(lower.get(along), lower.get(across), coupling)
 
     def whiten_along(self, x: Tensor) -> Tensor:
         return x if self.along is None else x @ self.along
@@ -133,6 +146,7 @@ def fit(
     iterations: int = 2,
     lloyd: Lloyd | None = None,
     start: Clusters | None = None,
+    basis: Tensor | None = None,
 ) -> tuple[Factors, list[float]]:
     """Factors of an (m, n) fp32 weight, and the weighted |W - W'| after every half-step (never rising).
 
@@ -145,6 +159,7 @@ def fit(
         lloyd: settings of the first k-means; refinements take at most five steps from where they are.
         iterations: rounds of k-means on W - A B, then the low-rank step on W minus the shared part, after the first.
         start: the first clustering, where it is known.
+        basis: `spectrum`'s of what that clustering leaves, where it is known.
 
     Raises:
         ValueError: more clusters than channels, or a rank above min(m, n).
@@ -153,7 +168,7 @@ def fit(
     metric, lloyd = metric or Metric(), lloyd or Lloyd()
     target = metric.whiten_along((weight if axis == 0 else weight.T).float())
     clusters = start or cluster_step(target, k, metric, lloyd)
-    a, b = _correct(target - clusters.expand(), r, metric)
+    a, b = _correct(target - clusters.expand(), r, metric, basis)
     history = [_norm(target - clusters.expand() - a @ b, metric)]
     for _ in range(iterations):
         clusters = cluster_step(target - a @ b, k, metric, replace(lloyd, steps=REFINE_STEPS), clusters)
@@ -183,34 +198,48 @@ def _norm(error: Tensor, metric: Metric) -> float:
     return float(metric.whiten_across(error).norm())
 
 
-def _correct(residual: Tensor, r: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    a, b = low_rank(metric.whiten_across(residual), r)
+def _correct(residual: Tensor, r: int, metric: Metric, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    a, b = low_rank(metric.whiten_across(residual), r, basis)
     return metric.restore_across(a), b
 
 
-def low_rank(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def low_rank(residual: Tensor, r: int, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Best rank-r a b of `residual`, singular values split evenly: a = P S^(1/2), b = S^(1/2) Qt.
 
-    Through the eigenvectors of the smaller Gram matrix and one exact projection onto them, several times faster than
-    an SVD; the projection keeps the error optimal for the subspace found.
+    Through the eigenvectors of the smaller Gram matrix (`basis`, where they are known) and one exact projection onto
+    them, several times faster than an SVD; the projection keeps the error optimal for the subspace found.
     """
     m, n = residual.shape
     if m < n:
-        b, a = low_rank(residual.T, r)
+        b, a = low_rank(residual.T, r, basis)
         return a.T, b.T
-    wide = residual.double()
-    basis = linalg.eigh(wide.T @ wide)[1].flip(1)[:, :r].to(residual.dtype)
+    basis = (spectrum(residual)[1] if basis is None else basis)[:, :r]
     a = residual @ basis
     root = a.norm(dim=0).sqrt()
     return a / root.clamp_min(1e-20), root[:, None] * basis.T
 
 
-def squared_tail(target: Tensor, clusters: Clusters, metric: Metric) -> Tensor:
-    """Weighted squared error left after the shared part and a correction of rank 0..min(m, n)."""
-    residual = metric.whiten_across(target - clusters.expand()).double()
-    tall = residual if residual.shape[0] >= residual.shape[1] else residual.T
-    smallest_first = torch.linalg.eigvalsh(tall.T @ tall).clamp_min(0.0)
-    return torch.cat([smallest_first.new_zeros(1), smallest_first.cumsum(0)]).flip(0)
+def spectrum(residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error (min(m, n) + 1,) float64 left at rank 0, 1, ..., and the singular vectors of the smaller side."""
+    tall = (residual if residual.shape[0] >= residual.shape[1] else residual.T).double()
+    values, vectors = linalg.eigh(tall.T @ tall)
+    return _tail(values), vectors.flip(1).to(residual.dtype)
+
+
+def squared_tail(residual: Tensor) -> Tensor:
+    """The first result of `spectrum`, in half the time."""
+    tall = (residual if residual.shape[0] >= residual.shape[1] else residual.T).double()
+    return _tail(torch.linalg.eigvalsh(tall.T @ tall))
+
+
+def _tail(smallest_first: Tensor) -> Tensor:
+    rest = smallest_first.clamp_min(0.0).cumsum(0)
+    return torch.cat([rest.new_zeros(1), rest]).flip(0)
+
+
+def weighted_rest(target: Tensor, clusters: Clusters, metric: Metric) -> Tensor:
+    """What the shared part leaves of `target`, in the metric's coordinates."""
+    return metric.whiten_across(target - clusters.expand())
 
 
 def cluster_step(target: Tensor, k: int, metric: Metric, lloyd: Lloyd, previous: Clusters | None = None) -> Clusters:

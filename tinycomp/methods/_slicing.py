@@ -89,9 +89,9 @@ class Cut:
         if bias is not None:
             found[f"{path}.bias"] = bias.to(linear.dtype)
         if self.indexed and self.columns is not None:
-            found[f"{path}.inputs"] = self.columns.int()
+            found[f"{path}.inputs"] = self.columns
         if self.indexed and self.rows is not None:
-            found[f"{path}.outputs"] = self.rows.int()
+            found[f"{path}.outputs"] = self.rows
         for side, name in (("columns", "in_enters"), ("rows", "out_enters")):
             if side in self.enters:
                 found[f"{path}.{name}"] = self.enters[side]

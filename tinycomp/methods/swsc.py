@@ -44,9 +44,11 @@ from tinycomp.methods._shared_weights import (
     fit,
     paper_split,
     require_fits,
+    spectrum,
     squared_tail,
     stored_bits,
     stored_numbers,
+    weighted_rest,
 )
 
 PAPER_TARGETS = (r"re:.*(q_proj|k_proj|query|key|q_lin|k_lin)$",)
@@ -131,7 +133,7 @@ class SWSC(MethodConfig):
     def metric(self, linear: Linear) -> Metric:
         if not self.weighted:
             return Metric()
-        return Metric.of(linear.gram, linear.output_gram, self.layout["axis"], self.damping)
+        return Metric.of(linear.gram, linear.output_gram, self.layout["axis"], self.damping, linear.remember)
 
 
 def needs(config: SWSC) -> frozenset[str]:
@@ -172,16 +174,24 @@ class _Fitting:
         return self.config.metric(self.linear)
 
     def first(self, k: int) -> dict[str, Tensor]:
-        """labels, centroids and scales of the first pass, and `tail`: the squared error left at every rank."""
+        """labels, centroids and scales of the first pass, and `tail`: the squared error left at every rank.
+
+        With the number of clusters given it is surely built, so the vectors of the correction are kept as `basis`.
+        """
         apart = {"ratio", "bits", "rank", "clusters", "targets", "ignore", "iterations", "sequential", "allocation"}
-        return self.linear.remember(f"SWSC {k} {self.config.model_dump_json(exclude=apart)}", lambda: self._first(k))
+        key = f"SWSC {k} {self.config.clusters is None} {self.config.model_dump_json(exclude=apart)}"
+        return self.linear.remember(key, lambda: self._first(k))
 
     def _first(self, k: int) -> dict[str, Tensor]:
         weight = self.linear.weight if self.config.axis == "output" else self.linear.weight.T
         target = self.metric.whiten_along(weight.float())
         found = cluster_step(target, k, self.metric, self.config.lloyd)
         made = {"labels": found.labels, "centroids": found.centroids, "scales": found.scales}
-        made["tail"] = squared_tail(target, found, self.metric)
+        rest = weighted_rest(target, found, self.metric)
+        if self.config.clusters is None:
+            made["tail"] = squared_tail(rest)
+        else:
+            made["tail"], made["basis"] = spectrum(rest)
         return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
@@ -236,6 +246,7 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
         iterations=config.iterations,
         lloyd=config.lloyd,
         start=Clusters(first["labels"], first["centroids"], first.get("scales")),
+        basis=first.get("basis"),
     )
     factors = factors.to(linear.dtype)
     labels = factors.labels.to(torch.uint8 if k <= 256 else torch.int32)
