@@ -16,6 +16,7 @@ from conftest import FAMILIES, WIDTH, output
 
 import tinycomp as tc
 from tinycomp.edits import Plan
+from tinycomp.eval.report import write_report
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
 from tinycomp.models import UnitPath, spec_of, unit_groups
@@ -309,6 +310,16 @@ def test_entry_times_are_a_signal_of_blocks(tmp_path):
     assert report.methods[0]["order"] == [1]
     with pytest.raises(ValueError, match="ranks no unit of elsewhere"):
         block_entry_times(path, groups, ["elsewhere"])
+
+
+def test_the_report_plots_the_path(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the plots")
+    _, report = tc.compress(FAMILIES["llama"].build(), tc.SPP(ratio=0.6, **QUICK), data("llama"), progress=False)
+    rows = [{"name": "dense", "method": "dense"}, {"name": "SPP", "method": "SPP", "ratio": 0.6}]
+    write_report(tmp_path, {"title": "t", "rows": rows, "compressions": [report.to_dict()]})
+    picture = (tmp_path / "report-path.svg").read_text()
+    assert all(words in picture for words in ("loss of the masked model", "queries and keys", "kept share"))
+    assert "report-path.svg" in (tmp_path / "report.md").read_text()
 
 
 def test_messages():
