@@ -67,7 +67,7 @@ class Bench:
         self.batches = [text_data.for_model(b, self.model) for b in raw]
         self._grams: dict[str, Tensor] | None = None
         self._surgeon: StatsStore | None = None
-        self.folder = args.work / hashlib.sha256(f"{self.task.name} {vars(args)['search']}".encode()).hexdigest()[:8]
+        self.folder = args.work / _short([self.task.name, args.windows])
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_time(self, *_: Any) -> None:
@@ -97,7 +97,7 @@ class Bench:
         return Linear(path, weight, bias, self.grams().get(path), transposed=transposed, dtype=weight.dtype)
 
     def order(self, name: str, part: str) -> UnitPath:
-        file = self.folder / f"{name.replace(' ', '-').replace(',', '')}-{part}-{self.seed}.safetensors"
+        file = self.folder / f"{_short([name, part, self.seed, _fields(self.args, name)])}.safetensors"
         if not file.exists():
             started = time.process_time()
             with peak_memory() as peak:
@@ -109,8 +109,8 @@ class Bench:
     def _make(self, name: str, part: str) -> UnitPath:
         groups = self.chosen(part)
         if name in SEARCHES:
-            config = PathSearch(**{**self.args.search, **SEARCHES[name]}, seed=self.seed, checkpoint_every=5)
-            folder = self.folder / f"{name[4]}-{part}-{self.seed}"
+            config = PathSearch(**_fields(self.args, name), seed=self.seed, checkpoint_every=5)
+            folder = self.folder / _short([name, part, config.model_dump()])
             return search_path(self.model, groups, self.batches, config, folder=folder, progress=self._searching)
         if name == "random":
             generator = torch.Generator().manual_seed(self.seed)
@@ -192,6 +192,15 @@ class Bench:
             "name": name, "part": part, "ratio": ratio, "achieved": achieved,
             self.task.quality: self.task.measure(model), **extra,
         }  # fmt: skip
+
+
+def _fields(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Fields of the search that makes this order; none for the others."""
+    return {**args.search, **SEARCHES[name]} if name in SEARCHES else {}
+
+
+def _short(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _task(args: argparse.Namespace) -> Task:
