@@ -133,21 +133,22 @@ def from_units(model: nn.Module, spec: ModelSpec, config: SPP) -> dict[str, Any]
 
 def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[str]:
     """What a search will take: passes of activations forward and backward; the weights get no gradient."""
-    tokens = config.samples * config.length
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = sum(m * n for m, n in shapes(model, spec_of(model).linears).values())
-    vocabulary, hidden = (0, 0) if head is None else head.weight.shape
-    passes = 3 if config.loss == "distill" or head is None else 2
-    flops = 2 * passes * (linears + vocabulary * hidden) * tokens * config.steps
-    widths = sum(m for m, _ in shapes(model, spec_of(model).linears).values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory = weights + 4 * tokens * (4 * vocabulary + 3 * widths) + LIBRARIES_BYTES
-    rate = ceilings().gemm_gf_s * 1e9
     units = sum(g.count for g in groups)
+    search = f"search: {config.steps} steps on {units} masks"
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return [f"{search}; its time and memory depend on the size of the inputs"]
+    tokens = config.samples * config.length
+    sizes = shapes(model, spec_of(model).linears).values()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary, hidden = (0, 0) if head is None else head.weight.shape
+    passes = 3 if config.loss == "distill" or head is None else 2  # the dense model's answers are the third
+    flops = 2 * passes * (sum(m * n for m, n in sizes) + vocabulary * hidden) * tokens * config.steps
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    seconds = flops / ceilings().gemm_gf_s / 1e9
+    memory = weights + 4 * tokens * (4 * vocabulary + 3 * sum(m for m, _ in sizes)) + LIBRARIES_BYTES
     return [
-        f"search: {config.steps} steps of {config.samples} x {config.length} tokens on {units} masks, "
-        f"{flops / 1e12:.0f} TFLOP, at least {flops / rate:.0f} s at this machine's matrix rate, "
-        f"about {memory / 1e9:.1f} GB of memory"
+        f"{search}, {config.samples} x {config.length} tokens each: {flops / 1e12:.3g} TFLOP, at least "
+        f"{seconds:.0f} s at this machine's matrix rate, about {memory / 1e9:.1f} GB of memory"
     ]
 
 

@@ -160,9 +160,7 @@ class _Search:
         for place in range(step * self.config.samples, (step + 1) * self.config.samples):
             generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + place // count)
             wanted.append(int(torch.randperm(count, generator=generator)[place % count]))
-        batch = model_inputs(self.samples.collate([self.samples.rows[i] for i in wanted]))
-        if "labels" in self.samples.rows[0]:
-            batch["labels"] = self.samples.collate([self.samples.rows[i] for i in wanted])["labels"]
+        batch = self.samples.collate([self.samples.rows[i] for i in wanted])
         return {name: value.to(self.masks.device) for name, value in batch.items()}
 
     def _lr(self) -> float:
