@@ -56,7 +56,7 @@ def test_every_ratio_is_the_masked_and_the_exported_model(family: str, tiny: Cal
     assert not torch.allclose(expected[0], dense, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "albert", "dinov2", "t5", "marian"])
 def test_files_round_trip_and_the_ratio_travels(family: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny(family)
     elastic(model)

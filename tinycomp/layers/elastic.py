@@ -85,10 +85,12 @@ class ElasticLinear(CompressedLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gather != self.scatter and not torch.is_grad_enabled() and type(x) is Tensor:
-            arguments = self._inference_arguments()
-            if arguments is not None:
-                return ops.swsc_linear(x, *arguments)
+        if not torch.is_grad_enabled() and self.gather != self.scatter and not torch.compiler.is_compiling():
+            ready = self._one_pass
+            if ready is None or not ready.holds(self):
+                ready = self._one_pass = _OnePass(self)
+            if ready.arguments is not None and type(x) is Tensor:
+                return ops.swsc_linear(x, *ready.arguments)
         if self.gather:
             x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)
@@ -96,14 +98,6 @@ class ElasticLinear(CompressedLinear):
             return y
         whole = y.new_zeros(*y.shape[:-1], self.out_features)
         return whole.index_copy_(-1, self.outputs[: self.active_out], y)
-
-    def _inference_arguments(self) -> tuple[Any, ...] | None:
-        """What `swsc_linear` takes after x, kept for the next call; None where it cannot stand in."""
-        if torch.compiler.is_compiling() or not is_plain(self.full):
-            return None
-        if self._one_pass is None or not self._one_pass.holds(self):
-            self._one_pass = _OnePass(self)
-        return self._one_pass.arguments
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._one_pass = None  # it holds views of what moves now
@@ -137,45 +131,60 @@ class ElasticLinear(CompressedLinear):
         return f"{super().extra_repr()}, active_in={self.active_in}, active_out={self.active_out}"
 
 
+def _version(t: Tensor | None) -> int:
+    """How often a tensor was changed in place; inference tensors do not count it."""
+    return 0 if t is None or t.is_inference() else t._version
+
+
 class _OnePass:
     """Gather or scatter and the product as one call of `swsc_linear`, for inference.
 
     Rows are centroids, each output takes its row times 1, or the first row times 0 where it has none; columns likewise.
-    Indexing by torch operators costs more than the product when one row meets a small weight.
+    With one row of input, indexing by torch operators would cost about as much as the product.
+
+    arguments: what `swsc_linear` takes after x; None where it cannot stand in.
     """
 
     def __init__(self, layer: ElasticLinear) -> None:
-        self.seen = self._tensors(layer)
+        self.side = "inputs" if layer.gather else "outputs"
+        self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers[self.side]
         self.state = self._state()
-        self.arguments: tuple[Any, ...] | None = None
-        weight, index, bias = (t if t is None else t.detach() for t in self.seen)
-        weight = weight[: layer.active_out, : layer.active_in]
-        active = index[: layer.active_in if layer.gather else layer.active_out]
+        self.arguments = self._arguments(layer) if is_plain(layer.full) else None
+
+    def _arguments(self, layer: ElasticLinear) -> tuple[Any, ...] | None:
+        weight = self.weight.detach()[: layer.active_out, : layer.active_in]
+        assert self.index is not None
+        active = self.index[: layer.active_in if layer.gather else layer.active_out]
         if len(active) == 0 or not (layer.gather or layer.active_in == layer.in_features):
-            return
+            return None
         features = layer.in_features if layer.gather else layer.out_features
         labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
         labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)
         scales = weight.new_zeros(features).index_fill_(0, active, 1)
-        bias = None if bias is None else bias[: layer.active_out]
+        bias = None if self.bias is None else self.bias.detach()[: layer.active_out]
         if bias is not None and layer.scatter:
             bias = bias.new_zeros(features).index_copy_(0, active, bias)
         b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
-        self.arguments = (weight, labels, b, a, scales, bias, int(layer.gather))
-
-    @staticmethod
-    def _tensors(layer: ElasticLinear) -> tuple[Any, ...]:
-        return layer.full.weight, layer.inputs if layer.gather else layer.outputs, layer.bias
+        return weight, labels, b, a, scales, bias, int(layer.gather)
 
     def _state(self) -> tuple[int, ...]:
-        """Where the weight is, and the versions of what is copied; inference tensors count none and do not change."""
-        weight, *copied = self.seen
-        return weight.data_ptr(), *(0 if t is None or t.is_inference() else t._version for t in copied)
+        """Where the weight is, and versions of what is copied."""
+        return self.weight.data_ptr(), _version(self.bias), _version(self.index)
 
     def holds(self, layer: ElasticLinear) -> bool:
-        """Whether the layer still has the same tensors, unchanged where they were copied."""
-        same = all(a is b for a, b in zip(self.seen, self._tensors(layer), strict=True))
-        return same and self.state == self._state()
+        """Whether the layer has the same tensors as before, unchanged where they were copied, and nothing attached.
+
+        Runs at every call of one row, hence without the detours of attribute access on modules.
+        """
+        full = layer._modules["full"]
+        assert full is not None
+        return (
+            full._parameters.get("weight") is self.weight
+            and layer._parameters.get("bias") is self.bias
+            and layer._buffers[self.side] is self.index
+            and self.state == self._state()
+            and (self.arguments is None or is_plain(full))
+        )
 
 
 def set_ratio_(model: nn.Module, ratio: float) -> None:
