@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -320,6 +322,27 @@ def test_the_report_plots_the_path(tmp_path):
     picture = (tmp_path / "report-path.svg").read_text()
     assert all(words in picture for words in ("loss of the masked model", "queries and keys", "kept share"))
     assert "report-path.svg" in (tmp_path / "report.md").read_text()
+
+
+def test_the_benchmark_keeps_what_is_finished(folder, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("bench_spp", Path(__file__).parent.parent / "bench" / "spp.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    output = tmp_path / "rows.jsonl"
+    words = ["--model", str(folder), "--tokens", "512", "--windows", "4", "--ratios", "0.5", "--output", str(output)]
+    words += ["--search", '{"steps": 10, "samples": 1, "length": 32}', "--work", str(tmp_path / "work")]
+    only = ["--only", "SPP coupled", "first-order Taylor", "random", "WidthPrune"]
+    assert bench.main([*words, *only, "--seconds", "0.001"]) == bench.AGAIN
+    assert bench.main([*words, *only]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["dense", *only[1:]]
+    assert all(row["achieved"] == pytest.approx(0.5, abs=0.1) for row in rows[1:])
+    assert bench.main([*words, *only]) == 0
+    assert len(output.read_text().splitlines()) == len(rows)
+    capsys.readouterr()
+    assert bench.main([*words, "--report"]) == 0
+    assert "| WidthPrune | " in capsys.readouterr().out
+    assert (tmp_path / "rows.svg").exists()
 
 
 def test_messages():
