@@ -345,6 +345,14 @@ def test_the_benchmark_keeps_what_is_finished(folder, tmp_path, capsys):
     assert (tmp_path / "rows.svg").exists()
 
 
+def test_plan_says_that_masks_bring_no_speed():
+    model = FAMILIES["llama"].build()
+    for pattern in ("row", "2:4"):
+        notes = tc.plan(model.config, tc.RIA(ratio=0.5, structured=False, pattern=pattern), progress=False)["notes"]
+        assert any("no speed-up over dense" in note for note in notes)
+    assert not any("speed-up" in n for n in tc.plan(model.config, tc.RIA(ratio=0.5), progress=False)["notes"])
+
+
 def test_messages():
     model = FAMILIES["llama"].build()
     with pytest.raises(ValueError, match="SPP: got no ratio"):

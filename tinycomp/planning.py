@@ -28,6 +28,7 @@ from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
 
 LIBRARIES_BYTES = 500_000_000  # torch and transformers themselves
+MASK_NOTE = "packed masks save bytes, not time: expect no speed-up over dense linears; measure with `tinycomp bench`"
 
 
 def skeleton_of(source: Any) -> nn.Module:
@@ -77,6 +78,8 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
         return _totals(model, rows, set(assigned), targets.paths, notes)
     if config.allocation == "global" and config.ratio is not None:
         notes.append("the run keeps this total and spreads it over the matrices by predicted loss")
+    if getattr(config, "structured", True) is False:
+        notes.append(MASK_NOTE)
     kind = method.unit_kind if method.families is None else "linear"
     touched: set[str] = set()
     for unit in unit_specs(spec, targets.paths, {kind}, method.name):

@@ -151,18 +151,18 @@ def row_places(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def kept_weights(scores: Tensor, kept: int, pattern: str) -> Tensor:
-    """bool (out, in): the first `kept` places of every row, or of every group of four the first two."""
-    if pattern == "row":
-        return row_places(scores) < kept
+def _places(scores: Tensor, config: Pruning) -> Tensor:
+    """Place of every score in its row, or in its group of four consecutive inputs."""
+    if config.pattern == "row":
+        return row_places(scores)
     m, n = scores.shape
     groups = functional.pad(scores, (0, -n % 4), value=-1.0).reshape(-1, 4)  # scores are not negative
-    return (row_places(groups) < 2).reshape(m, -1)[:, :n]
+    return row_places(groups).reshape(m, -1)[:, :n]
 
 
-def _mask(linear: Linear, scores: Tensor, kept: int, config: Pruning) -> tuple[ops.Packed, Tensor, int, int]:
-    """The matrix packed with what is kept of every row, its error, the bits on disk, and the number of kept weights."""
-    keep = kept_weights(scores, kept, config.pattern)
+def _mask(linear: Linear, places: Tensor, kept: int, config: Pruning) -> tuple[ops.Packed, Tensor, int, int]:
+    """The matrix packed with its first places, its error, the bits on disk, and the number of kept weights."""
+    keep = places < (kept if config.pattern == "row" else 2)
     layout = _format(config), config.value_bits
     packed = ops.pack_masked(linear.weight.to(linear.dtype), keep, *layout)
     dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, *layout)
@@ -176,17 +176,17 @@ def _format(config: Pruning) -> str:
 
 def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]:
     linear = unit.linears[0]
-    n, found = linear.in_features, []
+    n, places, found = linear.in_features, _places(scores, config), []
     sizes = size_grid(config.ratio, MASKED_SIZES) if config.pattern == "row" else [0.5]
     for kept in sorted({max(round(f * n), 1) for f in sizes}):
-        _, error, bits, count = _mask(linear, scores, kept, config)
+        _, error, bits, count = _mask(linear, places, kept, config)
         found.append(Option(count, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
     return [*found, dense_option(unit)]
 
 
 def _masked_build(name: str, unit: Unit, scores: Tensor, kept: int, config: Pruning) -> Result:
     linear = unit.linears[0]
-    packed, error, bits, count = _mask(linear, scores, kept, config)
+    packed, error, bits, count = _mask(linear, _places(scores, config), kept, config)
     kwargs = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
