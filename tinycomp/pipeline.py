@@ -164,6 +164,7 @@ def plan(
     with Bars(progress) as bars:
         job = Job(skeleton, method, config, calibration, bars, None, "plan", None)
         choices = job.choose()
+    choices.notes += planning.mask_notes(config)
     return planning.from_choices(skeleton, job.paths, job.units, choices)
 
 

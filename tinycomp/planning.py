@@ -28,7 +28,6 @@ from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
 
 LIBRARIES_BYTES = 500_000_000  # torch and transformers themselves
-MASK_NOTE = "packed masks save bytes, not time: expect no speed-up over dense linears; measure with `tinycomp bench`"
 
 
 def skeleton_of(source: Any) -> nn.Module:
@@ -78,8 +77,7 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
         return _totals(model, rows, set(assigned), targets.paths, notes)
     if config.allocation == "global" and config.ratio is not None:
         notes.append("the run keeps this total and spreads it over the matrices by predicted loss")
-    if getattr(config, "structured", True) is False:
-        notes.append(MASK_NOTE)
+    notes += mask_notes(config)
     kind = method.unit_kind if method.families is None else "linear"
     touched: set[str] = set()
     for unit in unit_specs(spec, targets.paths, {kind}, method.name):
@@ -88,6 +86,13 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
         rows.append(_row(unit.name, dims, size, stored, choice))
         touched |= set(unit.paths)
     return _totals(model, rows, touched, touched, notes)
+
+
+def mask_notes(config: MethodConfig) -> list[str]:
+    """What to know before masks are packed."""
+    if getattr(config, "structured", True):
+        return []
+    return ["packed masks save bytes, not time: expect no speed-up over dense linears; measure with `tinycomp bench`"]
 
 
 def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> dict[str, Any]:
