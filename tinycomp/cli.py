@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from tinycomp.console import cell, emit, err, out, table
 from tinycomp.errors import UsageError
+from tinycomp.exporting import elastic, export
 from tinycomp.recovery import recover
 
 USAGE, REFUSED, GATE_FAILED, INTERRUPTED = 2, 3, 4, 130
@@ -343,6 +344,8 @@ def demo(
 
 
 app.command()(guarded(recover))
+app.command()(guarded(elastic))
+app.command()(guarded(export))
 
 if __name__ == "__main__":
     app()
