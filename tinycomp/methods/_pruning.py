@@ -194,7 +194,7 @@ def _mask(linear: Linear, places: Tensor, kept: int, config: Pruning) -> tuple[o
 
 def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]:
     linear = unit.linears[0]
-    m, n = linear.weight.shape
+    n = linear.in_features
     places, found = _places(scores, config), []
     for kept in sorted({mask_width(n, f, config) for f in size_grid(config.ratio, MASKED_SIZES)}):
         _, error, bits, count = _mask(linear, places, kept, config)
