@@ -177,7 +177,7 @@ def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
     assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 16 runs"
 
 
-SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 SANITIZED_RUN = f"""
 import sys, torch
 from pathlib import Path
