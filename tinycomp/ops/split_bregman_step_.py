@@ -40,26 +40,24 @@ def split_bregman_step_(
     """Move masks, dual variable and sparse twin by one step, in place, and note when each unit enters the support.
 
         g = grad;  with momentum: momentum = beta momentum + grad, g = momentum
-        with momentum and second (Adam): momentum = beta momentum + (1 - beta) grad,
-            second = beta2 second + (1 - beta2) grad², t = step + 1,
-            g = (momentum / (1 - beta^t)) / (sqrt(second / (1 - beta2^t)) + eps)
+        with second (Adam): momentum = beta momentum + (1 - beta) grad, second = beta2 second + (1 - beta2) grad²,
+            t = step + 1, g = (momentum / (1 - beta^t)) / (sqrt(second / (1 - beta2^t)) + eps)
         coupled:   M' = M - kappa lr (g + (M - G) / nu);  V' = V + (lr / nu) (M - G)
         released:  M' = M - lr g;                         V' = V + (lr / nu) (M' - G)
         G' = kappa sign(V') max(|V'| - threshold, 0), then max(., 0) if nonnegative
         groups:    G' = kappa V' max(1 - threshold / |V'|, 0), |V'| over the group, V' = max(V', 0) if nonnegative
         entry = step where it was negative and G' is not zero
 
-    "released" is what the SPP repository runs (no coupling term in M, the new M in V), with grad the Adam direction.
-    Many masks move in one call when they are views of one flat buffer.
+    "released" is what the SPP repository runs, with the Adam direction. Many masks move in one call when they are views
+    of one flat buffer.
 
     Args:
-        mask: M, float32 or float64, any shape.
-        dual: V, as mask.
-        gamma: G, as mask. None: computed from V as G' is, and not stored, as long as V has not moved in between and
-            kappa, threshold and group_size stay.
-        entry: int32, as mask in shape; -1 for a unit that has not entered.
-        grad: gradient of the loss with respect to the mask, as mask.
-        momentum: buffer as mask, or None.
+        mask: M, float32 or float64, any shape; dual, gamma, grad, momentum and second are like it.
+        dual: V.
+        gamma: G. None: computed from V as G' is, and not stored; kappa, threshold, group_size and nonnegative stay.
+        entry: int32, mask's shape; -1 for a unit that has not entered.
+        grad: gradient of the loss with respect to the mask.
+        momentum: buffer, or None.
         step: number of this step, at least 0.
         lr: step size alpha, positive.
         kappa: damping of the sparse twin, positive.
@@ -68,23 +66,20 @@ def split_bregman_step_(
         beta: momentum coefficient in [0, 1).
         coupled: the published iteration, or the released one.
         nonnegative: project the sparse twin to be at least 0.
-        second: Adam's buffer of squares, as mask, with momentum; or None.
+        second: Adam's buffer of squares, with momentum; or None.
         beta2: coefficient of second in [0, 1).
         eps: added to Adam's denominator, positive.
         group_size: adjacent units (row-major) that enter together, a divisor of their number; 0: each by itself.
         support: uint8 (ceil(units / 8),) that receives bit i % 8 of byte i // 8: whether G' of unit i is not zero.
 
     Raises:
-        ValueError: shapes differ or a number is out of range.
-        TypeError: dtypes are not supported.
+        ValueError, TypeError: shapes differ or a number is out of range; dtypes are not supported.
 
     Cost: about 12 FLOPs and 9 numbers moved per unit, 7 without gamma. Not differentiable.
-    Source: DessiLBI, arXiv 2007.02010, and SPP, arXiv 2501.03289; group penalty as in the former's filters.
+    Source: DessiLBI, arXiv 2007.02010, and SPP, arXiv 2501.03289.
     """
-    _call(
-        *(mask, dual, gamma, entry, grad, momentum, step, lr, kappa, nu, threshold, beta, coupled, nonnegative),
-        *(second, beta2, eps, group_size, support),
-    )
+    more = (second, beta2, eps, group_size, support)
+    _call(mask, dual, gamma, entry, grad, momentum, step, lr, kappa, nu, threshold, beta, coupled, nonnegative, *more)
 
 
 def _check(*args: Any) -> None:
