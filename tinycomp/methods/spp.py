@@ -48,7 +48,7 @@ class SPP(PathSearch, MethodConfig):
     path: str | None = None
     refit: bool = True
     round_to: int = Field(default=8, ge=1)
-    cost: Literal["parameters", "unit"] | dict[Literal["ffn", "qk", "v"], float] = "parameters"
+    cost: Literal["parameters", "unit"] | dict[str, float] = "parameters"
     released_scale: bool = False
 
     @model_validator(mode="before")
