@@ -223,9 +223,7 @@ def run(args: argparse.Namespace) -> int:
     for seed in args.seeds:
         bench: Bench | None = None
         for name, part, ratio in jobs(args):
-            key = json.dumps(
-                [args.model or DEFAULT.text, args.tokens, args.windows, args.search, seed, name, part, ratio]
-            )
+            key = _short([args.model, args.tokens, args.windows, _fields(args, name), seed, name, part, ratio])
             if key in done:
                 continue
             try:
@@ -236,10 +234,7 @@ def run(args: argparse.Namespace) -> int:
                 return AGAIN
             with args.output.open("a") as file:
                 file.write(json.dumps(row | {"machine": machine(limits=False)}) + "\n")
-            print(
-                {k: row[k] for k in ("name", "part", "ratio", "achieved")}, row.get("perplexity", row.get("accuracy"))
-            )
-            sys.stdout.flush()
+            print(name, part, ratio, row.get("perplexity", row.get("accuracy")), flush=True)
     return 0
 
 

@@ -19,7 +19,7 @@ from conftest import FAMILIES, WIDTH, output
 import tinycomp as tc
 from tinycomp.edits import Plan
 from tinycomp.eval.report import write_report
-from tinycomp.methods import Linear
+from tinycomp.methods import Linear, spp
 from tinycomp.methods._slicing import slice_units
 from tinycomp.models import UnitPath, spec_of, unit_groups
 from tinycomp.signals import block_entry_times
@@ -269,6 +269,20 @@ def test_one_path_serves_every_ratio_and_plan_predicts_the_bytes(tmp_path):
     assert sizes == sorted(sizes, reverse=True)
     large, small = (path.kept(groups, ratio, 4) for ratio in (0.8, 0.5))
     assert all(set(small[name].tolist()) <= set(large[name].tolist()) for name in small)
+
+
+def test_costs_decide_between_kinds_of_units():
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    path = UnitPath.from_scores({g.name: torch.linspace(1, 2, g.count) for g in groups})
+    dear_values, dear_neurons = {"ffn": 1.0, "qk": 1.0, "v": 50.0}, {"ffn": 50.0, "qk": 1.0, "v": 1.0}
+    neurons = []
+    for cost in (dear_neurons, "unit", dear_values):
+        kept = spp.kept_units(tc.SPP(ratio=0.5, cost=cost), path, groups)
+        neurons.append(sum(len(kept[g.name]) for g in groups if g.kind == "ffn"))
+    assert neurons[0] < neurons[1] < neurons[2]
+    with pytest.raises(ValueError, match="one for every kind of unit; add v"):
+        spp.kept_units(tc.SPP(ratio=0.5, cost={"ffn": 1.0, "qk": 1.0}), path, groups)
 
 
 def test_refit_helps_and_paper_preset_is_the_released_form():
