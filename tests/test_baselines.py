@@ -18,6 +18,7 @@ from tinycomp.edits import Plan, Slice
 from tinycomp.methods import magnitude, random, ria, rounding, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
+from tinycomp.methods._rounding import feedback, rounded, spread_errors
 from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
@@ -84,7 +85,7 @@ def test_rounding_stores_what_it_says_and_applies(bits, group_size, dtype):
 
 def test_eight_bits_round_each_row_to_the_nearest_level():
     w = normal(5, 9)
-    q, scales, zeros = rounding.rounded(w, 8, 0)
+    q, scales, zeros = rounded(w, 8, 0)
     assert zeros is None
     levels = torch.arange(-127, 128) * scales[:, :, None]
     nearest = (w[:, :, None] - levels).abs().amin(2)
@@ -93,7 +94,7 @@ def test_eight_bits_round_each_row_to_the_nearest_level():
 
 def test_four_bits_are_exact_on_a_grid_of_sixteen_levels():
     w = (torch.arange(64).reshape(4, 16) % 16 - 6) * 0.25
-    packed = rounding.rounded(w, 4, 16, torch.ones(16))
+    packed = rounded(w, 4, 16, torch.ones(16))
     torch.testing.assert_close(ops.dequantize(*packed, 16, 4, 16), w)
 
 
@@ -111,8 +112,8 @@ def test_the_clip_search_never_costs_more_than_plain_rounding(m, n, bits, group_
     def cost(packed: ops.Quantized) -> float:
         return float((importance * (w - ops.dequantize(*packed, n, bits, group_size)).square()).sum())
 
-    plain = cost(rounding.rounded(w, bits, group_size))
-    assert cost(rounding.rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
+    plain = cost(rounded(w, bits, group_size))
+    assert cost(rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
 
 
 def test_the_clip_search_pays_at_four_bits():
@@ -357,3 +358,19 @@ def test_nan_weights_are_refused_by_name(name):
     method, config = (rounding.METHOD, rounding.Rounding()) if name == "Rounding" else pruner(name, structured=False)
     with pytest.raises(ValueError, match=r"fc\.weight"):
         method.options(unit, config)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 16), (4, 0)])
+def test_spread_errors_never_cost_more_than_nearest_levels_and_usually_much_less(bits, group_size):
+    mixing = normal(70, 70, seed=5)
+    w, h = normal(24, 70), mixing.T @ moment(70) @ mixing
+    nearest = rounded(w, bits, group_size)
+    spread = spread_errors(w, nearest, bits, group_size, feedback(h), h)
+
+    def cost(packed: Any) -> Tensor:
+        error = w - ops.dequantize(*packed, 70, bits, group_size)
+        return ((error @ h) * error).sum(1)
+
+    assert (cost(spread) <= cost(nearest) * (1 + 1e-5)).all()
+    assert cost(spread).sum() < 0.7 * cost(nearest).sum()
+    assert torch.equal(spread.scales, nearest.scales)

@@ -14,9 +14,12 @@ from tinycomp.choosing import Choices
 from tinycomp.edits import Edit, Plan
 from tinycomp.errors import UsageError
 from tinycomp.eval.machine import ceilings
+from tinycomp.layer_times import require_fast_masks
 from tinycomp.methods import SPP, Method, MethodConfig, StrategicFusion, spp, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
 from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
+from tinycomp.methods._pruning import Pruning, mask_width, masked_bits
+from tinycomp.methods._rounding import rounded_bits
 from tinycomp.methods._slicing import cuts_of, slice_edits
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.rounding import Rounding
@@ -80,17 +83,22 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
     notes += mask_notes(config)
     kind = method.unit_kind if method.families is None else "linear"
     touched: set[str] = set()
+    masks: dict[tuple[int, int], list[int]] = {}
     for unit in unit_specs(spec, targets.paths, {kind}, method.name):
         dims = [at[p] for p in unit.paths]
         size, stored, choice = _sizes(dims, kind, method, config, bits)
         rows.append(_row(unit.name, dims, size, stored, choice))
         touched |= set(unit.paths)
+        if "kept_per_row" in choice:
+            masks.setdefault(dims[0], []).append(choice["kept_per_row"])
+    weight = next(model.parameters())
+    require_fast_masks(config, masks, weight.dtype, weight.device)
     return _totals(model, rows, touched, touched, notes)
 
 
 def mask_notes(config: MethodConfig) -> list[str]:
-    """What to know before masks are packed."""
-    if getattr(config, "structured", True):
+    """What to know before masks are packed without a look at their speed."""
+    if getattr(config, "structured", True) or getattr(config, "guard_speed", False):
         return []
     return ["packed masks save bytes, not time: expect no speed-up over dense linears; measure with `tinycomp bench`"]
 
@@ -179,21 +187,22 @@ def _sizes(
     dtype = {16: torch.float16, 32: torch.float32, 64: torch.float64}[bits]
     if isinstance(config, Rounding):
         width = int(config.bits or 8)
-        group = config.group(width)
-        scales = m * (-(-n // group) if group else 1) * bits * (1 if width == 8 else 2)
-        return dense, m * (-(-n * width // 8)) * 8 + scales, {"bits": width}
+        return dense, rounded_bits(m, n, width, config.group(width), bits), {"bits": width}
     if isinstance(config, SWSC) and (config.fixed or config.ratio):
         pairs = max(candidates(m, n, bits, config), key=lambda p: _within(m, n, p, config))
         k, r = max(pairs, key=lambda p: swsc.stored_numbers(m, n, *p, **config.layout))
         size = swsc.stored_numbers(m, n, k, r, **config.layout)
-        return size, swsc.stored_bits(m, n, k, r, number_bits=bits, **config.layout), {"clusters": k, "rank": r}
+        return size, swsc.stored_bits(m, n, k, r, number_bits=bits, **config.stored), {"clusters": k, "rank": r}
     if isinstance(config, SVD | CUR) and (config.rank or config.ratio):
         pivoted = config.pivoted if isinstance(config, SVD) else config.form == "rows"
         rank = config.rank or rank_for(m, n, config.ratio or 1.0, pivoted)
         if isinstance(config, CUR) and config.trainable:
             size = stored_numbers(m, n, rank)
             return size, size * bits, {"rank": rank}
-        return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted), {"rank": rank}
+        return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted, config.bits), {"rank": rank}
+    if isinstance(config, Pruning) and not config.structured and config.ratio:
+        kept = mask_width(n, config.ratio, config)
+        return m * kept, masked_bits(m, n, kept, config, bits), {"kept_per_row": kept}
     if config.ratio is None:
         raise UsageError(f"ratio: got none, allowed a number in (0, 1] for {method.name}; give ratio=")
     if kind == "ffn":

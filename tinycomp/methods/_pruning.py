@@ -30,6 +30,8 @@ class Pruning(MethodConfig):
             the lowest scores of every output row and store a bit mask with the packed rest.
         round_to: kept widths are multiples of this (structured).
         value_bits: 8 or 4 also rounds the kept weights, one scale per row (masked); 0 keeps their dtype.
+        rows: batch rows (sequences times tokens per step) at which masks must not be slower than dense.
+        guard_speed: measure that on this machine, and refuse masks that lose; off accepts them for their bytes.
         pattern: "row" keeps the largest scores of a row, "2:4" the two largest of every four consecutive inputs,
             whatever the ratio (masked).
     """
@@ -37,6 +39,8 @@ class Pruning(MethodConfig):
     structured: bool = True
     round_to: int = Field(default=8, ge=1)
     value_bits: Literal[0, 4, 8] = 0
+    rows: int = Field(default=1, ge=1)
+    guard_speed: bool = True
     pattern: Literal["row", "2:4"] = "row"
 
     @model_validator(mode="after")
@@ -44,6 +48,11 @@ class Pruning(MethodConfig):
         if self.pattern == "2:4" and self.structured:
             raise ValueError("got pattern='2:4' with structured=True, allowed with structured=False")
         return self
+
+    @property
+    def format(self) -> str:
+        """Of `ops.pack_masked`."""
+        return "bitmask" if self.pattern == "row" else "2:4"
 
 
 def prediction_needs(config: Pruning) -> frozenset[str]:
@@ -151,6 +160,19 @@ def row_places(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def mask_width(n: int, ratio: float, config: Pruning) -> int:
+    """Weights that a row of n keeps: no more than this ratio allows, but one; with a pattern what that gives."""
+    return max(int(ratio * n + 1e-9), 1) if config.pattern == "row" else n // 4 * 2 + min(n % 4, 2)
+
+
+def masked_bits(m: int, n: int, kept: int, config: Pruning, number_bits: int) -> int:
+    """Bits on disk of an (m, n) matrix with `kept` weights in every row: values, mask, row offsets, scales."""
+    groups = -(-n // 4)
+    stored, mask, offsets = (kept, -(-n // 8), m + 1) if config.pattern == "row" else (2 * groups, -(-groups // 2), 0)
+    width = config.value_bits or number_bits
+    return 8 * -(-m * stored * width // 8) + 8 * m * mask + 32 * offsets + (m * number_bits if config.value_bits else 0)
+
+
 def _places(scores: Tensor, config: Pruning) -> Tensor:
     """Place of every score in its row, or in its group of four consecutive inputs."""
     if config.pattern == "row":
@@ -163,22 +185,18 @@ def _places(scores: Tensor, config: Pruning) -> Tensor:
 def _mask(linear: Linear, places: Tensor, kept: int, config: Pruning) -> tuple[ops.Packed, Tensor, int, int]:
     """The matrix packed with its first places, its error, the bits on disk, and the number of kept weights."""
     keep = places < (kept if config.pattern == "row" else 2)
-    layout = _format(config), config.value_bits
+    layout = config.format, config.value_bits
     packed = ops.pack_masked(linear.weight.to(linear.dtype), keep, *layout)
     dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, *layout)
     bits = 8 * sum(t.nbytes for t in packed if t is not None)
     return packed, linear.weight - dense.float(), bits, int(keep.sum())
 
 
-def _format(config: Pruning) -> str:
-    return "bitmask" if config.pattern == "row" else "2:4"
-
-
 def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]:
     linear = unit.linears[0]
-    n, places, found = linear.in_features, _places(scores, config), []
-    sizes = size_grid(config.ratio, MASKED_SIZES) if config.pattern == "row" else [0.5]
-    for kept in sorted({max(round(f * n), 1) for f in sizes}):
+    n = linear.in_features
+    places, found = _places(scores, config), []
+    for kept in sorted({mask_width(n, f, config) for f in size_grid(config.ratio, MASKED_SIZES)}):
         _, error, bits, count = _mask(linear, places, kept, config)
         found.append(Option(count, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
     return [*found, dense_option(unit)]
@@ -192,7 +210,7 @@ def _masked_build(name: str, unit: Unit, scores: Tensor, kept: int, config: Prun
         "out_features": linear.out_features,
         "nnz": count if config.pattern == "row" else None,
         "bias": linear.bias is not None,
-        "format": _format(config),
+        "format": config.format,
         "value_bits": config.value_bits,
     }
     tensors = {f"{linear.path}.{field}": t for field, t in packed._asdict().items() if t is not None}
