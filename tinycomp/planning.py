@@ -163,7 +163,7 @@ def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[
     seconds = flops / ceilings().gemm_gf_s / 1e9
     memory = weights + 4 * tokens * (4 * vocabulary + 3 * sum(m for m, _ in sizes)) + LIBRARIES_BYTES
     return [
-        f"{search}, {config.samples} x {config.length} tokens each: {flops / 1e12:.3g} TFLOP, at least "
+        f"{search}, {config.samples} x {config.length} tokens each: {flops / 1e12:.3g} TFLOP, about "
         f"{seconds:.0f} s at this machine's matrix rate, about {memory / 1e9:.1f} GB of memory"
     ]
 
