@@ -221,7 +221,14 @@ def other() -> Iterator[Case]:
         entry = torch.full((units,), -1, dtype=torch.int32)
         return one, one * 2, one.clone(), entry, one / 3, None, 3, 0.1, 1.0, 10.0, 1.0, 0.0, True, False
 
-    yield case("split_bregman_step_", "16M", state, 16 * units, peers={"torch.compile": _compiled_step}, exact=False)
+    def recomputed() -> tuple[Any, ...]:
+        first, second, _, *rest = state()
+        bits = torch.zeros(units // 8, dtype=torch.uint8)
+        return first, second, None, *rest, None, 0.999, 1e-8, 0, bits
+
+    peers = {"torch.compile": _compiled_step}
+    yield case("split_bregman_step_", "16M", state, 16 * units, peers=peers, exact=False)
+    yield case("split_bregman_step_", "16M no gamma, bits", recomputed, 12 * units, exact=False)
 
 
 def _compiled_step(args: tuple[Any, ...]) -> Call:

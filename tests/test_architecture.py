@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "ops": set(),
     "layers": {"ops"},
     "triton_kernels": {"ops"},
+    "kernels_dump": {"ops", "triton_kernels"},
     "edits": set(),
     "errors": set(),
     "linalg": {"ops"},
@@ -76,6 +77,7 @@ FILE_LINES, FUNCTION_LINES = 350, 60
 # name -> why it may be longer
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
+    "ops/split_bregman_step_.py:split_bregman_step_": "a contract with 19 arguments, each on a line of its own twice",
     "triton_kernels/masked_linear.py:masked_kernel": "a GPU kernel whose arguments take a line each",
     "triton_kernels/select_pivots.py:pivot_kernel": "a GPU kernel whose arguments take a line each",
 }

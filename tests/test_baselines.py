@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.edits import Plan, Slice
-from tinycomp.methods import magnitude, random, rounding, wanda
+from tinycomp.methods import magnitude, random, ria, rounding, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
+from tinycomp.methods._rounding import feedback, rounded, spread_errors
 from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "Magnitude": magnitude, "Random": random}
+PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "RIA": ria, "Magnitude": magnitude, "Random": random}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -84,7 +85,7 @@ def test_rounding_stores_what_it_says_and_applies(bits, group_size, dtype):
 
 def test_eight_bits_round_each_row_to_the_nearest_level():
     w = normal(5, 9)
-    q, scales, zeros = rounding.rounded(w, 8, 0)
+    q, scales, zeros = rounded(w, 8, 0)
     assert zeros is None
     levels = torch.arange(-127, 128) * scales[:, :, None]
     nearest = (w[:, :, None] - levels).abs().amin(2)
@@ -93,7 +94,7 @@ def test_eight_bits_round_each_row_to_the_nearest_level():
 
 def test_four_bits_are_exact_on_a_grid_of_sixteen_levels():
     w = (torch.arange(64).reshape(4, 16) % 16 - 6) * 0.25
-    packed = rounding.rounded(w, 4, 16, torch.ones(16))
+    packed = rounded(w, 4, 16, torch.ones(16))
     torch.testing.assert_close(ops.dequantize(*packed, 16, 4, 16), w)
 
 
@@ -111,8 +112,8 @@ def test_the_clip_search_never_costs_more_than_plain_rounding(m, n, bits, group_
     def cost(packed: ops.Quantized) -> float:
         return float((importance * (w - ops.dequantize(*packed, n, bits, group_size)).square()).sum())
 
-    plain = cost(rounding.rounded(w, bits, group_size))
-    assert cost(rounding.rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
+    plain = cost(rounded(w, bits, group_size))
+    assert cost(rounded(w, bits, group_size, importance)) <= plain * (1 + 1e-4) + 1e-9
 
 
 def test_the_clip_search_pays_at_four_bits():
@@ -178,6 +179,40 @@ def test_wanda_masks_are_the_best_of_each_row_by_its_score():
     for row in range(4):
         best = max(itertools.combinations(range(6), 3), key=lambda c: float(scores[row, list(c)].sum()))
         assert keep[row].nonzero().flatten().tolist() == list(best)
+
+
+def test_ria_scores_number_by_number():
+    linear = linear_unit(4, 6).linears[0]
+    w, gram = linear.weight.abs().tolist(), linear.gram
+    assert gram is not None
+    scores = ria.weight_scores(linear, ria.RIA())
+    for i, j in itertools.product(range(4), range(6)):
+        share = w[i][j] / sum(row[j] for row in w) + w[i][j] / sum(w[i])
+        assert float(scores[i, j]) == pytest.approx(share * float(gram[j, j]) ** 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("inputs", [20, 22])
+def test_two_of_four_keeps_the_best_pair_of_every_group(name, inputs):
+    unit = linear_unit(12, inputs)
+    method, config = pruner(name, structured=False, pattern="2:4", ratio=0.5)
+    option, _ = method.options(unit, config)
+    result = method.build(unit, option.choice, config)
+    model = nn.ModuleDict({"fc": nn.Linear(inputs, 12)})
+    apply_(model, Plan(result.edits), result.tensors)
+    layer: Any = model["fc"]
+    dense = ops.unpack_masked(ops.masked_formats.Packed(layer.values, layer.mask, None, None), 12, inputs, "2:4")
+    linear = unit.linears[0]
+    scores = PRUNERS[name].weight_scores(linear, config)
+    for i, start in itertools.product(range(12), range(0, inputs, 4)):
+        group = scores[i, start : start + 4]
+        best = group.argsort(descending=True, stable=True)[:2]
+        expected = torch.zeros_like(group)
+        expected[best] = linear.weight[i, start : start + 4][best]
+        assert torch.equal(dense[i, start : start + 4], expected)
+    assert option.loss == pytest.approx(linear.predicted_loss(linear.weight - dense), rel=1e-4)
+    with pytest.raises(ValidationError, match="allowed with structured=False"):
+        pruner(name, pattern="2:4")
 
 
 def test_ties_keep_the_earlier_inputs():
@@ -292,7 +327,7 @@ def test_random_follows_its_seed_and_differs_between_matrices():
 @pytest.mark.parametrize("name", PRUNERS)
 def test_statistics_are_asked_for_only_where_they_matter(name):
     method, config = pruner(name, allocation="uniform")
-    assert method.needs(config) == ({"gram"} if name == "Wanda" else frozenset())
+    assert method.needs(config) == ({"gram"} if name in ("Wanda", "RIA") else frozenset())
     method, config = pruner(name)
     assert method.needs(config) == {"gram", "output_gram"}
 
@@ -323,3 +358,19 @@ def test_nan_weights_are_refused_by_name(name):
     method, config = (rounding.METHOD, rounding.Rounding()) if name == "Rounding" else pruner(name, structured=False)
     with pytest.raises(ValueError, match=r"fc\.weight"):
         method.options(unit, config)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 16), (4, 0)])
+def test_spread_errors_never_cost_more_than_nearest_levels_and_usually_much_less(bits, group_size):
+    mixing = normal(70, 70, seed=5)
+    w, h = normal(24, 70), mixing.T @ moment(70) @ mixing
+    nearest = rounded(w, bits, group_size)
+    spread = spread_errors(w, nearest, bits, group_size, feedback(h), h)
+
+    def cost(packed: Any) -> Tensor:
+        error = w - ops.dequantize(*packed, 70, bits, group_size)
+        return ((error @ h) * error).sum(1)
+
+    assert (cost(spread) <= cost(nearest) * (1 + 1e-5)).all()
+    assert cost(spread).sum() < 0.7 * cost(nearest).sum()
+    assert torch.equal(spread.scales, nearest.scales)

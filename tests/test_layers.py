@@ -19,6 +19,7 @@ from tinycomp.layers import (
     MaskedLinear,
     QuantLinear,
     QuantLowRankLinear,
+    QuantSWSCLinear,
     SWSCLinear,
 )
 
@@ -32,6 +33,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "swsc-outputs": ("SWSCLinear", {"clusters": 6, "rank": 3}),
     "swsc-outputs-scaled": ("SWSCLinear", {"clusters": 6, "rank": 0, "scaled": True}),
     "swsc-inputs": ("SWSCLinear", {"clusters": 5, "rank": 2, "axis": 1, "scaled": True}),
+    "int8-swsc-outputs": ("QuantSWSCLinear", {"clusters": 6, "rank": 3, "scaled": True}),
+    "int8-swsc-inputs": ("QuantSWSCLinear", {"clusters": 5, "rank": 0, "axis": 1}),
     "int8": ("QuantLinear", {"bits": 8}),
     "int4": ("QuantLinear", {"bits": 4, "group_size": 8}),
     "int4-zeros": ("QuantLinear", {"bits": 4, "group_size": 8, "symmetric": False}),
@@ -63,10 +66,12 @@ def build(case: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> A
             elif tensor.dtype == torch.int32:
                 tensor.copy_(torch.randperm(tensor.numel(), generator=generator))
             else:
-                high = layer.clusters if isinstance(layer, SWSCLinear) else 127
+                high = layer.clusters if tensor.dtype == torch.uint8 and hasattr(layer, "clusters") else 127
                 tensor.copy_(torch.randint(high, tensor.shape, generator=generator))
         if isinstance(layer, QuantLowRankLinear):
             layer.r_scales.div_(64)  # else float16 overflows
+        if isinstance(layer, QuantSWSCLinear) and layer.rank:
+            layer.b_scales.div_(64)
     return layer
 
 
@@ -122,7 +127,7 @@ def test_kwargs_rebuild_the_layer_on_meta_and_its_state_fills_it(case: str) -> N
     assert not [n for n, _ in layer.named_buffers() if n not in layer.state_dict()]  # nothing is left to recompute
 
 
-ROUNDED = ("QuantLinear", "QuantLowRankLinear", "MaskedLinear")
+ROUNDED = ("QuantLinear", "QuantLowRankLinear", "QuantSWSCLinear", "MaskedLinear")
 
 
 @pytest.mark.parametrize("case", [c for c, (name, _) in CASES.items() if name not in ROUNDED])
@@ -173,6 +178,8 @@ def test_gradients_reach_what_trains(case: str) -> None:
         ("swsc-outputs", 6 * IN + 3 * (IN + OUT)),
         ("swsc-outputs-scaled", 6 * IN + OUT),
         ("swsc-inputs", 5 * OUT + 2 * (IN + OUT) + IN),
+        ("int8-swsc-outputs", 6 * IN + 3 * (IN + OUT) + 6 + 3 + OUT + OUT),
+        ("int8-swsc-inputs", 5 * OUT + OUT),
         ("int8", IN * OUT + OUT),
         ("int4", IN * OUT + OUT * 5),
         ("bitmask", 500),
@@ -249,7 +256,7 @@ def test_elastic_prefix_is_the_corner_of_the_weight() -> None:
     x = torch.randn(3, 20)
     want = nn.functional.linear(x, layer.full.weight[:11, :20], layer.bias[:11])
     assert close(layer(x), want.double())
-    with pytest.raises(ValueError, match=r"active_in is 34, allowed 1\.\.33"):
+    with pytest.raises(ValueError, match=r"active_in is 34, allowed 0\.\.33"):
         layer.set_active_(34)
 
 

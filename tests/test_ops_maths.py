@@ -265,6 +265,62 @@ def test_released_split_bregman_step_by_hand() -> None:
     assert (gamma.item(), entry.item()) == (0, -1)
 
 
+def bregman_state(*shape: int, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    mask, dual, gamma, grad = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4))
+    return [mask, 2 * dual, gamma, torch.full(shape, -1, dtype=torch.int32), grad]
+
+
+def test_the_adam_step_is_that_of_torch() -> None:
+    mask, dual, gamma, entry, grad = bregman_state(9)
+    parameter = torch.nn.Parameter(mask.clone())
+    optimizer = torch.optim.Adam([parameter], lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    mean, square = torch.zeros_like(mask), torch.zeros_like(mask)
+    for step in range(4):
+        parameter.grad = grad * (step + 1)
+        optimizer.step()
+        ops.split_bregman_step_(
+            *(mask, dual, gamma, entry, grad * (step + 1), mean, step, 0.1, 1.0, 1.0, 1.0, 0.8, False, False),
+            *(square, 0.95, 1e-6),
+        )
+    assert torch.allclose(mask, parameter.detach())
+
+
+def test_groups_enter_together_at_their_norm() -> None:
+    mask, dual, gamma, entry = torch.zeros(4), torch.tensor([3.0, 4.0, 0.6, 0.8]), torch.zeros(4), torch.full((4,), -1)
+    ops.split_bregman_step_(mask, dual, gamma, entry.int(), torch.zeros(4), None, 2, 0.1, 2.0, 1.0, 2.5, group_size=2)
+    assert torch.allclose(gamma, torch.tensor([3.0, 4.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("group_size", [0, 3])
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_a_twin_that_is_not_stored_is_the_same(group_size: int, nonnegative: bool) -> None:
+    with_twin, without = bregman_state(5, 9), bregman_state(5, 9)
+    with_twin[1].zero_(), without[1].zero_(), with_twin[2].zero_()
+    support = torch.zeros(6, dtype=torch.uint8)
+    for step in range(30):
+        for state, gamma in ((with_twin, with_twin[2]), (without, None)):
+            mask, dual, _, entry, grad = state
+            bits = support if gamma is None else None
+            ops.split_bregman_step_(
+                *(mask, dual, gamma, entry, grad, None, step, 0.2, 1.0, 1.0, 0.4, 0.0, True, nonnegative),
+                *(None, 0.999, 1e-8, group_size, bits),
+            )
+    assert all(torch.equal(with_twin[i], without[i]) for i in (0, 1, 3))
+    inside = with_twin[2].flatten() != 0
+    assert 0 < int(inside.sum()) < 45
+    assert [bool(support[i // 8] >> (i % 8) & 1) for i in range(48)] == [*inside.tolist(), False, False, False]
+
+
+def test_views_of_one_flat_buffer_move_in_one_call() -> None:
+    apart = [bregman_state(4, 5, seed=1), bregman_state(3, seed=2)]
+    flat = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(*apart, strict=True)]
+    for state in (*apart, flat):
+        ops.split_bregman_step_(*state, None, 1, 0.1)
+    for whole, a, b in zip(flat, *apart, strict=True):
+        assert torch.equal(whole, torch.cat([a.flatten(), b.flatten()]))
+
+
 def test_entry_order_is_by_curvature() -> None:
     """Separable quadratic a (M - 1)²/2: unit j enters near threshold (1 + nu a_j) / a_j in iteration time."""
     a = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
@@ -280,7 +336,18 @@ def test_entry_order_is_by_curvature() -> None:
 # ---- bad input
 
 ONES = torch.ones
+STEP = (ONES(6), ONES(6), None, ONES(6).int(), ONES(6), None, 0, 0.1, 1.0, 1.0, 1.0, 0.0, True, False)
 BAD = [
+    ("split_bregman_step_", (*STEP, ONES(6)), ValueError, "got second without momentum, allowed both"),
+    ("split_bregman_step_", (*STEP, None, 1.0), ValueError, "beta2 1.0, .*allowed 0 <= beta, beta2 < 1"),
+    ("split_bregman_step_", (*STEP, None, 0.9, 0.0), ValueError, "eps is 0.0, allowed above 0"),
+    ("split_bregman_step_", (*STEP, None, 0.9, 1e-8, 4), ValueError, "group_size is 4, allowed 0 or a divisor of 6"),
+    (
+        "split_bregman_step_",
+        (*STEP, None, 0.9, 1e-8, 0, ONES(2).byte()),
+        ValueError,
+        r"support has shape \(2,\), allow",
+    ),
     ("lowrank_linear", ([1.0], ONES(2, 1), ONES(2, 2)), TypeError, "x is a list, allowed is a tensor"),
     ("lowrank_linear", (ONES(3).int(), ONES(2, 3), ONES(2, 2)), TypeError, "x has dtype torch.int32, allowed float32"),
     ("lowrank_linear", (ONES(1, 3), ONES(2, 4), ONES(2, 2)), ValueError, r"r has shape \(2, 4\), allowed \(any, 3\)"),

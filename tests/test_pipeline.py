@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,18 @@ ONE_OF_EACH: dict[str, Any] = {
     "cur-paper": tc.CUR(preset="paper"),
     "cur-paper-ratio": tc.CUR(preset="paper", ratio=0.8),
     "swsc": tc.SWSC(ratio=0.7),
+    "swsc-int8": tc.SWSC(ratio=0.7, factor_bits=8, scaled=True),
+    "swsc-int8-inputs": tc.SWSC(clusters=6, rank=3, factor_bits=8, axis="input", activation_bits=8),
     "swsc-paper": tc.SWSC(preset="paper"),
     "width": tc.WidthPrune(ratio=0.6),
     "wanda": tc.Wanda(ratio=0.6),
-    "wanda-masked": tc.Wanda(ratio=0.6, structured=False),
+    "wanda-masked": tc.Wanda(ratio=0.6, structured=False, guard_speed=False),
     "magnitude": tc.Magnitude(ratio=0.5),
     "random": tc.Random(ratio=0.5),
+    "svd-int8": tc.SVD(ratio=0.7, bits=8),
+    "svd-int4-rounded-inputs": tc.SVD(ratio=0.7, bits=4, activation_bits=8, pivoted=False),
+    "cur-int8": tc.CUR(ratio=0.7, bits=8),
+    "cur-folded-int4": tc.CUR(ratio=0.7, bits=4, form="cur", selection="sketch-qr"),
     "int8": tc.Rounding(bits=8),
     "int4": tc.Rounding(bits=4),
     "auto": tc.Auto(ratio=0.7, guard_speed=False, families=("svd", "cur", "widthprune")),
@@ -136,6 +143,46 @@ def test_a_global_budget_predicts_less_loss_than_equal_shares() -> None:
         report = tc.compress_(model, tc.SVD(ratio=0.6, allocation=allocation), DATA, progress=False)
         losses[allocation] = sum(r["predicted_loss"] for r in report.records)
     assert losses["global"] < losses["uniform"]
+
+
+def test_rounded_factors_make_small_byte_budgets_cheaper() -> None:
+    """Below a quarter of float32's bytes dense int8 no longer fits everywhere."""
+    lost = {}
+    for name, families, bits in (
+        ("auto", ("svd", "cur", "rounding"), (8,)),
+        ("wide", ("svd", "cur"), ()),
+    ):
+        model = FAMILIES["llama"].build()
+        config = tc.Auto(ratio=0.2, budget="bytes", families=families, bits=bits, guard_speed=False, screen=0)
+        report = tc.compress_(model, config, DATA, progress=False)
+        assert sum(r["bits_after"] for r in report.records) <= 0.2 * sum(32 * r["size_before"] for r in report.records)
+        lost[name] = sum(r["predicted_loss"] for r in report.records)
+        rounded = [r for r in report.records if r["method"] in ("SVD", "CUR") and r.get("bits") == 8]
+        assert bool(rounded) == (name == "auto")
+    assert lost["auto"] < 0.5 * lost["wide"]
+
+
+def test_no_target_stays_wide_beside_rounded_factors() -> None:
+    model = FAMILIES["llama"].build()
+    tc.compress_(model, tc.SVD(ratio=0.8, bits=8), DATA, progress=False)
+    kinds = {type(m).__name__ for name, m in model.named_modules() if re.search("_proj$", name)}
+    assert kinds <= {"QuantLowRankLinear", "QuantLinear"}
+
+
+def test_rounded_factors_generate_compile_and_pass_gradients() -> None:
+    model = FAMILIES["llama"].build()
+    tc.compress_(model, tc.CUR(ratio=0.7, bits=8), DATA, progress=False)
+    tokens = DATA[0]["input_ids"][:2]
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(tokens).logits, model(tokens).logits, atol=1e-5)
+    model.train()
+    model(tokens, labels=tokens).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
 
 
 def test_same_seed_same_result() -> None:
@@ -260,6 +307,9 @@ def test_plan_of_llama_3_1_8b_from_its_config_alone() -> None:
 @pytest.mark.parametrize(
     "config",
     [tc.SVD(ratio=0.6, allocation="uniform"), tc.CUR(ratio=0.6, allocation="uniform"), tc.Rounding(bits=8),
+     tc.SVD(ratio=0.6, allocation="uniform", bits=4), tc.CUR(rank=8, bits=8),
+     tc.SWSC(clusters=6, rank=2, factor_bits=8),
+     tc.Wanda(ratio=0.6, allocation="uniform", structured=False, guard_speed=False, value_bits=4),
      tc.Rounding(bits=4), tc.CUR(preset="paper"), tc.SVD(rank=8)],
     ids=str,
 )  # fmt: skip

@@ -36,10 +36,12 @@ _LAZY = {
     "SVD": "tinycomp.methods",
     "WidthPrune": "tinycomp.methods",
     "Wanda": "tinycomp.methods",
+    "RIA": "tinycomp.methods",
     "Magnitude": "tinycomp.methods",
     "Random": "tinycomp.methods",
     "Rounding": "tinycomp.methods",
     "StrategicFusion": "tinycomp.methods",
+    "SPP": "tinycomp.methods",
     "Auto": "tinycomp.methods",
 }
 
@@ -63,10 +65,12 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "SVD",
     "WidthPrune",
     "Wanda",
+    "RIA",
     "Magnitude",
     "Random",
     "Rounding",
     "StrategicFusion",
+    "SPP",
     "Auto",
 ]
 

@@ -14,7 +14,7 @@ from tinycomp.budget import Candidate, Group, Resource, allocate, uniform
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
 from tinycomp.io import Journal
-from tinycomp.layer_times import LayerTimes
+from tinycomp.layer_times import LayerTimes, require_fast_masks
 from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._curing import stored_numbers
 from tinycomp.methods._options import dense_option
@@ -60,6 +60,12 @@ def choose(
         found = Choices(assigned, "published rule", sizes={p: (n, n * width[p]) for p, n in sizes.items()})
     else:
         found = _budgeted(model, config, families, units, store, bars, method.families is not None)
+    kept: dict[tuple[int, int], list[int]] = {}
+    for path, choice in found.by_unit.items():
+        if "kept_per_row" in choice:
+            kept.setdefault(shapes(model, [path])[path], []).append(choice["kept_per_row"])
+    weight = next(model.parameters())
+    require_fast_masks(config, kept, weight.dtype, weight.device)
     if journal:
         journal.put(f"{key}:choices", [], {}, [json.loads(json.dumps(vars(found)))])
     return found

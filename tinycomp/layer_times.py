@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import nn
 
 from tinycomp.edits import Replace
 from tinycomp.eval.timing import time_interleaved
-from tinycomp.layers import LAYERS
+from tinycomp.layers import LAYERS, DenseLinear, MaskedLinear
 from tinycomp.methods import Method, MethodConfig, Option, Unit
+from tinycomp.methods._pruning import Pruning
 
 POINTS = 5  # sizes measured per method and shape; times between them are interpolated
 REPEATS = 7
@@ -108,10 +110,76 @@ class LayerTimes:
 
     def _layer(self, edit: Replace, copies: int) -> tuple[Callable[[], None], int]:
         x = torch.randn(self.rows, edit.kwargs["in_features"]).to(self.dtype)
-        layers = [LAYERS[edit.layer](**edit.kwargs, dtype=self.dtype).eval() for _ in range(copies)]
+        first = LAYERS[edit.layer](**edit.kwargs, dtype=self.dtype).eval()
+        if isinstance(first, MaskedLinear):
+            first = _masked(first)
+        return _calls(first, x, copies), copies
 
-        def run() -> None:
-            for layer in layers:
-                layer(x)
 
-        return run, copies
+def _calls(layer: nn.Module, x: torch.Tensor, copies: int) -> Callable[[], None]:
+    """Calls of that many copies of a layer, one after another."""
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+
+    def run() -> None:
+        for each in layers:
+            each(x)
+
+    return run
+
+
+def _masked(layer: MaskedLinear) -> MaskedLinear:
+    """The same layer with places that a mask could have: a kernel's time depends on them."""
+    m, n = layer.out_features, layer.in_features
+    keep = torch.rand(m, n).argsort(1) < layer.nnz // m
+    dense = nn.Linear(n, m, layer.bias is not None, dtype=layer.weight.dtype)
+    return MaskedLinear.from_linear(dense, keep, layer.format, layer.value_bits)
+
+
+def masks_over_dense(
+    kept: Mapping[tuple[int, int], Sequence[int]], config: Pruning, dtype: torch.dtype, repeats: int = REPEATS
+) -> float:
+    """Seconds of all masked matrices over those of the library's dense kernel on the same shapes, on this CPU.
+
+    Args:
+        kept: (out, in) -> weights that a row keeps, of every masked matrix of that shape; measured at their mean.
+        config: rows and width of the values.
+        dtype: of activations and dense weights.
+        repeats: timed rounds.
+    """
+    mine = dense = 0.0
+    for (m, n), widths in kept.items():
+        copies = min(max(COLD_BYTES // (m * n * dtype.itemsize), 1), MAX_COPIES)
+        plain, x = nn.Linear(n, m, bias=False, dtype=dtype), torch.randn(config.rows, n).to(dtype)
+        keep = torch.rand(m, n).argsort(1) < round(sum(widths) / len(widths))
+        if config.pattern == "2:4":
+            keep = (torch.arange(n) % 4 < 2).expand(m, n)
+        runs = {
+            "mask": _calls(MaskedLinear.from_linear(plain, keep, config.format, config.value_bits), x, copies),
+            "dense": _calls(DenseLinear.from_linear(plain), x, copies),
+        }
+        with torch.no_grad():
+            times = time_interleaved(runs, repeats=repeats)
+        mine += len(widths) * times["mask"].median
+        dense += len(widths) * times["dense"].median
+    return mine / dense
+
+
+def require_fast_masks(
+    config: MethodConfig, kept: Mapping[tuple[int, int], Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse masks that this CPU multiplies by more slowly than by the dense matrices; see `Pruning.guard_speed`.
+
+    Raises:
+        ValueError: the masks are slower.
+    """
+    masked = isinstance(config, Pruning) and not config.structured and config.guard_speed
+    if not masked or not kept or device.type not in ("cpu", "meta"):
+        return
+    assert isinstance(config, Pruning)
+    found = masks_over_dense(kept, config, dtype)
+    if found > 1.0:
+        raise ValueError(
+            f"{type(config).__name__}: got masks whose layers take {found:.2f} times as long as the dense kernel at "
+            f"{config.rows} rows in {str(dtype).removeprefix('torch.')}, allowed those that are no slower; lower "
+            "`ratio`, set value_bits=8, set `rows` to the rows you serve, or accept them with guard_speed=False"
+        )

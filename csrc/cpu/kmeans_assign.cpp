@@ -1,28 +1,49 @@
 // kmeans_assign: GEMM through torch for the scores of a chunk of points, then argmin and the distance by point.
 #include <limits>
 
+#include "../common/lanes.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
 namespace {
+
+// Place of the least norms[c] - 2 products[c], the first among equals.
+template <class A>
+int32_t nearest(const A* __restrict norms, const A* __restrict products, int64_t k) {
+  A least[kLanes];
+  int32_t place[kLanes];
+  std::fill_n(least, kLanes, std::numeric_limits<A>::infinity());
+  std::fill_n(place, kLanes, 0);
+  int64_t c = 0;
+  for (; c + kLanes <= k; c += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const A score = norms[c + l] - 2 * products[c + l];
+      place[l] = score < least[l] ? static_cast<int32_t>(c + l) : place[l];
+      least[l] = score < least[l] ? score : least[l];
+    }
+  for (int l = 0; c < k; ++c, ++l) {
+    const A score = norms[c] - 2 * products[c];
+    if (score < least[l]) least[l] = score, place[l] = static_cast<int32_t>(c);
+  }
+  int best = 0;
+  for (int l = 1; l < kLanes; ++l)
+    if (least[l] < least[best] || (least[l] == least[best] && place[l] < place[best])) best = l;
+  return place[best];
+}
 
 template <class A>
 void assign(const A* points, const A* centroids, const A* products, const std::vector<A>& norms, int64_t n, int64_t d,
             int32_t* labels, float* distances) {
   const int64_t k = static_cast<int64_t>(norms.size());
   parallel_rows(n, k + d, [&](int64_t i) {
-    int32_t best = 0;
-    A least = std::numeric_limits<A>::infinity();
-    for (int64_t c = 0; c < k; ++c) {
-      const A score = norms[c] - 2 * products[i * k + c];
-      if (score < least) least = score, best = static_cast<int32_t>(c);
-    }
-    A total = 0;
-    for (int64_t c = 0; c < d; ++c) {
-      const A difference = points[i * d + c] - centroids[best * d + c];
-      total += difference * difference;
-    }
-    labels[i] = best, distances[i] = static_cast<float>(total);
+    vectorised([&] { labels[i] = nearest(norms.data(), products + i * k, k); });
+    const A* __restrict point = points + i * d, * __restrict mine = centroids + labels[i] * d;
+    vectorised([&] {
+      distances[i] = static_cast<float>(lane_sum<A>(d, [&](int64_t c) {
+        const A difference = point[c] - mine[c];
+        return difference * difference;
+      }));
+    });
   });
 }
 
@@ -37,11 +58,10 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     const Tensor mu = torch::stable::contiguous(torch::stable::to(detach(centroids), scalar_type<A>));
     const Tensor labels = empty(points, {n}, ScalarType::Int), distances = empty(points, {n}, ScalarType::Float);
     const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
-    std::vector<A> norms(k, 0);
-    for (int64_t c = 0; c < k; ++c)
-      for (int64_t i = 0; i < d; ++i) norms[c] += to[c * d + i] * to[c * d + i];
-    // Scores of a chunk take at most 16 MiB.
-    const int64_t chunk = std::max<int64_t>(1, (16 << 20) / (k * static_cast<int64_t>(sizeof(A))));
+    std::vector<A> norms(k);
+    for (int64_t c = 0; c < k; ++c) norms[c] = lane_sum<A>(d, [&](int64_t i) { return to[c * d + i] * to[c * d + i]; });
+    // Products of a chunk take at most 2 MiB, so that they are still in cache when they are compared.
+    const int64_t chunk = std::max<int64_t>(1, (2 << 20) / (k * static_cast<int64_t>(sizeof(A))));
     for (int64_t start = 0; start < n; start += chunk) {
       const int64_t size = std::min(chunk, n - start);
       const Tensor products = torch::stable::contiguous(gemm(torch::stable::narrow(x, 0, start, size), mu));

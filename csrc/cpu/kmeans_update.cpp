@@ -1,8 +1,27 @@
-// kmeans_update: strips of columns over threads, points added in their order: the same sums for any thread count.
+// kmeans_update: points sorted by label, then the members of each cluster added in their order, in strips of columns
+// over threads: the same sums for any thread count.
+#include "../common/lanes.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
 namespace {
+
+constexpr int64_t kStrip = 1024, kTogether = 4;
+
+// sum += the given rows, one after another, `width` columns of each.
+template <class T, class A>
+void add_rows(A* __restrict sum, const T* from, int64_t stride, const int64_t* row, int64_t rows, int64_t width) {
+  int64_t i = 0;
+  for (; i + kTogether <= rows; i += kTogether) {
+    const T* __restrict a = from + row[i] * stride, * __restrict b = from + row[i + 1] * stride, * __restrict c = from + row[i + 2] * stride, * __restrict d = from + row[i + 3] * stride;
+    for (int64_t j = 0; j < width; ++j)
+      sum[j] = (((sum[j] + static_cast<A>(a[j])) + static_cast<A>(b[j])) + static_cast<A>(c[j])) + static_cast<A>(d[j]);
+  }
+  for (; i < rows; ++i) {
+    const T* __restrict a = from + row[i] * stride;
+    for (int64_t j = 0; j < width; ++j) sum[j] += static_cast<A>(a[j]);
+  }
+}
 
 std::tuple<Tensor, Tensor> kmeans_update(const Tensor& points, const Tensor& labels, int64_t k) {
   STD_TORCH_CHECK(points.dim() == 2 && k >= 1 && labels.scalar_type() != ScalarType::Byte,
@@ -19,21 +38,20 @@ std::tuple<Tensor, Tensor> kmeans_update(const Tensor& points, const Tensor& lab
     int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
     std::fill_n(count, k, int64_t{0});
     for (const int32_t c : label) ++count[c];
-    constexpr int64_t kStrip = 512;
-    torch::stable::parallel_for(0, (d + kStrip - 1) / kStrip, 1, [&](int64_t first, int64_t last) {
-      std::vector<A> sums(k * kStrip);
-      for (int64_t strip = first; strip < last; ++strip) {
-        const int64_t start = strip * kStrip, width = std::min(kStrip, d - start);
-        std::fill(sums.begin(), sums.end(), A(0));
-        for (int64_t i = 0; i < n; ++i) {
-          A* __restrict sum = sums.data() + label[i] * kStrip;
-          const T* __restrict point = from + i * d + start;
-          for (int64_t c = 0; c < width; ++c) sum[c] += static_cast<A>(point[c]);
-        }
-        for (int64_t i = 0; i < k; ++i)
-          for (int64_t c = 0; c < width; ++c)
-            to[i * d + start + c] =
-                static_cast<T>(sums[i * kStrip + c] / static_cast<A>(std::max<int64_t>(count[i], 1)));
+    std::vector<int64_t> start(k + 1, 0), member(n);
+    for (int64_t c = 0; c < k; ++c) start[c + 1] = start[c] + count[c];
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < n; ++i) member[next[label[i]]++] = i;
+    const int64_t strips = (d + kStrip - 1) / kStrip;
+    // Strip by strip and not cluster by cluster: one large cluster then keeps no thread waiting.
+    torch::stable::parallel_for(0, strips * k, 1 + (k - 1) / 4, [&](int64_t first, int64_t last) {
+      std::vector<A> sum(kStrip);
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t c = item % k, column = item / k * kStrip, width = std::min(kStrip, d - column);
+        std::fill_n(sum.data(), width, A(0));
+        vectorised([&] { add_rows(sum.data(), from + column, d, member.data() + start[c], count[c], width); });
+        const A size = static_cast<A>(std::max<int64_t>(count[c], 1));
+        for (int64_t j = 0; j < width; ++j) to[c * d + column + j] = static_cast<T>(sum[j] / size);
       }
     });
     return std::make_tuple(centroids, counts);

@@ -51,13 +51,15 @@ struct InPlace {
   }
 };
 
-void split_bregman_step_(Tensor mask, Tensor dual, Tensor gamma, Tensor entry, const Tensor& grad,
+void split_bregman_step_(Tensor mask, Tensor dual, std::optional<Tensor> gamma, Tensor entry, const Tensor& grad,
                          std::optional<Tensor> momentum, int64_t step, double lr, double kappa, double nu,
-                         double threshold, double beta, bool coupled, bool nonnegative) {
+                         double threshold, double beta, bool coupled, bool nonnegative, std::optional<Tensor> second,
+                         double, double, int64_t group_size, std::optional<Tensor> support) {
+  STD_TORCH_CHECK(gamma && !second && group_size == 0 && !support, "split_bregman_step_: not in this kernel");
   const Device device(mask);
   const int64_t count = mask.numel();
   if (count == 0) return;
-  InPlace<float> m(mask, ScalarType::Float, mask), v(dual, ScalarType::Float, mask), g(gamma, ScalarType::Float, mask);
+  InPlace<float> m(mask, ScalarType::Float, mask), v(dual, ScalarType::Float, mask), g(*gamma, ScalarType::Float, mask);
   InPlace<int> e(entry, ScalarType::Int, mask);
   InPlace<float> direction(grad, ScalarType::Float, mask);
   std::optional<InPlace<float>> buffer;

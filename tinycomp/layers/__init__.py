@@ -9,6 +9,7 @@ from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
 from tinycomp.layers.quant_low_rank import QuantLowRankLinear
+from tinycomp.layers.quant_swsc import QuantSWSCLinear
 from tinycomp.layers.swsc import SWSCLinear
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -17,6 +18,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "SWSCLinear": SWSCLinear,
     "QuantLinear": QuantLinear,
     "QuantLowRankLinear": QuantLowRankLinear,
+    "QuantSWSCLinear": QuantSWSCLinear,
     "MaskedLinear": MaskedLinear,
     "ElasticLinear": ElasticLinear,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "MaskedLinear",
     "QuantLinear",
     "QuantLowRankLinear",
+    "QuantSWSCLinear",
     "SWSCLinear",
     "elastic_layers",
     "set_ratio_",

@@ -1,27 +1,89 @@
-"""What the low-rank methods share: sizes, the grid of ranks, and the edit that stores pivoted factors."""
+"""What the low-rank methods share: sizes, the grid of ranks, rounded factors, and the edit that stores them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from tinycomp import linalg, ops
 from tinycomp.edits import Replace
 from tinycomp.linalg import pivoted_rank
-from tinycomp.methods._base import Linear, Result, record
+from tinycomp.methods._base import Linear, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._options import dense_option
+from tinycomp.methods._rounding import (
+    default_group,
+    feedback,
+    round_weight,
+    rounded,
+    rounded_bits,
+    rounded_result,
+    spread_errors,
+)
 
 GRID = 64  # candidate ranks per matrix: fine enough that rounding to it costs under 1 % of the budget
+ROUNDING_POINTS = 5  # sizes whose rounding is measured; between them its loss is interpolated
+REFIT_DAMPING = 1e-4  # pull towards the exact second factor, when it is refit to the rounded first one
+
+
+class LowRankConfig(MethodConfig):
+    """Fields of the methods that store two factors.
+
+    Args:
+        rank: one rank for every target, instead of `ratio`.
+        bits: of a stored factor's numbers: 16 keeps the model's dtype; 8 rounds by row, 4 by group of 64 inputs, the
+            second factor refit to the rounded first, and matrices that keep their full rank are rounded as well.
+            `ratio` counts numbers, whatever their bits; the loss of rounding is part of every predicted loss.
+        activation_bits: 8 also rounds the layer's inputs as it runs, faster for many rows; not in the predicted loss.
+    """
+
+    rank: int | None = Field(default=None, ge=1)
+    bits: Literal[16, 8, 4] = 16
+    activation_bits: Literal[0, 8] = 0
+
+    @model_validator(mode="after")
+    def _rounded_together(self) -> LowRankConfig:
+        if self.activation_bits and self.bits == 16:
+            raise ValueError("activation_bits: got 8 with bits=16, allowed with bits 8 or 4; set bits=8")
+        return self
+
+
+class Factors(NamedTuple):
+    """Plain: W' = t rows, rows (r, n), t (m, r). Pivoted: W'[order] = [rows; t rows], t (m - r, r), int32 order."""
+
+    rows: Tensor
+    t: Tensor
+    order: Tensor | None
+
+    def dense(self) -> Tensor:
+        """W' (m, n) float32."""
+        rows = self.rows.float()
+        made = self.t.float() @ rows
+        if self.order is None:
+            return made
+        made = torch.cat([rows, made])
+        return torch.empty_like(made).index_copy(0, self.order.long(), made)
 
 
 def stored_size(m: int, n: int, rank: int, pivoted: bool = True) -> int:
-    """Numbers a rank-r factorisation of an (m, n) weight stores."""
+    """Numbers a rank-r factorisation of an (m, n) weight stores; scales of rounded ones are not counted."""
     return rank * (m + n - rank) if pivoted else rank * (m + n)
 
 
-def stored_bits(m: int, n: int, rank: int, dtype: torch.dtype, pivoted: bool = True) -> int:
-    """Bits on disk, the int32 row order of the pivoted form included."""
-    return stored_size(m, n, rank, pivoted) * 8 * dtype.itemsize + (32 * m if pivoted else 0)
+def stored_bits(m: int, n: int, rank: int, dtype: torch.dtype, pivoted: bool = True, bits: int = 16) -> int:
+    """Bits on disk, the int32 row order of the pivoted form and the scales of rounded factors included."""
+    order = 32 * m if pivoted else 0
+    number_bits = 8 * dtype.itemsize
+    if bits == 16:
+        return stored_size(m, n, rank, pivoted) * number_bits + order
+    shapes = ((rank, n), (m - rank if pivoted else m, rank))
+    return order + sum(rounded_bits(*shape, bits, default_group(bits), number_bits) for shape in shapes)
 
 
 def rank_for(m: int, n: int, ratio: float, pivoted: bool = True) -> int:
@@ -47,29 +109,109 @@ def check_rank(linear: Linear, rank: int) -> None:
         )
 
 
-def low_rank_result(
-    linear: Linear, method: str, rank: int, rows: Tensor, t: Tensor, order: Tensor | None, **extra: Any
-) -> Result:
-    """Edit, tensors and record for y = [rows; t rows] x (pivoted, with `order`) or y = t rows x (plain)."""
+def with_rounding(options: list[Option], lost: Callable[[Option], float]) -> list[Option]:
+    """The options with the loss of rounding added: `lost` at a few of them, linear in the size between.
+
+    Rounding errors are taken as uncorrelated with those of the truncation, so losses add.
+
+    Args:
+        options: ascending in size.
+        lost: predicted loss of rounding this option's factors, against the exact ones.
+    """
+    places = np.unique(np.linspace(0, len(options) - 1, ROUNDING_POINTS).round().astype(int))
+    losses = np.interp([o.size for o in options], [options[i].size for i in places], [lost(options[i]) for i in places])
+    return [replace(o, loss=o.loss + float(loss)) for o, loss in zip(options, losses, strict=True)]
+
+
+def full_option(unit: Unit, bits: int) -> Option:
+    """The matrix at full rank: as it is, or rounded."""
+    if bits == 16:
+        return dense_option(unit)
+    (linear,) = unit.linears
+    _, error, stored = round_weight(linear, bits, default_group(bits), bits == 4)
+    return Option(unit.size, stored, linear.predicted_loss(error), {"full": True})
+
+
+class FactorRounding:
+    """Rounds factors of one linear; what depends on its inputs alone is made once."""
+
+    def __init__(self, linear: Linear, bits: int) -> None:
+        self.linear, self.bits, self.group = linear, bits, default_group(bits)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        n = self.linear.in_features
+        return torch.eye(n).to(self.linear.weight) if self.linear.gram is None else self.linear.gram.float()
+
+    @cached_property
+    def upper(self) -> Tensor:
+        return feedback(self.gram)
+
+    def loss(self, factors: Factors) -> float:
+        """Predicted loss of rounding these factors, in nats per token."""
+        return self.linear.predicted_loss(factors.dense() - self.rounded(factors)[0].dense())
+
+    def rounded(self, factors: Factors) -> tuple[Factors, dict[str, Tensor]]:
+        """The factors that rounded ones stand for, and the tensors of a QuantLowRankLinear.
+
+        t is refit to the rounded rows: the least squares map from what they compute to what t made of the exact rows.
+        """
+        first, rows = self._factor(factors.rows, self.upper, self.gram)
+        seen = rows @ self.gram
+        moment, t = seen @ rows.T, factors.t
+        if t.numel():
+            t = linalg.refit(t, factors.rows.float() @ seen.T, moment, REFIT_DAMPING)
+        second, t = self._factor(t, feedback(moment), moment)
+        packed = {"r": first.qweight, "r_scales": first.scales, "r_zeros": first.zeros,
+                  "t": second.qweight, "t_scales": second.scales, "t_zeros": second.zeros}  # fmt: skip
+        return factors._replace(rows=rows, t=t), {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+    def _factor(self, factor: Tensor, upper: Tensor, moment: Tensor) -> tuple[ops.Quantized, Tensor]:
+        """A factor rounded for inputs of this second moment, and the matrix that stands for."""
+        importance = moment.diagonal().clamp_min(0.0) if self.bits == 4 else None
+        packed = rounded(factor.to(self.linear.dtype), self.bits, self.group, importance)
+        packed = spread_errors(factor, packed, self.bits, self.group, upper, moment)
+        return packed, ops.dequantize(*packed, factor.shape[1], self.bits, self.group)
+
+
+def full_result(linear: Linear, method: str, config: LowRankConfig) -> Result:
+    """What `full_option` offers for rounded factors."""
+    return rounded_result(
+        linear, method, config.bits, default_group(config.bits), config.bits == 4, config.activation_bits
+    )
+
+
+def low_rank_result(linear: Linear, method: str, factors: Factors, config: LowRankConfig) -> Result:
+    """Edit, tensors and record for the factors, rounded where the config says so."""
     m, n = linear.weight.shape
-    pivoted = order is not None
+    rank, pivoted, bits = len(factors.rows), factors.order is not None, config.bits
     kwargs = {"in_features": n, "out_features": m, "rank": rank, "bias": linear.bias is not None, "pivoted": pivoted}
-    tensors = {f"{linear.path}.down.weight": rows.to(linear.dtype), f"{linear.path}.up.weight": t.to(linear.dtype)}
-    dense = t.float() @ rows.float()
-    if order is not None:
-        tensors[f"{linear.path}.order"] = order
-        full = torch.empty_like(linear.weight, dtype=torch.float32)
-        full[order.long()] = torch.cat([rows.float(), dense])
-        dense = full
+    extra: dict[str, Any] = {"rank": rank}
+    if bits == 16:
+        layer, stored = "LowRankLinear", factors
+        tensors = {"down.weight": factors.rows.to(linear.dtype), "up.weight": factors.t.to(linear.dtype)}
+    else:
+        layer = "QuantLowRankLinear"
+        stored, tensors = FactorRounding(linear, bits).rounded(factors)
+        kwargs |= {"bits": bits, "group_size": default_group(bits), "symmetric": bits == 8}
+        kwargs["activation_bits"] = config.activation_bits
+        exact = factors.dense()
+        extra |= {
+            "bits": bits,
+            "truncation_loss": linear.predicted_loss(linear.weight.float() - exact),
+            "rounding_loss": linear.predicted_loss(exact - stored.dense()),
+        }
+    if factors.order is not None:
+        tensors["order"] = factors.order
     if linear.bias is not None:
-        tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
+        tensors["bias"] = linear.bias.to(linear.dtype)
     row = record(
         linear,
         method,
         stored_size(m, n, rank, pivoted),
-        stored_bits(m, n, rank, linear.dtype, pivoted),
-        linear.weight.float() - dense,
-        rank=rank,
+        stored_bits(m, n, rank, linear.dtype, pivoted, bits),
+        linear.weight.float() - stored.dense(),
         **extra,
     )
-    return Result([Replace(linear.path, layer="LowRankLinear", kwargs=kwargs)], tensors, [row])
+    edit = Replace(linear.path, layer=layer, kwargs=kwargs)
+    return Result([edit], {f"{linear.path}.{name}": tensor for name, tensor in tensors.items()}, [row])

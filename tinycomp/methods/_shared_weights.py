@@ -9,12 +9,14 @@ one is the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinycomp import linalg
+from tinycomp import linalg, ops
 from tinycomp.methods._kmeans import Clusters, Lloyd, cluster, descend_labels, means
+from tinycomp.methods._rounding import rounded
 
 REFINE_STEPS = 5
 
@@ -29,12 +31,20 @@ def stored_numbers(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: boo
     return k * length + channels * (2 if scaled else 1) + r * (m + n)
 
 
-def stored_bits(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False, number_bits: int = 16) -> int:
-    """Bits on disk: numbers in the matrix's own dtype, labels as uint8 up to 256 clusters and int32 above."""
-    channels = m if axis == 0 else n
-    label_bits = 8 if k <= 256 else 32
-    numbers = stored_numbers(m, n, k, r, axis=axis, scaled=scaled) - channels
-    return numbers * number_bits + channels * label_bits
+def stored_bits(
+    m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False, number_bits: int = 16, factor_bits: int = 16
+) -> int:
+    """Bits on disk: numbers in the matrix's own dtype, labels as uint8 up to 256 clusters and int32 above.
+
+    With 8 factor bits centroids and factors are int8, and each of their rows has a scale in the matrix's own dtype.
+    """
+    channels, rows = (m, k) if axis == 0 else (n, m)
+    labels = channels * (8 if k <= 256 else 32)
+    gains = channels * number_bits if scaled else 0
+    numbers = stored_numbers(m, n, k, r, axis=axis) - channels
+    if factor_bits == 16:
+        return numbers * number_bits + gains + labels
+    return numbers * factor_bits + (rows + (r + m if r else 0)) * number_bits + gains + labels
 
 
 def average_bits(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False) -> float:
@@ -130,6 +140,17 @@ class Factors:
         rows = self.centroids[index] if self.axis == 0 else self.centroids[:, index].T
         rows = rows if self.scales is None else self.scales[:, None] * rows
         return (rows if self.axis == 0 else rows.T) + self.a @ self.b
+
+    def rounded(self, dtype: torch.dtype) -> tuple[Factors, dict[str, Tensor]]:
+        """What int8 centroids and factors with scales in `dtype` stand for, and their tensors by name."""
+        packed: dict[str, Tensor] = {}
+        exact: dict[str, Any] = {}
+        for name in ("centroids", "b", "a"):
+            q = rounded(getattr(self, name).to(dtype), 8, 0)
+            packed |= {name: q.qweight, f"{name}_scales": q.scales}
+            exact[name] = ops.dequantize(*q, q.qweight.shape[1])
+        scales = None if self.scales is None else self.scales.to(dtype)
+        return replace(self, **exact, scales=scales), packed
 
     def to(self, dtype: torch.dtype) -> Factors:
         scales = None if self.scales is None else self.scales.to(dtype)

@@ -6,6 +6,7 @@ combination. Nothing here is a method of its own: what `Auto` builds is exactly 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -37,7 +38,8 @@ class Auto(MethodConfig):
         guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine,
             unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
-        bits: widths that rounding may use.
+        bits: widths that rounding may use; where bytes or time are the budget, also the factors of SVD and CUR, beside
+            the model's own width. Empty: nothing is rounded but the values behind masks.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -59,12 +61,29 @@ class Auto(MethodConfig):
 def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
     """The competing methods with the fields they share with `config`."""
     names = config.families or (PARAMETER_FAMILIES if config.budget == "parameters" else BYTE_FAMILIES)
+    names = tuple(n for n in names if n != "rounding" or config.bits)
     shared: dict[str, Any] = {"seed": config.seed, "damping": config.damping, "sequential": config.sequential}
     extra: dict[str, dict[str, Any]] = {
         "rounding": {"bits": config.bits[0] if len(config.bits) == 1 else None},
         "wanda": {"structured": False, "value_bits": 8},
     }
-    return tuple((_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names)
+    found = [(_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names]
+    if config.budget != "parameters":
+        for name in ("svd", "cur"):
+            if name in names:
+                method = _METHODS[name]
+                configs = [method.config(**shared | {"bits": bits}) for bits in config.bits]
+                found += [(_rounded_factors(method, each.bits), each) for each in configs]  # type: ignore[attr-defined]
+    return tuple(found)
+
+
+def _rounded_factors(method: Method, bits: int) -> Method:
+    """A low-rank method with rounded factors, as a family of its own; whole matrices are left to Rounding."""
+
+    def options(unit: Unit, config: MethodConfig) -> list[Option]:
+        return [o for o in method.options(unit, config) if not o.choice.get("full")]
+
+    return replace(method, name=f"{method.name} int{bits}", options=options)
 
 
 def needs(config: Auto) -> frozenset[str]:

@@ -22,26 +22,31 @@ from torch import Tensor
 from tinycomp.edits import Replace
 from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky
 from tinycomp.methods import _curing
-from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
+    FactorRounding,
+    Factors,
+    LowRankConfig,
     check_rank,
+    full_option,
+    full_result,
     low_rank_result,
     rank_grid,
     stored_bits,
     stored_size,
+    with_rounding,
 )
-from tinycomp.methods._options import dense_option, require_finite
+from tinycomp.methods._options import require_finite
 from tinycomp.models import ModelSpec
 from tinycomp.selection import SELECTIONS
 
 LOSS_GRID = 16  # ranks that the form "cur" offers: each costs a whole decomposition
 
 
-class CUR(MethodConfig):
-    """CUR decomposition.
+class CUR(LowRankConfig):
+    """CUR decomposition. Fields beside these: see `LowRankConfig`; with the paper preset `rank` is the largest (256).
 
     Args:
-        rank: one rank for every target, instead of `ratio`; with the paper preset the largest rank (256 there).
         form: "rows" keeps rows only, "cur" keeps rows and columns.
         selection: how indices are chosen: "pivoted" (pivoted QR in the whitened space), "released" (the published
             code's greedy step) or a name in `tinycomp.selection.SELECTIONS`.
@@ -52,7 +57,6 @@ class CUR(MethodConfig):
         layer_order: paper preset only: "angular" takes the layers that turn the last token least; "last", "random".
     """
 
-    rank: int | None = Field(default=None, ge=1)
     form: str = Field(default="rows", pattern="^(rows|cur)$")
     selection: str = "pivoted"
     link: str = Field(default="weighted", pattern="^(weighted|qr|fast|pinv)$")
@@ -82,6 +86,11 @@ class CUR(MethodConfig):
             raise ValueError("selection: 'pivoted' is for form='rows'; form='cur' takes e.g. 'sketch-qr'")
         if self.form == "rows" and self.trainable:
             raise ValueError("trainable: the form 'rows' has no link U to train; use form='cur'")
+        if self.trainable and self.bits != 16:
+            raise ValueError(
+                f"bits: got {self.bits} with trainable, allowed 16: three factors are not rounded; "
+                "use trainable=False, which folds the link into the columns"
+            )
         return self
 
 
@@ -163,7 +172,7 @@ def _sizes(linear: Linear, rank: int, config: CUR) -> tuple[int, int]:
         size = _curing.stored_numbers(m, n, rank)
         return size, size * 8 * linear.dtype.itemsize
     pivoted = config.form == "rows"
-    return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, linear.dtype, pivoted)
+    return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, linear.dtype, pivoted, config.bits)
 
 
 def options(unit: Unit, config: CUR) -> list[Option]:
@@ -183,7 +192,19 @@ def options(unit: Unit, config: CUR) -> list[Option]:
     found = [
         Option(*_sizes(linear, rank, config), loss, {"rank": rank}) for rank, loss in zip(ranks, losses, strict=True)
     ]
-    return found if config.rank else [*(o for o in found if o.size < m * n), dense_option(unit)]
+    if config.bits != 16:
+        rounding = FactorRounding(linear, config.bits)
+        found = with_rounding(found, lambda o: rounding.loss(_two_factors(linear, o.choice["rank"], config)))
+    return found if config.rank else [*(o for o in found if o.size < m * n), full_option(unit, config.bits)]
+
+
+def _two_factors(linear: Linear, rank: int, config: CUR) -> Factors:
+    """Kept rows and the map to the others; of the form "cur" rows and columns, the link folded into these."""
+    if config.form == "rows":
+        pivots = select_rows(linear, rank, config)
+        return Factors(*interpolate(linear.weight, pivots, damped(_gram(linear), config.damping).float(), 0.0))
+    c, u, r = decompose(linear, rank, config)
+    return Factors(r, c.double().matmul(u.double()).float(), None)
 
 
 def decompose(linear: Linear, rank: int, config: CUR) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,15 +233,13 @@ def _product(c: Tensor, u: Tensor, r: Tensor) -> Tensor:
 def build(unit: Unit, choice: dict[str, Any], config: CUR) -> Result:
     (linear,) = unit.linears
     require_finite(linear)
+    if choice.get("full"):
+        return full_result(linear, "CUR", config)
     rank = choice["rank"]
     check_rank(linear, rank)
-    if config.form == "rows":
-        pivots = select_rows(linear, rank, config)
-        rows, t, order = interpolate(linear.weight, pivots, damped(_gram(linear), config.damping).float(), 0.0)
-        return low_rank_result(linear, "CUR", rank, rows, t, order)
-    c, u, r = decompose(linear, rank, config)
     if not config.trainable:
-        return low_rank_result(linear, "CUR", rank, r, c.double().matmul(u.double()).float(), None)
+        return low_rank_result(linear, "CUR", _two_factors(linear, rank, config), config)
+    c, u, r = decompose(linear, rank, config)
     m, n = linear.weight.shape
     path = linear.path
     tensors = {f"{path}.r.weight": r, f"{path}.u.weight": u, f"{path}.c.weight": c}

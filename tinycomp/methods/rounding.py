@@ -12,18 +12,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
-from tinycomp import ops
-from tinycomp.edits import Replace
-from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._base import Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods._options import dense_option, require_finite
-
-INT4_GROUP = 64
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+from tinycomp.methods._rounding import default_group, round_weight, rounded_result
 
 
 class Rounding(MethodConfig):
@@ -44,8 +37,7 @@ class Rounding(MethodConfig):
         return bits == 4 if self.search is None else self.search
 
     def group(self, bits: int) -> int:
-        default = 0 if bits == 8 else INT4_GROUP
-        return default if self.group_size is None else self.group_size
+        return default_group(bits) if self.group_size is None else self.group_size
 
 
 def needs(config: Rounding) -> frozenset[str]:
@@ -54,65 +46,13 @@ def needs(config: Rounding) -> frozenset[str]:
     return frozenset({"gram"}) if config.searches(config.bits) else frozenset()
 
 
-def rounded(weight: Tensor, bits: int, group_size: int, importance: Tensor | None = None) -> ops.Quantized:
-    """Round an (m, n) weight; scales take its dtype.
-
-    Args:
-        weight: (m, n) floating.
-        bits: 8 or 4.
-        group_size: inputs per scale, 0 for the row.
-        importance: (n,) non-negative weight of every input in the clip search; None for plain rounding.
-    """
-    plain = ops.quantize(weight, bits, group_size, symmetric=bits == 8)
-    if importance is None:
-        return plain
-    wide, cost = _grouped(weight.float(), group_size), _grouped(importance.float()[None], group_size)
-    low, high = wide.amin(2, keepdim=True), wide.amax(2, keepdim=True)
-    n = weight.shape[1]
-    least = torch.full_like(low, torch.inf)
-    best_clip = torch.ones_like(low)
-    for clip in CLIPS:
-        clipped = _ungrouped(wide.clamp(low * clip, high * clip), n).to(weight.dtype)
-        tried = ops.dequantize(*ops.quantize(clipped, bits, group_size, symmetric=bits == 8), n, bits, group_size)
-        error = (cost * (wide - _grouped(tried, group_size)).square()).sum(2, keepdim=True)
-        best_clip = torch.where(error < least, clip, best_clip)
-        least = torch.minimum(least, error)
-    clipped = _ungrouped(wide.clamp(low * best_clip, high * best_clip), n).to(weight.dtype)
-    q, scales, zeros = ops.quantize(clipped, bits, group_size, symmetric=bits == 8)
-    integers = _grouped(ops.dequantize(q, torch.ones_like(scales), zeros, n, bits, group_size), group_size)
-    bottom = (cost * integers.square()).sum(2)
-    fitted = (cost * wide * integers).sum(2) / bottom.clamp_min(1e-30)
-    scales = torch.where((bottom > 0) & (fitted > 0), fitted, scales.float()).to(weight.dtype)
-    return ops.Quantized(q, scales, zeros)
-
-
-def _grouped(w: Tensor, group_size: int) -> Tensor:
-    """(m, n) -> (m, groups, inputs of a group), the last group padded with zeros."""
-    size = group_size or w.shape[1]
-    padded = F.pad(w, (0, -w.shape[1] % size))
-    return padded.reshape(w.shape[0], padded.shape[1] // size, size)
-
-
-def _ungrouped(w: Tensor, n: int) -> Tensor:
-    return w.reshape(w.shape[0], -1)[:, :n]
-
-
-def _fit(linear: Linear, bits: int, config: Rounding) -> tuple[ops.Quantized, Tensor, int]:
-    """The rounded weight, its error (m, n) and the bits it takes on disk."""
-    group_size = config.group(bits)
-    importance = linear.gram.diagonal() if config.searches(bits) and linear.gram is not None else None
-    packed = rounded(linear.weight.to(linear.dtype), bits, group_size, importance)
-    error = linear.weight - ops.dequantize(*packed, linear.in_features, bits, group_size).to(linear.dtype).float()
-    return packed, error, 8 * sum(t.nbytes for t in packed if t is not None)
-
-
 def options(unit: Unit, config: Rounding) -> list[Option]:
     """One candidate per allowed number of bits, and the dense matrix where the number is left open."""
     linear = unit.linears[0]
     require_finite(linear)
     found = []
     for bits in (8, 4) if config.bits is None else (config.bits,):
-        _, error, stored = _fit(linear, bits, config)
+        _, error, stored = round_weight(linear, bits, config.group(bits), config.searches(bits))
         found.append(Option(unit.size, stored, linear.predicted_loss(error), {"bits": bits}))
     return found + ([dense_option(unit)] if config.bits is None else [])
 
@@ -122,20 +62,7 @@ def build(unit: Unit, choice: dict[str, Any], config: Rounding) -> Result:
     linear = unit.linears[0]
     require_finite(linear)
     bits = choice["bits"]
-    packed, error, stored = _fit(linear, bits, config)
-    kwargs = {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bits": bits,
-        "group_size": config.group(bits),
-        "bias": linear.bias is not None,
-        "symmetric": packed.zeros is None,
-    }
-    tensors = {f"{linear.path}.{name}": t for name, t in packed._asdict().items() if t is not None}
-    if linear.bias is not None:
-        tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
-    row = record(linear, "Rounding", linear.weight.numel(), stored, error, bits=bits, group_size=config.group(bits))
-    return Result([Replace(linear.path, layer="QuantLinear", kwargs=kwargs)], tensors, [row])
+    return rounded_result(linear, "Rounding", bits, config.group(bits), config.searches(bits))
 
 
 METHOD = Method(name="Rounding", config=Rounding, needs=needs, options=options, build=build)

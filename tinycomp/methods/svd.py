@@ -11,32 +11,35 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from tinycomp.linalg import Truncation, pivoted_factors
-from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit
+from tinycomp.methods._base import Linear, Method, Option, Result, Unit
 from tinycomp.methods._low_rank import (
+    FactorRounding,
+    Factors,
+    LowRankConfig,
     check_rank,
+    full_option,
+    full_result,
     low_rank_result,
     rank_grid,
     stored_bits,
     stored_size,
+    with_rounding,
 )
-from tinycomp.methods._options import dense_option, require_finite
+from tinycomp.methods._options import require_finite
 
 
-class SVD(MethodConfig):
-    """Truncated SVD.
+class SVD(LowRankConfig):
+    """Truncated SVD. Fields beside these: see `LowRankConfig`.
 
     Args:
-        rank: one rank for every target, instead of `ratio`.
         weighting: "loss" whitens inputs and weights outputs by the loss gradient, "inputs" whitens inputs only,
             "none" is the plain SVD of the weight (data-free).
         pivoted: store r (m + n - r) numbers instead of r (m + n).
     """
 
-    rank: int | None = Field(default=None, ge=1)
     weighting: str = Field(default="loss", pattern="^(loss|inputs|none)$")
     pivoted: bool = True
 
@@ -56,13 +59,13 @@ def _truncation(linear: Linear, config: SVD) -> Truncation:
     return Truncation(linear.weight, gram, output_gram, config.damping, linear.remember)
 
 
-def decompose(linear: Linear, rank: int, config: SVD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(rows (r, n), t, order): pivoted t is (m - r, r) with order int32 (m,); plain t is (m, r) with order None."""
+def decompose(linear: Linear, rank: int, config: SVD) -> Factors:
+    """The best factors of this rank, pivoted or plain."""
     check_rank(linear, rank)
     left, right = _truncation(linear, config).factors(rank)
     if config.pivoted:
-        return pivoted_factors(left, right)
-    return right.float(), left.float(), None
+        return Factors(*pivoted_factors(left, right))
+    return Factors(right.float(), left.float(), None)
 
 
 def options(unit: Unit, config: SVD) -> list[Option]:
@@ -75,19 +78,23 @@ def options(unit: Unit, config: SVD) -> list[Option]:
     found = [
         Option(
             stored_size(m, n, r, config.pivoted),
-            stored_bits(m, n, r, linear.dtype, config.pivoted),
+            stored_bits(m, n, r, linear.dtype, config.pivoted, config.bits),
             float(losses[r]),
             {"rank": r},
         )
         for r in ranks
     ]
-    return found if config.rank else [*found, dense_option(unit)]
+    if config.bits != 16:
+        rounding = FactorRounding(linear, config.bits)
+        found = with_rounding(found, lambda o: rounding.loss(decompose(linear, o.choice["rank"], config)))
+    return found if config.rank else [*found, full_option(unit, config.bits)]
 
 
 def build(unit: Unit, choice: dict[str, Any], config: SVD) -> Result:
     (linear,) = unit.linears
-    rows, t, order = decompose(linear, choice["rank"], config)
-    return low_rank_result(linear, "SVD", choice["rank"], rows, t, order)
+    if choice.get("full"):
+        return full_result(linear, "SVD", config)
+    return low_rank_result(linear, "SVD", decompose(linear, choice["rank"], config), config)
 
 
 METHOD = Method("SVD", SVD, needs, options, build)

@@ -36,8 +36,10 @@ from torch import Tensor
 from tinycomp.edits import Replace
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
 from tinycomp.methods._kmeans import Clusters, Lloyd
+from tinycomp.methods._low_rank import with_rounding
 from tinycomp.methods._options import dense_option, require_finite, size_grid
 from tinycomp.methods._shared_weights import (
+    Factors,
     Metric,
     average_bits,
     cluster_step,
@@ -66,6 +68,9 @@ class SWSC(MethodConfig):
         rank: of the correction; 0 for none. None: what the budget leaves.
         bits: budget in average bits per weight of each compressed matrix, labels and scales counted, instead of
             `ratio`. Preset "paper": 16-bit numbers, labels not counted, as in its nominal figures; 2 unless given.
+        factor_bits: 16 keeps centroids and factors in the model's dtype, 8 rounds them by row; part of the predicted
+            loss, and of `bits` as a budget. There is no 4-bit form.
+        activation_bits: 8 also rounds the layer's inputs as it runs; with factor_bits=8 only.
         iterations: alternating refinements after the first pass.
         scaled: one more number per channel, its gain against the centroid (closed form).
         weighted: minimise the predicted loss; otherwise the plain squared error, and no data is needed.
@@ -80,6 +85,8 @@ class SWSC(MethodConfig):
     clusters: int | None = Field(default=None, ge=1)
     rank: int | None = Field(default=None, ge=0)
     bits: float | None = Field(default=None, gt=0.0)
+    factor_bits: Literal[16, 8] = 16
+    activation_bits: Literal[0, 8] = 0
     iterations: int = Field(default=2, ge=0)
     scaled: bool = False
     weighted: bool = True
@@ -101,6 +108,8 @@ class SWSC(MethodConfig):
     def _one_budget(self) -> SWSC:
         if self.rank is not None and self.clusters is None:
             raise ValueError(f"SWSC: got rank={self.rank} without clusters; give both, or neither and a ratio or bits")
+        if self.activation_bits and self.factor_bits == 16:
+            raise ValueError("activation_bits: got 8 with factor_bits=16, allowed with 8; set factor_bits=8")
         budgets = [name for name in ("ratio", "bits", "rank") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(
@@ -112,6 +121,11 @@ class SWSC(MethodConfig):
     def layout(self) -> dict[str, Any]:
         """What the accounting functions need beside the sizes."""
         return {"axis": 0 if self.axis == "output" else 1, "scaled": self.scaled}
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What `stored_bits` needs beside the sizes and the width of the model's own numbers."""
+        return self.layout | {"factor_bits": self.factor_bits}
 
     @property
     def fixed(self) -> bool:
@@ -158,9 +172,12 @@ def options(unit: Unit, config: SWSC) -> list[Option]:
     for pairs in sizes:
         k, r = min(pairs, key=lambda pair: float(tails[pair[0]][pair[1]]))
         size = stored_numbers(m, n, k, r, **config.layout)
-        bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
+        bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.stored)
         found[k, r] = Option(size, bits, 0.5 * float(tails[k][r]), {"clusters": k, "rank": r})
-    return list(found.values()) + ([] if config.fixed else [dense_option(unit)])
+    offered = list(found.values())
+    if config.factor_bits == 8:
+        offered = with_rounding(offered, lambda o: fitting.rounding_loss(o.choice["clusters"], o.choice["rank"]))
+    return offered + ([] if config.fixed else [dense_option(unit)])
 
 
 class _Fitting:
@@ -178,9 +195,35 @@ class _Fitting:
 
         With the number of clusters given it is surely built, so the vectors of the correction are kept as `basis`.
         """
-        apart = {"ratio", "bits", "rank", "clusters", "targets", "ignore", "iterations", "sequential", "allocation"}
+        apart = {"ratio", "bits", "rank", "clusters", "targets", "ignore", "iterations", "sequential", "allocation",
+                 "factor_bits", "activation_bits"}  # fmt: skip
         key = f"SWSC {k} {self.config.clusters is None} {self.config.model_dump_json(exclude=apart)}"
         return self.linear.remember(key, lambda: self._first(k))
+
+    def factors(self, k: int, r: int, iterations: int) -> tuple[Factors, list[float]]:
+        """The first clustering with its correction, refined `iterations` times; errors as `fit` gives them."""
+        first = self.first(k)
+        config = self.config
+        return fit(
+            self.linear.weight,
+            k,
+            r,
+            axis=config.layout["axis"],
+            metric=self.metric,
+            iterations=iterations,
+            lloyd=config.lloyd,
+            start=Clusters(first["labels"], first["centroids"], first.get("scales")),
+            basis=first.get("basis"),
+        )
+
+    def rounding_loss(self, k: int, r: int) -> float:
+        """Predicted loss of int8 after a single pass; unweighted |W' - W''|_F^2 / 2, as the options' losses."""
+        factors, _ = self.factors(k, r, 0)
+        return self.lost(factors.dense() - factors.rounded(self.linear.dtype)[0].dense())
+
+    def lost(self, error: Tensor) -> float:
+        """What an error (m, n) costs in the metric of the fit."""
+        return self.linear.predicted_loss(error) if self.config.weighted else 0.5 * float(error.square().sum())
 
     def _first(self, k: int) -> dict[str, Tensor]:
         weight = self.linear.weight if self.config.axis == "output" else self.linear.weight.T
@@ -215,11 +258,17 @@ def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tupl
     def cost(k: int, r: int) -> int:
         if config.bits is None:
             return stored_numbers(m, n, k, r, **config.layout)
-        return stored_bits(m, n, k, r, number_bits=number_bits, **config.layout)
+        return stored_bits(m, n, k, r, number_bits=number_bits, **config.stored)
+
+    def largest(k: int, budget: float) -> int:
+        """Rank that k clusters leave room for, -1 for none; only the first rank costs more, where it has scales."""
+        if cost(k, 1) > budget:
+            return 0 if cost(k, 0) <= budget else -1
+        return 1 + int((budget - cost(k, 1)) // (cost(k, 2) - cost(k, 1)))
 
     out = []
     for fraction in size_grid(config.ratio, SIZES) if config.bits is None else (config.bits,):
-        ranks = {k: int((fraction * m * n - cost(k, 0)) // (cost(k, 1) - cost(k, 0))) for k in ladder}
+        ranks = {k: largest(k, fraction * m * n) for k in ladder}
         pairs = [(k, min(r, m, n)) for k, r in ranks.items() if r >= 0]
         out += [pairs] if pairs else []
     if not out:
@@ -234,42 +283,43 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
     linear = unit.linears[0]
     require_finite(linear)
     m, n = linear.weight.shape
-    k, r, axis = choice["clusters"], choice["rank"], config.layout["axis"]
+    k, r = choice["clusters"], choice["rank"]
     fitting = _Fitting(linear, config)
-    first = fitting.first(k)
-    factors, history = fit(
-        linear.weight,
-        k,
-        r,
-        axis=axis,
-        metric=fitting.metric,
-        iterations=config.iterations,
-        lloyd=config.lloyd,
-        start=Clusters(first["labels"], first["centroids"], first.get("scales")),
-        basis=first.get("basis"),
-    )
-    factors = factors.to(linear.dtype)
-    labels = factors.labels.to(torch.uint8 if k <= 256 else torch.int32)
-    tensors = {"centroids.weight": factors.centroids, "labels": labels, "scales": factors.scales, "bias": linear.bias}
-    if r > 0:
-        tensors |= {"a.weight": factors.a, "b.weight": factors.b}
+    exact, history = fitting.factors(k, r, config.iterations)
+    extra: dict[str, Any] = {}
+    if config.factor_bits == 16:
+        stored = exact.to(linear.dtype)
+        tensors = {"centroids.weight": stored.centroids, "a.weight": stored.a, "b.weight": stored.b}
+    else:
+        stored, tensors = exact.rounded(linear.dtype)
+        error = linear.weight - exact.dense()
+        extra = {"bits": 8, "truncation_loss": linear.predicted_loss(error)}
+        extra["rounding_loss"] = linear.predicted_loss(exact.dense() - stored.dense())
+    if r == 0:
+        tensors = {name: t for name, t in tensors.items() if name[0] not in "ab"}
+    tensors["labels"] = exact.labels.to(torch.uint8 if k <= 256 else torch.int32)
+    if stored.scales is not None:
+        tensors["scales"] = stored.scales
     if linear.bias is not None:
         tensors["bias"] = linear.bias.to(linear.dtype)
     row = record(
         linear,
         "SWSC",
         stored_numbers(m, n, k, r, **config.layout),
-        stored_bits(m, n, k, r, number_bits=linear.dtype.itemsize * 8, **config.layout),
-        linear.weight - factors.to(torch.float32).dense(),
+        stored_bits(m, n, k, r, number_bits=linear.dtype.itemsize * 8, **config.stored),
+        linear.weight - stored.to(torch.float32).dense(),
         clusters=k,
         rank=r,
         average_bits=average_bits(m, n, k, r, **config.layout),
         refinements=len(history) // 2,
+        **extra,
     )
     kwargs = {"in_features": n, "out_features": m, "clusters": k, "rank": r, "bias": linear.bias is not None}
-    edit = Replace(linear.path, layer="SWSCLinear", kwargs=kwargs | config.layout)
-    stored = {f"{linear.path}.{name}": t.contiguous() for name, t in tensors.items() if t is not None}
-    return Result([edit], stored, [row])
+    if config.factor_bits == 8:
+        kwargs["activation_bits"] = config.activation_bits
+    layer = "SWSCLinear" if config.factor_bits == 16 else "QuantSWSCLinear"
+    edit = Replace(linear.path, layer=layer, kwargs=kwargs | config.layout)
+    return Result([edit], {f"{linear.path}.{name}": t.contiguous() for name, t in tensors.items()}, [row])
 
 
 METHOD = Method(name="SWSC", config=SWSC, needs=needs, options=options, build=build)

@@ -62,10 +62,14 @@ def _data(name: str, args: tuple[Any, ...]) -> Tensor:
     return args[1] if name == "gram_accumulate_" else args[0]
 
 
-def _rounds_activations(name: str, args: tuple[Any, ...]) -> str | None:
-    """The reason of both GPU backends against rounded activations; they multiply in the dtype of x."""
+def _lacks(name: str, args: tuple[Any, ...]) -> str | None:
+    """What neither GPU backend has: rounded activations (they multiply in the dtype of x), later forms of the step."""
     if name in ("quant_linear", "quant_lowrank_linear") and args[-1] != 0:
         return f"the GPU kernels of {name} do not round activations, got activation_bits {args[-1]}"
+    if name == "split_bregman_step_":
+        later = args[14:]  # second, beta2, eps, group_size, support
+        if args[2] is None or (later and (later[0] is not None or later[3] or later[4] is not None)):
+            return f"the GPU kernels of {name} need gamma, and have no second, group_size or support"
     return None
 
 
@@ -79,7 +83,7 @@ def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     for scales in (args[i] for i in _SCALES.get(name, ())):
         if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
             return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
-    return _rounds_activations(name, args)
+    return _lacks(name, args)
 
 
 def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
@@ -89,4 +93,4 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    return _rounds_activations(name, args)
+    return _lacks(name, args)

@@ -98,7 +98,7 @@ def quantize(w: Tensor, bits: int = 8, group_size: int = 0, symmetric: bool = Tr
         zeros = (smallest - low / scales.float()).round().clamp(smallest, largest)
         q = ((wide / scales.float().unsqueeze(2)).round() + zeros.unsqueeze(2)).clamp(smallest, largest)
         zeros = (zeros + (8 if bits == 4 else 0)).to(w.dtype)
-    q = q.reshape(out_features, -1)[:, :in_features].to(torch.int8)
+    q = q.reshape(out_features, groups * size)[:, :in_features].to(torch.int8)
     return Quantized(pack_int4(q) if bits == 4 else q, scales, zeros)
 
 

@@ -57,11 +57,11 @@ def split_bregman_kernel(
     tl.store(entry_ptr + i, tl.where((entry < 0) & (g != 0), step, entry), mask=inside)
 
 
-@kernel_op("split_bregman_step_", mutates=("mask", "dual", "gamma", "entry", "momentum"))
+@kernel_op("split_bregman_step_", mutates=("mask", "dual", "gamma", "entry", "momentum", "second", "support"))
 def split_bregman_step_(
     mask: Tensor,
     dual: Tensor,
-    gamma: Tensor,
+    gamma: Tensor | None,
     entry: Tensor,
     grad: Tensor,
     momentum: Tensor | None,
@@ -73,6 +73,11 @@ def split_bregman_step_(
     beta: float = 0.0,
     coupled: bool = True,
     nonnegative: bool = False,
+    second: Tensor | None = None,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    group_size: int = 0,
+    support: Tensor | None = None,
 ) -> None:
     count = mask.numel()
     if count == 0:
