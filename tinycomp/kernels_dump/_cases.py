@@ -156,6 +156,8 @@ def make(name: str, dtype: torch.dtype, seed: int, shape: dict[str, Any]) -> Arg
             f"required {sorted(required)}; repair the file of --shapes"
         )
     args = _MAKERS[name](Draw(dtype, seed), **{k: v for k, v in shape.items() if k != "processors"})
+    arguments = getattr(torch.ops.tinycomp, name).default._schema.arguments
+    args += tuple(argument.default_value for argument in arguments[len(args) :])
     ops.OPS[name].check(*args)
     return args
 
