@@ -17,7 +17,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PREVIOUS := $(VENV)/transformers-previous
 DATA := $(VENV)/share/tinycomp
-INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py pipeline.py)
+INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py pipeline.py elastic.py)
 SEEDS ?= 0 1 2
 export HF_HUB_OFFLINE ?= 1
 

@@ -7,11 +7,12 @@ A bound names what a kernel cannot be faster than on nominal data-sheet peaks; i
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BUDGETS = json.loads((Path(__file__).parent.parent / "csrc" / "cuda" / "budgets.json").read_text())
 LAUNCH_US = 3.0  # assumed
@@ -21,20 +22,25 @@ LLAMA_3_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 40
 
 @dataclass(frozen=True)
 class Gpu:
-    """Nominal numbers of a data sheet: dense bfloat16 tensor throughput, memory bandwidth, one processor's memory."""
+    """Nominal numbers of a data sheet: dense bfloat16 tensor throughput, memory bandwidth, one processor's limits.
+
+    `nvidia` is its name in nvidia-matmul-heuristics.
+    """
 
     processors: int
     tflops: float
     gb_s: float
     shared_bytes: int
+    warps: int
+    nvidia: str
 
 
 GPUS = {
-    "A100": Gpu(108, 312, 2039, 164 << 10),
-    "L40S": Gpu(142, 362, 864, 100 << 10),
-    "H100": Gpu(132, 989, 3350, 228 << 10),
-    "H200": Gpu(132, 989, 4800, 228 << 10),
-    "B200": Gpu(148, 2250, 8000, 228 << 10),
+    "A100": Gpu(108, 312, 2039, 164 << 10, 64, "A100_SXM_80GB"),
+    "L40S": Gpu(142, 362, 864, 100 << 10, 48, "L40S"),
+    "H100": Gpu(132, 989, 3350, 228 << 10, 64, "H100_SXM"),
+    "H200": Gpu(132, 989, 4800, 228 << 10, 64, "H200_SXM"),
+    "B200": Gpu(148, 2250, 8000, 228 << 10, 64, "B200"),
 }
 
 
@@ -64,16 +70,17 @@ class Launch(NamedTuple):
 
 
 def launches(products: tuple[Product, ...], processors: int) -> list[Launch]:
-    """What csrc/cuda/config.h picks for a chain of products."""
+    """What csrc/cuda/config.h picks for a chain of products, and linear_host.cuh for packed weights."""
+    packed = any(p.bits < 16 for p in products)
     if products[0].inputs <= 16:
-        tiles = 1 if any(math.ceil(p.rows / 16) < 2 * processors for p in products) else 2
+        tiles = 1 if packed or any(math.ceil(p.rows / 16) < 2 * processors for p in products) else 2
         items = sum(math.ceil(p.rows / (8 * tiles)) for p in products)
         if len(products) == 1:
             return [Launch("product_decode", items, products)]
         return [Launch("chain2_decode", min(items, (3 if tiles == 1 else 2) * processors), products)]
     found = []
     for p in products:
-        large = math.ceil(p.inputs / 128) * math.ceil(p.rows / 128) >= processors
+        large = not packed and math.ceil(p.inputs / 128) * math.ceil(p.rows / 128) >= processors
         side = 128 if large else 64
         found.append(Launch("product_tiles", math.ceil(p.inputs / side) * math.ceil(p.rows / side), (p,)))
     return found
@@ -109,26 +116,72 @@ def pivoted_rank(rows: int, columns: int, ratio: float) -> int:
     return int((total - math.sqrt(total * total - 4 * ratio * rows * columns)) / 2)
 
 
+def library_us(product: Product, gpu: Gpu) -> float | None:
+    """What NVIDIA's model of its libraries expects of a dense bfloat16 product; None if it is not installed."""
+    if importlib.util.find_spec("nvMatmulHeuristics") is None:
+        return None
+    import nvMatmulHeuristics as nv
+
+    flags = nv.NvMatmulHeuristicsFlags.PERF_MODEL_BASED_AUTO_TUNING
+    device = nv.NvMatmulHeuristicsNvidiaGpu[gpu.nvidia]
+    model = nv.NvMatmulHeuristicsInterfaceEx(nv.NvMatmulHeuristicsTarget.GENERIC, flags=flags, gpu=device)
+    layout = nv.NvMatmulHeuristicsMatmulLayout.NT_ROW_MAJOR
+    problem = model.makeNvMatmulHeuristicsProblem(product.inputs, product.rows, product.columns, layout)
+    found = model.get(problem, 4, precision="TST")
+    return min(f["runtime"] for f in found) * 1e6 if found else None
+
+
 def table(name: str, ratio: float = 0.5) -> str:
     """The bounds for Llama-3-8B shapes, every line of it modelled."""
     gpu = GPUS[name]
     lines = [
         f"modelled, unmeasured: {name}, nominal peaks {gpu.tflops} TFLOP/s and {gpu.gb_s} GB/s, low rank keeps {ratio}",
-        f"{'layer':9} {'rows':>5} {'kernel':15} {'MB':>7} {'GFLOP':>8} {'blocks':>7} {'waves':>6} {'limit':>13} "
-        f"{'bound us':>9} {'dense us':>9} {'int4 us':>8}",
+        f"{'layer':9} {'rows':>5} {'kernel':14} {'MB':>6} {'GFLOP':>7} {'regs':>4} {'shared KB':>9} {'occupancy':>9} "
+        f"{'blocks':>6} {'waves':>5} {'limit':>13} {'bound us':>8} | {'dense us':>8} {'NVIDIA us':>9} {'int4 us':>7}",
     ]
     for layer, (rows, columns) in LLAMA_3_8B.items():
         rank = pivoted_rank(rows, columns, ratio)
         for inputs in (1, 16, 512, 2048):
             chain = (Product(inputs, columns, rank), Product(inputs, rank, rows - rank))
             time, limit, waves = bound_us(chain, gpu)
-            dense, _, _ = bound_us((Product(inputs, columns, rows),), gpu)
-            int4, _, _ = bound_us((Product(inputs, columns, rows, 4.5),), gpu)
+            whole = Product(inputs, columns, rows)
+            dense, _, _ = bound_us((whole,), gpu)
+            int4, _, _ = bound_us((whole._replace(bits=4.125),), gpu)
+            library = library_us(whole, gpu)
             found = launches(chain, gpu.processors)
-            blocks = max(launch.blocks for launch in found)
+            kernel, budget = found[0].kernel, BUDGETS[found[0].kernel]
+            shared = (budget["static_shared_bytes"] + budget["dynamic_shared_bytes"]) / 1024
+            occupancy = blocks_per_processor(kernel, gpu) * budget["threads"] / 32 / gpu.warps
             megabytes, flops = sum(p.bytes for p in chain) / 1e6, sum(p.flops for p in chain) / 1e9
             lines.append(
-                f"{layer:9} {inputs:5} {found[0].kernel:15} {megabytes:7.1f} {flops:8.2f} "
-                f"{blocks:7} {waves:6.2f} {limit:>13} {time:9.1f} {dense:9.1f} {int4:8.1f}"
+                f"{layer:9} {inputs:5} {kernel:14} {megabytes:6.1f} {flops:7.2f} {budget['registers']:4} {shared:9.1f} "
+                f"{occupancy:9.0%} {max(launch.blocks for launch in found):6} {waves:5.2f} {limit:>13} {time:8.1f} | "
+                f"{dense:8.1f} {'-' if library is None else f'{library:.1f}':>9} {int4:7.1f}"
             )
-    return "\n".join([*lines, "modelled, unmeasured: dense and int4 are bounds of the same kind, not of any library"])
+    return "\n".join(
+        [
+            *lines,
+            "Registers and shared memory: the most that the kernels may take, as tested. dense us, int4 us: bounds of",
+            "the same kind. NVIDIA us: dense bfloat16 by nvidia-matmul-heuristics (- if not installed).",
+            "modelled, unmeasured: no number above is a result",
+        ]
+    )
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """A table of measurements of bench/gpu.py: measured time, modelled bound, and dense time beside each other."""
+    dense = {(r["name"], r["layer"], r["rows"]): r["us"] for r in rows if r["case"] == "dense F.linear"}
+    lines = [
+        f"{'device':20} {'layer':9} {'rows':>5} {'case':26} {'measured us':>11} {'p20..p80':>15} "
+        f"{'modelled bound us':>17} {'of bound':>8} {'x dense':>7}"
+    ]
+    for r in rows:
+        bound, base = r.get("modelled_bound_us"), dense.get((r["name"], r["layer"], r["rows"]))
+        spread = f"{r['us_p20']:.1f}..{r['us_p80']:.1f}"
+        shown, share = ("-", "-") if bound is None else (f"{bound:.1f}", f"{bound / r['us']:.0%}")
+        gain = "-" if base is None else f"{base / r['us']:.2f}"
+        lines.append(
+            f"{r['name']:20} {r['layer']:9} {r['rows']:5} {r['case']:26} {r['us']:11.1f} {spread:>15} "
+            f"{shown:>17} {share:>8} {gain:>7}"
+        )
+    return "\n".join([*lines, "measured on the device named; bound: modelled from bytes, FLOPs and launches"])

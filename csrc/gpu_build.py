@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -48,13 +49,22 @@ def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
     return [f for f in files if not only or f.stem in (*only, "library")]
 
 
+def included(source: Path) -> set[Path]:
+    """A source and the files of the repository that it includes."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(), re.M)
+            waiting += [(path.parent / name).resolve() for name in names]
+    return found
+
+
 def fingerprint(source: Path, *words: str) -> str:
-    """Hash of a source, of every header and of the words: the name of what is built from them."""
+    """Hash of a source, of what it includes and of the words: the name of what is built from them."""
     digest = hashlib.sha256("\n".join(words).encode())
-    csrc = source.parent.parent
-    headers = sorted(p for f in ("cuda", "emulation") for p in (csrc / f).iterdir() if p.suffix in (".h", ".cuh"))
-    headers.append(csrc / "common" / "register.h")
-    for path in (source, *headers):
+    for path in sorted(included(source.resolve())):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -67,14 +77,14 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def _compile_all(build: Path, files: list[Path], base: list[str | Path]) -> list[Path]:
+def _compile_all(build: Path, files: list[Path], base: list[str | Path], suffix: str = ".o") -> list[Path]:
     """Compile what has changed, on all cores."""
     build.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.o"
+        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}{suffix}"
         if not target.exists():
-            partial = target.with_suffix(".partial.o")
+            partial = target.with_suffix(".partial" + suffix)
             run(*base, source, "-o", partial)
             partial.rename(target)
         return target
@@ -110,8 +120,7 @@ def cuda_library(build: Path, output: Path) -> Path:
     assert home is not None
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     gencode.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}")
-    base: list[str | Path] = [home / "bin" / "nvcc", "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    base += [*gencode, TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", where / "include"]
+    base = [home / "bin" / "nvcc", "-c", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode, *_device_flags()]
     objects = _compile_all(build, sources(), base)
     torch_cuda = where / "lib"
     if torch.version.cuda is None:
@@ -124,23 +133,39 @@ def cuda_library(build: Path, output: Path) -> Path:
     return output
 
 
-def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
-    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+def _device_flags() -> list[str | Path]:
     import torch
 
+    return [
+        "-O3",
+        "-std=c++17",
+        TORCH_TARGET,
+        "-DUSE_CUDA",
+        "-DTINYCOMP_TORCH",
+        "-I",
+        Path(torch.__file__).parent / "include",
+    ]
+
+
+def ptx_files(build: Path, architecture: str = ARCHITECTURES[0]) -> list[Path]:
+    """Compile every source to PTX for one GPU; cached by contents."""
     home = cuda_home()
     assert home is not None
-    base: list[str | Path] = [home / "bin" / "nvcc", "-cubin", "-O3", "-std=c++17", f"-arch=sm_{architecture}"]
-    base += [TORCH_TARGET, "-DUSE_CUDA", "-DTINYCOMP_TORCH", "-I", Path(torch.__file__).parent / "include"]
-    build = build / f"sm_{architecture}"
-    build.mkdir(parents=True, exist_ok=True)
+    base = [home / "bin" / "nvcc", "-ptx", f"-arch=sm_{architecture}", *_device_flags()]
+    return _compile_all(build / f"sm_{architecture}", sources(), base, ".ptx")
 
-    def compile_one(source: Path) -> tuple[Path, str]:
-        target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}.cubin"
-        log = target.with_suffix(".log")
+
+def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
+    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+    home = cuda_home()
+    assert home is not None
+
+    def assemble(ptx: Path) -> tuple[Path, str]:
+        log = ptx.with_suffix(".log")
         if not log.exists():
-            log.write_text(run(*base, "-Xptxas=-v", source, "-o", target))
-        return target, log.read_text()
+            command = (home / "bin" / "ptxas", "-v", f"-arch=sm_{architecture}", ptx, "-o", ptx.with_suffix(".cubin"))
+            log.write_text(run(*command))
+        return ptx.with_suffix(".cubin"), log.read_text()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, sources()))
+        return list(pool.map(assemble, ptx_files(build, architecture)))

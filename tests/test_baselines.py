@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.edits import Plan, Slice
-from tinycomp.methods import magnitude, random, rounding, wanda
+from tinycomp.methods import magnitude, random, ria, rounding, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
 from tinycomp.methods._rounding import feedback, rounded, spread_errors
@@ -23,7 +23,7 @@ from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "Magnitude": magnitude, "Random": random}
+PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "RIA": ria, "Magnitude": magnitude, "Random": random}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -181,6 +181,40 @@ def test_wanda_masks_are_the_best_of_each_row_by_its_score():
         assert keep[row].nonzero().flatten().tolist() == list(best)
 
 
+def test_ria_scores_number_by_number():
+    linear = linear_unit(4, 6).linears[0]
+    w, gram = linear.weight.abs().tolist(), linear.gram
+    assert gram is not None
+    scores = ria.weight_scores(linear, ria.RIA())
+    for i, j in itertools.product(range(4), range(6)):
+        share = w[i][j] / sum(row[j] for row in w) + w[i][j] / sum(w[i])
+        assert float(scores[i, j]) == pytest.approx(share * float(gram[j, j]) ** 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("inputs", [20, 22])
+def test_two_of_four_keeps_the_best_pair_of_every_group(name, inputs):
+    unit = linear_unit(12, inputs)
+    method, config = pruner(name, structured=False, pattern="2:4", ratio=0.5)
+    option, _ = method.options(unit, config)
+    result = method.build(unit, option.choice, config)
+    model = nn.ModuleDict({"fc": nn.Linear(inputs, 12)})
+    apply_(model, Plan(result.edits), result.tensors)
+    layer: Any = model["fc"]
+    dense = ops.unpack_masked(ops.masked_formats.Packed(layer.values, layer.mask, None, None), 12, inputs, "2:4")
+    linear = unit.linears[0]
+    scores = PRUNERS[name].weight_scores(linear, config)
+    for i, start in itertools.product(range(12), range(0, inputs, 4)):
+        group = scores[i, start : start + 4]
+        best = group.argsort(descending=True, stable=True)[:2]
+        expected = torch.zeros_like(group)
+        expected[best] = linear.weight[i, start : start + 4][best]
+        assert torch.equal(dense[i, start : start + 4], expected)
+    assert option.loss == pytest.approx(linear.predicted_loss(linear.weight - dense), rel=1e-4)
+    with pytest.raises(ValidationError, match="allowed with structured=False"):
+        pruner(name, pattern="2:4")
+
+
 def test_ties_keep_the_earlier_inputs():
     assert row_places(torch.ones(2, 5)).tolist() == [[0, 1, 2, 3, 4]] * 2
 
@@ -293,7 +327,7 @@ def test_random_follows_its_seed_and_differs_between_matrices():
 @pytest.mark.parametrize("name", PRUNERS)
 def test_statistics_are_asked_for_only_where_they_matter(name):
     method, config = pruner(name, allocation="uniform")
-    assert method.needs(config) == ({"gram"} if name == "Wanda" else frozenset())
+    assert method.needs(config) == ({"gram"} if name in ("Wanda", "RIA") else frozenset())
     method, config = pruner(name)
     assert method.needs(config) == {"gram", "output_gram"}
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_folder import write_folder
 from typer.testing import CliRunner
+from unit_models import random_path
 
+import tinycomp as tc
 from tinycomp import cli
 from tinycomp.data import calibration_text
 
@@ -33,8 +35,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty current folder with a model in it, and short calibration text."""
+    """A folder with a model and a path of its units in it, and short calibration text."""
     write_folder(tmp_path / "model", blocks=4)  # the paper preset never takes the first and the last
+    random_path(tc.unit_groups(tc.load_model(tmp_path / "model")[0])).save(tmp_path / "path.safetensors")
     speech = [calibration_text()[0][:6000]]
     monkeypatch.setattr("tinycomp.data.inputs.calibration_text", lambda: speech)
     monkeypatch.chdir(tmp_path)
@@ -118,7 +121,7 @@ def test_the_two_newest_minor_releases_of_transformers_are_tested():
 
 def test_continuous_integration_runs_the_readmes_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert [line for line in lines if line.startswith("make")] == ["make test", "make lint"]
+    assert [line for line in lines if line.startswith("make")] == ["make gpu-tools", "make test", "make lint"]
     assert ["make", "test"] in commands(ROOT / "README.md")
 
 

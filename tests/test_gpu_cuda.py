@@ -121,7 +121,8 @@ def test_pick_config(library: ctypes.CDLL) -> None:
 FAULTS = {
     "none": ("gemm.cuh", "kStages = 3", "kStages = 3"),
     "waits for too few copies": ("gemm.cuh", "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
-    "no barrier in the loop": ("gemm.cuh", "    __syncthreads();\n    stage(step", "    stage(step"),
+    "no barrier in the loop": ("gemm.cuh", "      __syncthreads();\n    }\n    stage(step", "    }\n    stage(step"),
+    "no barrier before the tile is stored": ("gemm.cuh", "  __syncthreads();\n  store_tile", "  store_tile"),
     "no barrier before the sum": ("decode.cuh", "kOutputs);\n  __syncthreads();\n", "kOutputs);\n"),
     "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
 }
@@ -150,19 +151,83 @@ print(caught)
 """
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    name, right, wrong = FAULTS[fault]
-    csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+def faulty_sources(folder: Path, name: str, right: str, wrong: str) -> Path:
+    """A copy of csrc in which a text of a file is replaced."""
+    csrc = shutil.copytree(ROOT / "csrc", folder / "csrc")
     text = (csrc / "cuda" / name).read_text()
     assert right in text, f"{name} no longer holds {right!r}"
     (csrc / "cuda" / name).write_text(text.replace(right, wrong))
+    return csrc
+
+
+def python(script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "csrc" / "emulation")))
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTY_RUN, str(csrc)],
-        env=os.environ | {"PYTHONPATH": paths},
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    done = python(FAULTY_RUN, str(faulty_sources(tmp_path, *FAULTS[fault])))
     assert done.returncode == 0, done.stderr[-2000:]
     assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 16 runs"
+
+
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED_RUN = f"""
+import sys, torch
+from pathlib import Path
+import backend
+from test_ops import fresh, run
+from tinycomp import ops
+from tinycomp.kernels_dump import _cases
+from tinycomp.ops import _registry
+library = backend.load(Path(sys.argv[1]), tuple(sys.argv[2:]), {SANITIZERS})
+ran = 0
+for name in sys.argv[2:] or sorted(ops.OPS):
+    for dtype in (torch.float32, torch.bfloat16):
+        for processors in (1, 108):
+            backend.configure(library, processors=processors)
+            calls = [sample.args for sample in ops.OPS[name].samples(dtype)]
+            if calls:
+                calls += [_cases.make(name, dtype, 0, shape) for shape in _cases.DEFAULTS[name]]
+            for args in calls:
+                if _registry.why_not(ops.OPS[name], "cuda-emulated", args) is None:
+                    with ops.use_backend("cuda-emulated"):
+                        run(name, fresh(args))
+                    ran += 1
+print(ran)
+"""
+
+
+def sanitized(sources: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """Run the samples of some ops, all by default, under the address and undefined-behaviour sanitizers."""
+    libraries = [gpu_build.run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
+    return python(
+        SANITIZED_RUN,
+        str(sources),
+        *names,
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+    )
+
+
+@pytest.mark.parametrize("names", [("sliced_linear",), pytest.param((), marks=pytest.mark.slow)], ids=["one", "all"])
+def test_sanitizers_find_nothing(names: tuple[str, ...]) -> None:
+    done = sanitized(ROOT / "csrc", *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > (20 if names else 200)
+
+
+def test_sanitizers_find_a_row_beyond_the_last(tmp_path: Path) -> None:
+    done = sanitized(
+        faulty_sources(tmp_path, "gemm.cuh", "inside = first_row + row < rows", "inside = first_row + row <= rows"),
+        "sliced_linear",
+    )
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

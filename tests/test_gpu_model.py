@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tinycomp.kernels_dump import _cases
+
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
+import gpu  # noqa: E402
 import gpu_model  # noqa: E402
 from gpu_model import GPUS, Product  # noqa: E402
 
@@ -48,3 +52,41 @@ def test_script_labels_what_it_prints() -> None:
         first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
         assert wanted in first or "samples agree" in first
         assert not words or wanted in last
+
+
+def test_command_line_prints_the_bounds_and_measurements_beside_them(tmp_path: Path) -> None:
+    def bench(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "tinycomp.cli", "bench", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    lines = bench("--model-gpu", "H100")
+    assert "modelled, unmeasured" in lines[0]
+    assert "modelled, unmeasured" in lines[-1]
+    for word in ("MB", "GFLOP", "regs", "shared KB", "occupancy", "waves", "limit", "bound us", "dense us", "int4 us"):
+        assert word in lines[1], word
+    assert sum(line.startswith(("q, o", "k, v", "gate, up", "down")) for line in lines) == 16
+    row = {"name": "NVIDIA X", "layer": "q, o", "rows": 1, "case": "dense F.linear", "us": 20.0, "us_p20": 19.0}
+    row |= {"us_p80": 22.0, "modelled_bound_us": 13.0}
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text(json.dumps(row) + "\n")
+    files[1].write_text(json.dumps(row | {"case": "lowrank_linear cuda", "us": 10.0, "modelled_bound_us": None}) + "\n")
+    head, dense, ours, note = bench("--compare", *map(str, files))
+    assert head.index("measured us") < head.index("modelled bound us")
+    assert dense.split()[-6:] == ["F.linear", "20.0", "19.0..22.0", "13.0", "65%", "1.00"]
+    assert ours.split()[-5:] == ["10.0", "19.0..22.0", "-", "-", "2.00"]
+    assert "modelled" in note
+
+
+def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """The cases of the measurement, built and called on the CPU: every op, and dense and compiled beside it."""
+    layers = {}
+    for name, products, call in gpu.layer_cases(17, 256, 128, "cpu"):
+        assert sum(p.bytes for p in products) > 0
+        layers[name] = call
+    assert all(call().shape == (17, 256) for name, call in layers.items() if "compile" not in name)
+    assert {"dense F.linear", "low rank torch.compile", "low rank 50 % cpu", "int4 torch", "2:4 torch"} <= set(layers)
+    methods = {name: call for name, size, call in gpu.method_cases(256, 128, "cpu") if size > 0}
+    assert all(call() is not None or "_ " in name for name, call in methods.items())
+    assert {n.split()[0] for n in methods} == {n for n in _cases.DEFAULTS if not n.endswith("linear")}
+    # 2:4 of torch needs a GPU: it is named with its reason, not left out
+    assert "2:4 torch.sparse         not measured: RuntimeError" in capsys.readouterr().out

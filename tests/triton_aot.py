@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+# Triton compiles again what has changed, and nothing else.
+os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "triton")
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from tinycomp import ops
 
+CACHE = Path(os.environ["TRITON_CACHE_DIR"])
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURE = sys.argv[1]
 AMD = ARCHITECTURE.startswith("gfx")
@@ -47,6 +48,16 @@ class Driver:
 
 
 def measured(kernel: Any) -> dict[str, Any]:
+    """`measure` of a kernel, once for each that is compiled."""
+    file = CACHE / f"{kernel.hash}.json"
+    if not file.exists():
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(measure(kernel)))
+        partial.rename(file)
+    return json.loads(file.read_text())
+
+
+def measure(kernel: Any) -> dict[str, Any]:
     """Registers, spilled bytes and matrix instructions of a compiled kernel; a number that is missing is an error."""
     if AMD:
         text = kernel.asm["amdgcn"]
@@ -54,7 +65,7 @@ def measured(kernel: Any) -> dict[str, Any]:
         registers, spilled = number.values()
         matrix = text.count("v_mfma")
     else:
-        ptx = Path(tempfile.mkstemp(suffix=".ptx")[1])
+        ptx = CACHE / f"{kernel.hash}.ptx"
         ptx.write_text(kernel.asm["ptx"])
         arch = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
         tool = BIN / ("ptxas-blackwell" if int(ARCHITECTURE) >= 100 else "ptxas")
@@ -103,8 +114,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "sample_without_replacement", (t(n), 4, 0)
     yield "select_pivots", (t(n, 64), 2, "qr")
     yield "select_pivots", (t(n, 64), 2, "lu")
-    if dtype == torch.float32:
-        yield "split_bregman_step_", (t(n), t(n), t(n), t(n, dtype=i32), t(n), t(n), 1, 0.1)
+    state = [torch.empty(n) for _ in range(5)]
+    yield "split_bregman_step_", (*state[:3], t(n, dtype=i32), *state[3:], 1, 0.1)
 
 
 def main() -> None:
@@ -112,21 +123,19 @@ def main() -> None:
     import tinycomp.triton_kernels  # noqa: F401
 
     ops.OPS  # noqa: B018
-    launch, seen, found = JITFunction.run, set(), []
+    launch, found = JITFunction.run, {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            found.append((self.__name__, kernel))
+        found[kernel.hash] = (self.__name__, kernel)
         return kernel
 
     JITFunction.run = compile_only
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (getattr(torch, word) for word in sys.argv[2:]):
         for name, args in calls(dtype):
             getattr(torch.ops.tinycomp_triton, name)(*args)
-            for kernel_name, kernel in found:
+            for kernel_name, kernel in found.values():
                 row = {"op": name, "kernel": kernel_name, "dtype": str(dtype).removeprefix("torch.")}
                 row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
                 print(json.dumps(row | measured(kernel)), flush=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from tinycomp.console import cell, emit, err, out, table
 from tinycomp.errors import UsageError
+from tinycomp.exporting import elastic, export
 from tinycomp.recovery import recover
 
 USAGE, REFUSED, GATE_FAILED, INTERRUPTED = 2, 3, 4, 130
@@ -272,11 +273,17 @@ def inspect(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @guarded
 def bench(
-    context: typer.Context, what: Annotated[str, typer.Argument(help="ops: the kernels; model: a whole model")] = "ops"
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="ops, model, gpu (needs one), or a file to compare")] = "ops",
+    model_gpu: Annotated[str | None, typer.Option(help="print bounds of a GPU's time: modelled, unmeasured")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="print files that `bench gpu` wrote as a table")] = False,
 ) -> None:
-    """Speed against dense torch and other libraries; options go to bench/ops.py or bench/model.py, see their --help."""
-    if what not in ("ops", "model"):
-        raise UsageError(f"bench: got {what!r}, allowed ops, model; choose one")
+    """Speed against dense torch and other libraries; further options go to bench/WHAT.py, see its --help."""
+    if model_gpu is not None or compare:
+        given = ["--compare", what, *context.args] if compare else ["--model", str(model_gpu)]
+        what, context.args = "gpu", given
+    if what not in ("ops", "model", "gpu"):
+        raise UsageError(f"bench: got {what!r}, allowed ops, model, gpu; choose one")
     script = Path(__file__).parent.parent / "bench" / f"{what}.py"
     if not script.is_file():
         raise RuntimeError(f"bench: {script} is missing, benchmarks come with a checkout of the source; run it there")
@@ -336,7 +343,8 @@ def demo(
         emit(results)
 
 
-app.command()(guarded(recover))
+for verb in (recover, elastic, export):
+    app.command()(guarded(verb))
 
 if __name__ == "__main__":
     app()

@@ -136,6 +136,8 @@ class Job:
         details: dict[str, Any] = {}
         if self.method.blocks is not None:
             choices, result, details = self._choose_blocks()
+        elif self.method.units is not None:
+            choices, result, details = self._choose_units()
         else:
             choices = self.choose()
             result = self._build(choices)
@@ -179,6 +181,26 @@ class Job:
             self.model, self.spec, self.config, self.calibration.batches, edited, self.bars.update
         )
         return choices, self._keep("blocks", result), details
+
+    def _choose_units(self) -> tuple[Choices, Result, dict[str, Any]]:
+        """Choice and result of a method that ranks the units of the whole model."""
+        assert self.method.units is not None
+        groups_of, choose_units = self.method.units
+        self.targets = find_targets(self.model, self.spec, self.config)
+        groups = groups_of(self.model, self.spec, self.config, self.targets.paths)
+        inside = {member.path for group in groups for member in group.members}
+        self.paths = [p for p in self.targets.paths if p in inside]
+        self._skip(set(self.targets.paths) - inside, f"{self.method.name} was not asked to prune it, or cannot")
+        check_finite(self.model, self.paths)
+        choices = Choices({}, "one ranking of all units", kept="all its units stay")
+        finished = self._finished("units")
+        if finished is not None:
+            return choices, finished, {}
+        folder = self.journal.directory / "search" if self.journal else None
+        result, details = choose_units(
+            self.model, self.spec, self.config, groups, self.calibration.batches, folder, self.bars.update
+        )
+        return choices, self._keep("units", result), details
 
     def _build(self, choices: Choices) -> Result:
         chosen = [u for u in self.units if u.name in choices.by_unit]

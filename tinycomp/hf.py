@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tinycomp.edits import Drop, Edit, Plan, Slice, Tie
+from tinycomp.layers import elastic_layers, set_ratio_
 from tinycomp.surgery import apply_
 
 QUANT_METHOD = "tinycomp"
@@ -90,6 +91,8 @@ class TinycompQuantizer(HfQuantizer):
         for module in model.modules():
             if getattr(module, "is_tinycomp_layer", False):
                 module.freeze_()  # type: ignore[operator]
+        if elastic_layers(model):
+            set_ratio_(model, getattr(model.config, "ratio", 1.0))
         model.is_quantized = False  # type: ignore[assignment]  # `.half()` and training work
         return model
 
@@ -217,10 +220,11 @@ def attach_(model: nn.Module, plan: Plan) -> None:
         model.config.__dict__.clear()
         model.config.__dict__.update(before)
         raise ValueError(f"attach_: a reader could not rebuild this model: {problem}; undo the edit that caused it")
-    _finish(model, whole)
+    set_plan_(model, whole)
 
 
-def _finish(model: PreTrainedModel, plan: Plan) -> None:
+def set_plan_(model: PreTrainedModel, plan: Plan) -> None:
+    """Make the model carry this plan, which describes it; nothing of tinycomp where the config expresses all of it."""
     plain = all(edit.in_config for edit in plan.edits)
     if plain:
         for owner, name in (
@@ -259,10 +263,7 @@ def _mismatch(model: PreTrainedModel, plan: Plan, shapes: dict[str, torch.Size],
     The reader's model is built on meta. A reader without tinycomp must be able to notice the plan, too.
     """
     try:
-        config = type(model.config).from_dict({**model.config.to_dict(), **fields})
-        config.__dict__.pop("quantization_config", None)
-        with torch.device("meta"):
-            skeleton = type(model)._from_config(config)
+        skeleton = stock_skeleton(model, fields)
         stock = _shapes(skeleton)
         apply_(skeleton, plan, replay=True)
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
@@ -276,6 +277,14 @@ def _mismatch(model: PreTrainedModel, plan: Plan, shapes: dict[str, torch.Size],
     if not noticed and not all(edit.in_config for edit in plan.edits):
         return "every tensor has the stock model's shape, so a reader without tinycomp would not notice the plan"
     return ""
+
+
+def stock_skeleton(model: PreTrainedModel, fields: dict[str, Any] | None = None) -> PreTrainedModel:
+    """What the stock class makes of the model's config with `fields` set, on meta."""
+    config = type(model.config).from_dict({**model.config.to_dict(), **(fields or {})})
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        return type(model)._from_config(config)
 
 
 def _ties(plan: Plan) -> list[Tie]:

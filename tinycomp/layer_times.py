@@ -151,8 +151,10 @@ def masks_over_dense(
         copies = min(max(COLD_BYTES // (m * n * dtype.itemsize), 1), MAX_COPIES)
         plain, x = nn.Linear(n, m, bias=False, dtype=dtype), torch.randn(config.rows, n).to(dtype)
         keep = torch.rand(m, n).argsort(1) < round(sum(widths) / len(widths))
+        if config.pattern == "2:4":
+            keep = (torch.arange(n) % 4 < 2).expand(m, n)
         runs = {
-            "mask": _calls(MaskedLinear.from_linear(plain, keep, "bitmask", config.value_bits), x, copies),
+            "mask": _calls(MaskedLinear.from_linear(plain, keep, config.format, config.value_bits), x, copies),
             "dense": _calls(DenseLinear.from_linear(plain), x, copies),
         }
         with torch.no_grad():

@@ -20,7 +20,7 @@ from tinycomp.edits import Plan
 from tinycomp.eval.machine import peak_memory
 from tinycomp.eval.size import size_of
 from tinycomp.io import Journal, fingerprint
-from tinycomp.methods import Method, MethodConfig, StrategicFusion, method_of
+from tinycomp.methods import SPP, Method, MethodConfig, StrategicFusion, method_of
 from tinycomp.models import spec_of
 from tinycomp.progress import Bars
 from tinycomp.surgery import apply_
@@ -154,6 +154,8 @@ def plan(
     skeleton = planning.skeleton_of(model)
     if isinstance(config, StrategicFusion):
         return planning.from_blocks(skeleton, spec_of(skeleton), config)
+    if isinstance(config, SPP):
+        return planning.from_units(skeleton, spec_of(skeleton), config)
     if next(skeleton.parameters()).is_meta:
         return planning.from_shapes(skeleton, spec_of(skeleton), method, config)
     calibration = Calibration(
@@ -162,6 +164,7 @@ def plan(
     with Bars(progress) as bars:
         job = Job(skeleton, method, config, calibration, bars, None, "plan", None)
         choices = job.choose()
+    choices.notes += planning.mask_notes(config)
     return planning.from_choices(skeleton, job.paths, job.units, choices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,20 +11,26 @@ import torch
 from torch import nn
 
 from tinycomp.choosing import Choices
+from tinycomp.edits import Edit, Plan
 from tinycomp.errors import UsageError
+from tinycomp.eval.machine import ceilings
 from tinycomp.layer_times import require_fast_masks
-from tinycomp.methods import Method, MethodConfig, StrategicFusion, strategic_fusion, swsc
+from tinycomp.methods import SPP, Method, MethodConfig, StrategicFusion, spp, strategic_fusion, swsc
 from tinycomp.methods._curing import break_even_rank, stored_numbers
 from tinycomp.methods._low_rank import rank_for, stored_bits, stored_size
 from tinycomp.methods._pruning import Pruning, mask_width, masked_bits
 from tinycomp.methods._rounding import rounded_bits
+from tinycomp.methods._slicing import cuts_of, slice_edits
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.rounding import Rounding
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC, candidates
-from tinycomp.models import ModelSpec
+from tinycomp.models import ModelSpec, UnitGroup, UnitPath, spec_of
 from tinycomp.signals.collect import the_stack
+from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
+
+LIBRARIES_BYTES = 500_000_000  # torch and transformers themselves
 
 
 def skeleton_of(source: Any) -> nn.Module:
@@ -73,6 +80,7 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
         return _totals(model, rows, set(assigned), targets.paths, notes)
     if config.allocation == "global" and config.ratio is not None:
         notes.append("the run keeps this total and spreads it over the matrices by predicted loss")
+    notes += mask_notes(config)
     kind = method.unit_kind if method.families is None else "linear"
     touched: set[str] = set()
     masks: dict[tuple[int, int], list[int]] = {}
@@ -86,6 +94,13 @@ def from_shapes(model: nn.Module, spec: ModelSpec, method: Method, config: Metho
     weight = next(model.parameters())
     require_fast_masks(config, masks, weight.dtype, weight.device)
     return _totals(model, rows, touched, touched, notes)
+
+
+def mask_notes(config: MethodConfig) -> list[str]:
+    """What to know before masks are packed without a look at their speed."""
+    if getattr(config, "structured", True) or getattr(config, "guard_speed", False):
+        return []
+    return ["packed masks save bytes, not time: expect no speed-up over dense linears; measure with `tinycomp bench`"]
 
 
 def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> dict[str, Any]:
@@ -106,6 +121,61 @@ def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> d
     plan["parameters_after"] -= others
     plan["bytes_after"] -= others * bits // 8
     return plan
+
+
+def from_units(model: nn.Module, spec: ModelSpec, config: SPP) -> dict[str, Any]:
+    """The plan of a ranking of units: exact where the path is known, else as if every group kept its share."""
+    targets = find_targets(model, spec, config)
+    groups = spp.groups_of(model, spec, config, targets.paths)
+    known = config.path is not None and os.path.exists(config.path)
+    path = (
+        UnitPath.load(str(config.path))
+        if known
+        else UnitPath.from_scores({g.name: torch.ones(g.count) for g in groups})
+    )
+    kept = spp.kept_units(config, path, groups, uniform=not known)
+    cuts = cuts_of(groups, kept)
+    bits = 8 * next(model.parameters()).dtype.itemsize
+    rows = []
+    for name, (m, n) in shapes(model, list(cuts)).items():
+        height, width = cuts[name].sizes
+        rows.append(_row(name, [(m, n)], height * width, height * width * bits, {"rows": height, "columns": width}))
+    inside = {member.path for group in groups for member in group.members}
+    notes = [] if known else ["which units go depends on the search; here every sublayer keeps the same share"]
+    plan = _totals(model, rows, set(cuts), inside, notes if known else notes + _search_costs(model, groups, config))
+    after = after_edits(model, slice_edits(groups, kept))
+    return plan | {"parameters_after": after["parameters"], "bytes_after": after["bytes"]}
+
+
+def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[str]:
+    """What a search will take: passes of activations forward and backward; the weights get no gradient."""
+    units = sum(g.count for g in groups)
+    search = f"search: {config.steps} steps on {units} masks"
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return [f"{search}; its time and memory depend on the size of the inputs"]
+    tokens = config.samples * config.length
+    sizes = shapes(model, spec_of(model).linears).values()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary, hidden = (0, 0) if head is None else head.weight.shape
+    passes = 3 if config.loss == "distill" or head is None else 2  # the dense model's answers are the third
+    flops = 2 * passes * (sum(m * n for m, n in sizes) + vocabulary * hidden) * tokens * config.steps
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    seconds = flops / ceilings().gemm_gf_s / 1e9
+    memory = weights + 4 * tokens * (4 * vocabulary + 3 * sum(m for m, _ in sizes)) + LIBRARIES_BYTES
+    return [
+        f"{search}, {config.samples} x {config.length} tokens each: {flops / 1e12:.3g} TFLOP, about "
+        f"{seconds:.0f} s at this machine's matrix rate, about {memory / 1e9:.1f} GB of memory"
+    ]
+
+
+def after_edits(model: nn.Module, edits: Sequence[Edit]) -> dict[str, int]:
+    """{"parameters", "bytes" of the tensors on disk} of a model after `edits`; weights are not looked at."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    skeleton = copy.deepcopy(model, empty)  # unlike a copy that is moved to meta, it keeps ties
+    apply_(skeleton, Plan(list(edits)))
+    skip = tuple(getattr(skeleton, "_keys_to_ignore_on_save", None) or ())
+    stored = {id(t): t for name, t in skeleton.state_dict(keep_vars=True).items() if name not in skip}.values()
+    return {"parameters": sum(p.numel() for p in skeleton.parameters()), "bytes": sum(t.nbytes for t in stored)}
 
 
 def _sizes(
@@ -131,8 +201,8 @@ def _sizes(
             return size, size * bits, {"rank": rank}
         return stored_size(m, n, rank, pivoted), stored_bits(m, n, rank, dtype, pivoted, config.bits), {"rank": rank}
     if isinstance(config, Pruning) and not config.structured and config.ratio:
-        kept = mask_width(n, config.ratio)
-        return m * kept, masked_bits(m, n, kept, config.value_bits, bits), {"kept_per_row": kept}
+        kept = mask_width(n, config.ratio, config)
+        return m * kept, masked_bits(m, n, kept, config, bits), {"kept_per_row": kept}
     if config.ratio is None:
         raise UsageError(f"ratio: got none, allowed a number in (0, 1] for {method.name}; give ratio=")
     if kind == "ffn":

@@ -153,9 +153,11 @@ def _replace(model: nn.Module, edit: Replace, changes: _Changes) -> None:
     new = _build(edit, sizes, weight.dtype, where)
     bias = getattr(old, "bias", None)
     if bias is not None:
-        if new._parameters.get("bias") is None:
+        own = new._parameters.get("bias")
+        if own is None:
             raise ValueError(f"{where}: got no bias, but the {type(old).__name__} there has one; set bias to true")
-        new._parameters["bias"] = bias
+        if own.shape == bias.shape:  # a layer with fewer rows gets its bias as a tensor
+            new._parameters["bias"] = bias
     trainable = [p.requires_grad for p in old.parameters()]
     if trainable and not any(trainable):
         new.requires_grad_(False)

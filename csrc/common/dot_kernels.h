@@ -25,9 +25,6 @@ constexpr int64_t kAhead = 512;
 // The prefetch goes to the next rows instead where they are this near: short rows would begin unfetched.
 constexpr int64_t kNear = 16384;
 
-// From this many inputs on, transposing rows of a weight costs less than summing across registers.
-constexpr int64_t kPanelInputs = 16;
-
 template <class T>
 TINYCOMP_TARGET inline float scalar(T v) {
   return static_cast<float>(v);

@@ -226,11 +226,12 @@ class Inputs {
 constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 
 // Weight rows as a stage: a chunk streams 32 to 128 KiB, so that a thread's next one is not far in memory and the last
-// one not much waited for, and begins where a cache line of results does.
-inline Stage row_stage(const Weight& w) {
+// one not much waited for, begins where a cache line of results does, and with many inputs fills whole panels.
+inline Stage row_stage(const Weight& w, int64_t m) {
+  const int64_t unit = m < kPanelInputs ? 16 : 32;
   const int64_t share = w.rows * w.stride / (2 * torch::stable::get_num_threads());
-  const int64_t rows = std::clamp<int64_t>(share, 32768, 131072) / std::max<int64_t>(w.stride, 1) / 16 * 16;
-  return {w.rows, std::max<int64_t>(rows, 16)};
+  const int64_t rows = std::clamp<int64_t>(share, 32768, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
+  return {w.rows, std::max<int64_t>(rows, unit)};
 }
 
 inline double weight_estimate(const Weight& w, int64_t m) {
@@ -257,7 +258,18 @@ struct Output {
       for (int64_t c = 0; c < n; ++c) values[c] += bias[i + c];
     narrow(dot_type<T>, values, data + j * cols + i, n);
   }
-  // The same where result c belongs at column order[c].
+  // Rows [first, last) whose result i, from `kept` for i < rank and then from `rest`, belongs at column order[i]. A
+  // thread does whole rows: threads that wrote between one another's columns would fight over cache lines.
+  void place(int64_t first, int64_t last, const std::vector<int32_t>& order, const float* kept, int64_t rank,
+             const float* rest) const {
+    for (int64_t j = first; j < last; ++j) {
+      scatter(j, order.data(), kept + j * rank, rank);
+      scatter(j, order.data() + rank, rest + j * (cols - rank), cols - rank);
+    }
+  }
+  Stage place_stage(int64_t m) const { return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))}; }
+
+ private:
   void scatter(int64_t j, const int32_t* order, const float* values, int64_t n) const {
     T* row = data + j * cols;
     for (int64_t c = 0; c < n; ++c)

@@ -32,7 +32,7 @@ class RoundedWeight {
     if (zeros) zeros_ = checked(*zeros, scales.scalar_type(), name);
   }
 
-  Stage stage() const { return row_stage(stored_); }
+  Stage stage() const { return row_stage(stored_, kPanelInputs); }
   // Levels cost about a quarter of what float32 multiply-adds do where inputs are rounded.
   double estimate(int64_t m) const { return weight_estimate(stored_, rounds_inputs ? (m + 3) / 4 : m); }
   bool has_zeros() const { return zeros_.has_value(); }

@@ -8,7 +8,7 @@ template <class T>
 void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, const Output<T>& y) {
   const int64_t m = x.rows;
   const Scratch middle(kMiddleSlot, m * r.rows), linked(kLinkSlot, m * u.rows);
-  const Stage stages[] = {x.stage(), row_stage(r), row_stage(u), row_stage(c)};
+  const Stage stages[] = {x.stage(), row_stage(r, m), row_stage(u, m), row_stage(c, m)};
   const double estimate = weight_estimate(r, m) + weight_estimate(u, m) + weight_estimate(c, m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {

@@ -1,4 +1,4 @@
-// lowrank_linear: z = x rᵀ, then t zᵀ, written where `order` says. One parallel region; z stays in float32 and cache.
+// lowrank_linear: z = x rᵀ, then t zᵀ, put where `order` says. One parallel region; products stay in float32 and cache.
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -8,22 +8,21 @@ template <class T>
 void stream(const Inputs& x, const Weight& r, const Weight& t, const std::vector<int32_t>& order, const Output<T>& y) {
   const int64_t m = x.rows, rank = r.rows;
   const bool pivoted = !order.empty();
-  const Scratch middle(kMiddleSlot, m * rank);
-  float* z = middle.data();
-  const Stage stages[] = {x.stage(), row_stage(r), row_stage(t)};
+  const Scratch middle(kMiddleSlot, m * rank), others(kLinkSlot, pivoted ? m * t.rows : 0);
+  float *z = middle.data(), *rest = others.data();
+  const Stage stages[] = {x.stage(), row_stage(r, m), row_stage(t, m), y.place_stage(pivoted ? m : 0)};
   run_stages(stages, weight_estimate(r, m) + weight_estimate(t, m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
       dot_rows(r, x.data(), m, first, last, z, rank);
-      for (int64_t j = 0; j < m && pivoted; ++j) y.scatter(j, &order[first], z + j * rank + first, last - first);
+    } else if (stage == 3) {
+      y.place(first, last, order, z, rank, rest);
+    } else if (pivoted) {
+      dot_rows(t, z, m, first, last, rest, t.rows);
     } else {
-      dot_rows(t, z, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
-        if (pivoted)
-          y.scatter(j, &order[rank + i], values, n);
-        else
-          y.store(j, i, values, n);
-      });
+      dot_rows(t, z, m, first, last,
+               [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
     }
   });
 }

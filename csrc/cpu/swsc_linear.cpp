@@ -24,8 +24,8 @@ template <class T>
 void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
   const Scratch shared(kMiddleSlot, m * k), low(kLowSlot, m * rank);
-  const Stage readers{k + rank, row_stage(rank > k ? layer.b : layer.centroids).chunk};
-  const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a).chunk : kBatch}};
+  const Stage readers{k + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
+  const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a, m).chunk : kBatch}};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
@@ -47,7 +47,7 @@ template <class T>
 void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
   const Scratch sums(kMiddleSlot, m * k), low(kLowSlot, m * rank), shared(kLinkSlot, m * n);
-  const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b), row_stage(layer.centroids)};
+  const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b, m), row_stage(layer.centroids, m)};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);

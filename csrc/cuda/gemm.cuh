@@ -116,6 +116,31 @@ __device__ __forceinline__ void multiply_stage(const char* x, const char* w, flo
   }
 }
 
+// Calls store(input, row, value) for every output of the tile. They pass through shared memory, so that threads store
+// next to each other and the code of `store`, with all that ops add, exists once and not for each of 64 registers.
+template <class Tile, int kTilesM, int kTilesN, class Store>
+__device__ __forceinline__ void store_tile(const float (&sums)[kTilesM][kTilesN][4], float* shared, int first_input,
+                                           int first_row, int inputs, int rows, const Store& store) {
+  constexpr int kStride = Tile::kN + 8;  // the eight rows that a warp writes to fall into different banks
+  static_assert(sizeof(float) * Tile::kM * kStride <= Tile::kSharedBytes);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int m0 = warp / Tile::kWarpsN * 16 * kTilesM + lane / 4;
+  const int n0 = warp % Tile::kWarpsN * 8 * kTilesN + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) shared[(m0 + 16 * i + 8 * (e / 2)) * kStride + n0 + 8 * j + e % 2] = sums[i][j][e];
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Tile::kM * Tile::kN; i += Tile::kThreads) {
+    const int m = i / Tile::kN, n = i % Tile::kN;
+    if (first_input + m < inputs && first_row + n < rows)
+      store(first_input + m, first_row + n, shared[m * kStride + n]);
+  }
+}
+
 // Calls store(input, row, value) for the tile of block (x, y): inputs along x, rows of the weight along y.
 template <class T, class Tile, class Weight, class Store>
 __device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, int inputs, const Store& store) {
@@ -140,29 +165,20 @@ __device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, i
     ptx::commit_copies();
   };
   float sums[kTilesM][kTilesN][4] = {};
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) stage(s);
-  for (int step = 0; step < steps; ++step) {
-    ptx::wait_copies<kStages - 2>();
-    // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
-    __syncthreads();
+  // The first rounds only fill stages: one loop, because code that stages a packed weight is long.
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
+      __syncthreads();
+    }
     stage(step + kStages - 1);
-    const char* at = shared + step % kStages * kStageBytes;
-    multiply_stage<T, Tile>(at, at + Tile::kM * Tile::kRowBytes, sums);
+    const char* at = shared + (step + kStages) % kStages * kStageBytes;
+    if (step >= 0) multiply_stage<T, Tile>(at, at + Tile::kM * Tile::kRowBytes, sums);
   }
   ptx::wait_copies<0>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int m0 = first_input + warp / Tile::kWarpsN * 16 * kTilesM + lane / 4;
-  const int n0 = first_row + warp % Tile::kWarpsN * 8 * kTilesN + lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kTilesM; ++i)
-#pragma unroll
-    for (int j = 0; j < kTilesN; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int m = m0 + 16 * i + 8 * (e / 2), n = n0 + 8 * j + e % 2;
-        if (m < inputs && n < w.rows) store(m, n, sums[i][j][e]);
-      }
+  __syncthreads();
+  store_tile<Tile>(sums, reinterpret_cast<float*>(shared), first_input, first_row, inputs, w.rows, store);
 }
 
 }  // namespace tinycomp::cuda

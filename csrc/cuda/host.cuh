@@ -6,7 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "../common/register.h"
-#include "gemm.cuh"
+#include "decode.cuh"
 #if !defined(TINYCOMP_EMULATION)
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>

@@ -55,7 +55,7 @@ __device__ __forceinline__ int items(int rows) {
 }
 
 template <class T, class W, int kTiles>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     product_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(w), TINYCOMP_OUTPUT(o, T), int inputs) {
   const W weight{TINYCOMP_WEIGHT_NAMES(w)};
   const Output<T> out TINYCOMP_OUTPUT_NAMES(o);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // a x, then b (a x).
 template <class T, class A, class B, int kTiles>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     chain2_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(a), TINYCOMP_OUTPUT(p, T), TINYCOMP_WEIGHT(b),
                   TINYCOMP_OUTPUT(q, T), unsigned* counters, int inputs) {
   const A first{TINYCOMP_WEIGHT_NAMES(a)};
@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kDecodeThreads)
   });
 }
 
-// c (b (a x)); with kForked, a and b both read x, and c the outputs of b (SWSC's correction).
+// c (b (a x)); with kForked, a and b both read x, and c the outputs of b (SWSC's correction). In float32, three stages
+// take more registers than two blocks have.
 template <class T, class A, class B, class C, bool kForked, int kTiles>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 1 : 2)
     chain3_decode(TINYCOMP_INPUT(T), TINYCOMP_WEIGHT(a), TINYCOMP_OUTPUT(p, T), TINYCOMP_WEIGHT(b),
                   TINYCOMP_OUTPUT(q, T), TINYCOMP_WEIGHT(c), TINYCOMP_OUTPUT(o, T), unsigned* counters, int inputs) {
   const A first{TINYCOMP_WEIGHT_NAMES(a)};

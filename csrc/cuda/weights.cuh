@@ -96,14 +96,14 @@ struct Rounded : Storage {
     }
     const int64_t first_group = row < rows ? static_cast<int64_t>(row) * ((columns + group - 1) / group) : 0;
     float scale = 0.f, zero = 0.f;
-    int known = -1;
+    // One division, and a look at every second input: groups are even, or the whole row.
+    int at = column / group, end = (at + 1) * group - column;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int at = (column + i) / group;
-      if (i < valid && at != known) {
+      if (i % 2 == 0 && i < valid && (i == 0 || i == end)) {
+        if (i > 0) ++at, end += group;
         scale = scalar_at<T>(scales, first_group + at, wide_scales);
         zero = zeros ? scalar_at<T>(zeros, first_group + at, wide_scales) - (kBits == 4 ? 8.f : 0.f) : 0.f;
-        known = at;
       }
       v.at[i] = from_float<T>(i < valid ? (level_at<kBits>(packed, i) - zero) * scale : 0.f);
     }
@@ -162,23 +162,19 @@ struct TwoOfFour : Storage {
   __device__ __forceinline__ Cursor start(int row, int) const { return {row_scale<T, kBits>(*this, row)}; }
   __device__ __forceinline__ Eight<T> next(int row, int column, Cursor& cursor) const {
     Eight<T> v;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v.at[i] = from_float<T>(0.f);
-    if (row >= rows || column >= columns) return v;
-    const int groups = (columns + 3) / 4, codes = mask[row * stride + column / 8];
+    const int groups = (columns + 3) / 4;
+    const bool inside = row < rows && column < columns;
+    const int codes = inside ? mask[row * stride + column / 8] : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (column / 4 + half >= groups) break;
-      const int64_t at = static_cast<int64_t>(row) * 2 * groups + column / 4 * 2 + 2 * half;
-      const int code = codes >> 4 * half & 15;
-      const T first = from_float<T>(value_at<T, kBits>(data, at) * cursor.scale),
-              second = from_float<T>(value_at<T, kBits>(data, at + 1) * cursor.scale);
+      const int group = column / 4 + half, code = codes >> 4 * half & 15;
+      const int64_t at = (static_cast<int64_t>(row) * groups + group) * 2;
+      const bool present = inside && group < groups;
+      const float first = present ? value_at<T, kBits>(data, at) * cursor.scale : 0.f,
+                  second = present ? value_at<T, kBits>(data, at + 1) * cursor.scale : 0.f;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if ((code & 3) == i)
-          v.at[4 * half + i] = first;
-        else if (code >> 2 == i)
-          v.at[4 * half + i] = second;
+        v.at[4 * half + i] = from_float<T>((code & 3) == i ? first : code >> 2 == i ? second : 0.f);
     }
     return v;
   }

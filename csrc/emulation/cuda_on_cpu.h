@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -86,7 +87,10 @@ struct Context {
 
 inline Options options;
 inline std::vector<Launch> launches;
-inline bool record = false;
+inline bool recording = false;
+// Kernel -> how to run it on recorded arguments; every kernel that was launched or recorded is here.
+using Replay = std::function<void(dim3, dim3, size_t, const uint64_t*)>;
+inline std::map<const void*, Replay> replays;
 inline thread_local Context context;
 constexpr size_t kStackBytes = 64 << 10;
 
@@ -306,10 +310,8 @@ std::pair<char, uint64_t> described(A value) {
 }
 
 // Runs the grid block by block, in order; throws std::runtime_error on a fault.
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
-  if (record)
-    launches.push_back({reinterpret_cast<void*>(kernel), grid, block, shared_bytes, {described(P(arguments))...}});
+template <class... P>
+void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, P... arguments) {
   const int threads = block.x * block.y * block.z;
   if (threads > 1024 || shared_bytes > 227 << 10 || grid.y > 65535 || grid.z > 65535)
     fail("the launch exceeds the limits of a device");
@@ -330,6 +332,30 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A.
         memset(shared.get(), 0xFF, shared_bytes);
         Block(threads, {block.x, block.y, block.z}, static_cast<char*>(stacks)).run();
       }
+}
+
+template <class P>
+P from_bits(uint64_t bits) {
+  P value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <class... P, size_t... I>
+Replay replay_of(void (*kernel)(P...), std::index_sequence<I...>) {
+  return [kernel](dim3 grid, dim3 block, size_t shared_bytes, const uint64_t* bits) {
+    run(kernel, grid, block, shared_bytes, from_bits<P>(bits[I])...);
+  };
+}
+
+// Runs the kernel, or only notes what would run.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
+  const void* key = reinterpret_cast<void*>(kernel);
+  replays.try_emplace(key, replay_of(kernel, std::index_sequence_for<P...>{}));
+  if (recording)
+    launches.push_back({key, grid, block, shared_bytes, {described(P(arguments))...}});
+  else
+    run(kernel, grid, block, shared_bytes, P(arguments)...);
 }
 
 struct Shuffled {

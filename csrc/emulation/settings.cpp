@@ -12,13 +12,29 @@ EXPORT void tinycomp_emulate(int order, unsigned seed, bool lazy_copies, int pro
   tinycomp::cuda::emulated_processors = processors;
 }
 
-// Starts a record of launches, or ends it.
+// From here on launches are noted and not run (on), or run (off).
 EXPORT void tinycomp_record(bool on) {
-  emulation::record = on;
+  emulation::recording = on;
   if (on) emulation::launches.clear();
 }
 
-// One line per recorded launch: entry name, grid, block, shared bytes, then kind:bits of each argument.
+// Runs a kernel that was recorded in this process: grid and block (x, y, z), the bits of each argument. Returns what
+// went wrong, or null.
+EXPORT const char* tinycomp_replay(const void* kernel, const unsigned* grid_and_block, size_t shared_bytes,
+                                   const uint64_t* bits) {
+  static std::string error;
+  const unsigned* g = grid_and_block;
+  try {
+    emulation::replays.at(kernel)(dim3(g[0], g[1], g[2]), dim3(g[3], g[4], g[5]), shared_bytes, bits);
+  } catch (const std::exception& fault) {
+    error = fault.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+// One line per recorded launch: entry name, grid, block, shared bytes, then kind:bits of each argument (p pointer,
+// l 64 bits, i 32 bits, f float).
 EXPORT const char* tinycomp_recorded() {
   static std::string text;
   text.clear();

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tinycomp.eval import plots
+from tinycomp.eval import path_plot, plots
 from tinycomp.eval.table import COLUMNS, best, dense_row, number, print_table, relative, remarks, significant, text
 
 __all__ = ["facts_of", "print_table", "standalone", "template", "write_report"]
@@ -91,6 +91,13 @@ def _pictures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         pictures.append(("error", caption, plots.error_plot(compressions, names)))
         caption = f"Sizes chosen per layer: stored numbers of each matrix after, as a fraction of before.{more}"
         pictures.append(("kept", caption, plots.kept_plot(compressions, names)))
+    searched = path_plot.searched(results)
+    if searched is not None:
+        caption = (
+            "The path: loss of the masked model and share of the parameters whose units have entered, by step; what "
+            "was kept of each sublayer."
+        )
+        pictures.append(("path", caption, path_plot.path_plot(searched)))
     return pictures
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from tinycomp.layers._base import CompressedLinear
 from tinycomp.layers.dense import DenseLinear
-from tinycomp.layers.elastic import ElasticLinear
+from tinycomp.layers.elastic import ElasticLinear, elastic_layers, set_ratio_
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
@@ -35,4 +35,6 @@ __all__ = [
     "QuantLowRankLinear",
     "QuantSWSCLinear",
     "SWSCLinear",
+    "elastic_layers",
+    "set_ratio_",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from tinycomp.methods import auto, cur, magnitude, random, rounding, strategic_fusion, svd, swsc, wanda, width
+from tinycomp.methods import auto, cur, magnitude, random, ria, rounding, spp, strategic_fusion, svd, swsc, wanda, width
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods.auto import Auto
 from tinycomp.methods.cur import CUR
 from tinycomp.methods.magnitude import Magnitude
 from tinycomp.methods.random import Random
+from tinycomp.methods.ria import RIA
 from tinycomp.methods.rounding import Rounding
+from tinycomp.methods.spp import SPP
 from tinycomp.methods.strategic_fusion import StrategicFusion
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC
@@ -21,14 +23,16 @@ METHODS: dict[str, Method] = {
     "SVD": svd.METHOD,
     "WidthPrune": width.METHOD,
     "Wanda": wanda.METHOD,
+    "RIA": ria.METHOD,
     "Magnitude": magnitude.METHOD,
     "Random": random.METHOD,
     "Rounding": rounding.METHOD,
     "StrategicFusion": strategic_fusion.METHOD,
+    "SPP": spp.METHOD,
     "Auto": auto.METHOD,
 }
 # The same scores as masks on single matrices instead of whole feed-forward units.
-_MASKED = {"Wanda": wanda.MASKED, "Magnitude": magnitude.MASKED, "Random": random.MASKED}
+_MASKED = {"Wanda": wanda.MASKED, "RIA": ria.MASKED, "Magnitude": magnitude.MASKED, "Random": random.MASKED}
 
 
 def method_of(config: MethodConfig) -> Method:
@@ -48,6 +52,8 @@ def method_of(config: MethodConfig) -> Method:
 __all__ = [
     "CUR",
     "METHODS",
+    "RIA",
+    "SPP",
     "SVD",
     "SWSC",
     "Auto",

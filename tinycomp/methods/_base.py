@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinycomp.edits import Edit
 from tinycomp.linalg import Remember, made_anew
-from tinycomp.models import FFNSpec
+from tinycomp.models import FFNSpec, UnitGroup
 
 NEEDS = frozenset({"gram", "output_gram", "last_hidden"})
 DEFAULT_IGNORE = ("lm_head", "re:.*embed.*", "re:.*norm.*", "re:.*router.*")
@@ -178,6 +178,8 @@ class Method:
         targets' shapes and the blocks' last-token outputs; it returns None where the common budget applies.
     families: names of the methods whose options compete (Auto).
     blocks: where a method removes whole blocks, its choice: see `strategic_fusion.choose`. The others do not apply.
+    units: where a method ranks the prunable units of the whole model, which ones it may remove and its choice: see
+        `spp.groups_of` and `spp.choose`. The others do not apply.
     """
 
     name: str
@@ -189,3 +191,4 @@ class Method:
     assign: Callable[..., dict[str, dict[str, Any]] | None] = lambda *_: None
     families: Callable[[Any], tuple[tuple[Method, MethodConfig], ...]] | None = None
     blocks: Callable[..., tuple[Result, dict[str, Any]]] | None = None
+    units: tuple[Callable[..., tuple[UnitGroup, ...]], Callable[..., tuple[Result, dict[str, Any]]]] | None = None

@@ -1,4 +1,4 @@
-"""Pruning by scores, shared by Wanda, Magnitude and Random: feed-forward units sliced out, or weights masked by row.
+"""Pruning by scores, shared by Wanda, RIA, Magnitude and Random: feed-forward units sliced out, or weights masked.
 
 Nothing is refitted: kept weights stay as they are. That is what makes these the baselines.
 """
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from tinycomp import ops
 from tinycomp.edits import Replace, Slice
@@ -31,6 +32,8 @@ class Pruning(MethodConfig):
         value_bits: 8 or 4 also rounds the kept weights, one scale per row (masked); 0 keeps their dtype.
         rows: batch rows (sequences times tokens per step) at which masks must not be slower than dense.
         guard_speed: measure that on this machine, and refuse masks that lose; off accepts them for their bytes.
+        pattern: "row" keeps the largest scores of a row, "2:4" the two largest of every four consecutive inputs,
+            whatever the ratio (masked).
     """
 
     structured: bool = True
@@ -38,6 +41,18 @@ class Pruning(MethodConfig):
     value_bits: Literal[0, 4, 8] = 0
     rows: int = Field(default=1, ge=1)
     guard_speed: bool = True
+    pattern: Literal["row", "2:4"] = "row"
+
+    @model_validator(mode="after")
+    def _pattern_is_of_masks(self) -> Pruning:
+        if self.pattern == "2:4" and self.structured:
+            raise ValueError("got pattern='2:4' with structured=True, allowed with structured=False")
+        return self
+
+    @property
+    def format(self) -> str:
+        """Of `ops.pack_masked`."""
+        return "bitmask" if self.pattern == "row" else "2:4"
 
 
 def prediction_needs(config: Pruning) -> frozenset[str]:
@@ -145,47 +160,61 @@ def row_places(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def mask_width(n: int, ratio: float) -> int:
-    """Weights that a row of n keeps: no more than this ratio allows, but one."""
-    return max(int(ratio * n + 1e-9), 1)
+def mask_width(n: int, ratio: float, config: Pruning) -> int:
+    """Weights that a row of n keeps: no more than this ratio allows, but one; with a pattern what that gives."""
+    return max(int(ratio * n + 1e-9), 1) if config.pattern == "row" else n // 4 * 2 + min(n % 4, 2)
 
 
-def masked_bits(m: int, n: int, kept: int, value_bits: int, number_bits: int) -> int:
+def masked_bits(m: int, n: int, kept: int, config: Pruning, number_bits: int) -> int:
     """Bits on disk of an (m, n) matrix with `kept` weights in every row: values, mask, row offsets, scales."""
-    values = m * kept * number_bits if value_bits == 0 else 8 * -(-m * kept * value_bits // 8)
-    return values + 8 * m * -(-n // 8) + 32 * (m + 1) + (m * number_bits if value_bits else 0)
+    groups = -(-n // 4)
+    stored, mask, offsets = (kept, -(-n // 8), m + 1) if config.pattern == "row" else (2 * groups, -(-groups // 2), 0)
+    width = config.value_bits or number_bits
+    return 8 * -(-m * stored * width // 8) + 8 * m * mask + 32 * offsets + (m * number_bits if config.value_bits else 0)
 
 
-def _mask(linear: Linear, places: Tensor, kept: int, value_bits: int) -> tuple[ops.Packed, Tensor, int]:
-    """The matrix with the first `kept` places of every row packed, its error and the bits it takes on disk."""
-    packed = ops.pack_masked(linear.weight.to(linear.dtype), places < kept, "bitmask", value_bits)
-    dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, "bitmask", value_bits)
-    return packed, linear.weight - dense.float(), 8 * sum(t.nbytes for t in packed if t is not None)
+def _places(scores: Tensor, config: Pruning) -> Tensor:
+    """Place of every score in its row, or in its group of four consecutive inputs."""
+    if config.pattern == "row":
+        return row_places(scores)
+    m, n = scores.shape
+    groups = functional.pad(scores, (0, -n % 4), value=-1.0).reshape(-1, 4)  # scores are not negative
+    return row_places(groups).reshape(m, -1)[:, :n]
+
+
+def _mask(linear: Linear, places: Tensor, kept: int, config: Pruning) -> tuple[ops.Packed, Tensor, int, int]:
+    """The matrix packed with its first places, its error, the bits on disk, and the number of kept weights."""
+    keep = places < (kept if config.pattern == "row" else 2)
+    layout = config.format, config.value_bits
+    packed = ops.pack_masked(linear.weight.to(linear.dtype), keep, *layout)
+    dense = ops.unpack_masked(packed, linear.out_features, linear.in_features, *layout)
+    bits = 8 * sum(t.nbytes for t in packed if t is not None)
+    return packed, linear.weight - dense.float(), bits, int(keep.sum())
 
 
 def _masked_options(unit: Unit, scores: Tensor, config: Pruning) -> list[Option]:
     linear = unit.linears[0]
-    m, n = linear.weight.shape
-    places, found = row_places(scores), []
-    for kept in sorted({mask_width(n, f) for f in size_grid(config.ratio, MASKED_SIZES)}):
-        _, error, bits = _mask(linear, places, kept, config.value_bits)
-        found.append(Option(m * kept, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
+    n = linear.in_features
+    places, found = _places(scores, config), []
+    for kept in sorted({mask_width(n, f, config) for f in size_grid(config.ratio, MASKED_SIZES)}):
+        _, error, bits, count = _mask(linear, places, kept, config)
+        found.append(Option(count, bits, linear.predicted_loss(error), {"kept_per_row": kept}))
     return [*found, dense_option(unit)]
 
 
 def _masked_build(name: str, unit: Unit, scores: Tensor, kept: int, config: Pruning) -> Result:
     linear = unit.linears[0]
-    packed, error, bits = _mask(linear, row_places(scores), kept, config.value_bits)
+    packed, error, bits, count = _mask(linear, _places(scores, config), kept, config)
     kwargs = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
-        "nnz": linear.out_features * kept,
+        "nnz": count if config.pattern == "row" else None,
         "bias": linear.bias is not None,
-        "format": "bitmask",
+        "format": config.format,
         "value_bits": config.value_bits,
     }
     tensors = {f"{linear.path}.{field}": t for field, t in packed._asdict().items() if t is not None}
     if linear.bias is not None:
         tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
-    row = record(linear, name, linear.out_features * kept, bits, error, kept_per_row=kept, value_bits=config.value_bits)
+    row = record(linear, name, count, bits, error, kept_per_row=kept, value_bits=config.value_bits)
     return Result([Replace(linear.path, layer="MaskedLinear", kwargs=kwargs)], tensors, [row])

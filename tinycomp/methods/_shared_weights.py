@@ -9,6 +9,7 @@ one is the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,13 +144,13 @@ class Factors:
     def rounded(self, dtype: torch.dtype) -> tuple[Factors, dict[str, Tensor]]:
         """What int8 centroids and factors with scales in `dtype` stand for, and their tensors by name."""
         packed: dict[str, Tensor] = {}
-        exact: dict[str, Tensor] = {}
+        exact: dict[str, Any] = {}
         for name in ("centroids", "b", "a"):
             q = rounded(getattr(self, name).to(dtype), 8, 0)
             packed |= {name: q.qweight, f"{name}_scales": q.scales}
             exact[name] = ops.dequantize(*q, q.qweight.shape[1])
         scales = None if self.scales is None else self.scales.to(dtype)
-        return Factors(self.labels, exact["centroids"], scales, exact["a"], exact["b"], self.axis), packed
+        return replace(self, **exact, scales=scales), packed
 
     def to(self, dtype: torch.dtype) -> Factors:
         scales = None if self.scales is None else self.scales.to(dtype)

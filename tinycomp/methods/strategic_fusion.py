@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tinycomp.edits import Edit
 from tinycomp.methods._base import Method, MethodConfig, Result
-from tinycomp.models import ModelSpec
-from tinycomp.signals import TWELVE, BlockEdit, FusionModel, Search, baseline, drops
+from tinycomp.models import ModelSpec, UnitPath, unit_groups
+from tinycomp.signals import TWELVE, BlockEdit, FusionModel, Search, baseline, block_entry_times, drops
 from tinycomp.signals.collect import the_stack
 from tinycomp.signals.quality import rows_of
 from tinycomp.signals.registry import columns, price, rank_correlations, signal_of
@@ -47,6 +47,7 @@ class StrategicFusion(MethodConfig):
         recompute: signals of the shortened model after each removal. Always so with the paper preset.
         judge_samples: samples on which quality is measured.
         entry_times: when each block enters a differential-inclusion path, as one more signal.
+        path: file of an SPP path of this model, to take `entry_times` from.
     """
 
     drop: int | None = Field(default=None, ge=1)
@@ -60,6 +61,7 @@ class StrategicFusion(MethodConfig):
     recompute: bool = False
     judge_samples: int = Field(default=16, ge=1)
     entry_times: tuple[float, ...] = ()
+    path: str | None = None
 
     @field_validator("strategy")
     @classmethod
@@ -77,8 +79,8 @@ class StrategicFusion(MethodConfig):
             raise ValueError("got targets, allowed is none: whole blocks are removed")
         if self.search == "beam" and self.strategy != "fusion":
             raise ValueError(f"got search='beam' with strategy={self.strategy!r}, allowed with 'fusion'")
-        if self.strategy == "entry_time" and not self.entry_times:
-            raise ValueError("got strategy='entry_time' without entry_times; pass one number per block")
+        if self.strategy == "entry_time" and not (self.entry_times or self.path):
+            raise ValueError("got strategy='entry_time' without entry_times; pass one number per block, or an SPP path")
         return self
 
     def count(self, depth: int) -> int:
@@ -116,7 +118,7 @@ def choose(
     if config.strategy in BASELINES and config.search != "exhaustive":
         order = baseline(config.strategy, depth, config.seed)[:count]
         return _result(model, spec, order), {"order": order}
-    search = _search(model, config, batches(), edited)
+    search = _search(model, spec, config, batches(), edited)
     details: dict[str, Any] = {}
     if config.search == "exhaustive":
         order = search.exhaustive(count)
@@ -134,12 +136,18 @@ def choose(
     return _result(model, spec, order), details
 
 
-def _search(model: nn.Module, config: StrategicFusion, batches: Sequence[Batch], edited: Any) -> Search:
+def _search(
+    model: nn.Module, spec: ModelSpec, config: StrategicFusion, batches: Sequence[Batch], edited: Any
+) -> Search:
     rows = [row for batch in batches for row in rows_of(batch)]
     if len(rows) < 2:
         raise ValueError(f"StrategicFusion: got {len(rows)} calibration samples, allowed are two or more; pass more")
     half = len(rows) // 2
-    inputs = {"entry_time": config.entry_times} if config.entry_times else {}
+    times: Sequence[float] = config.entry_times
+    if config.path is not None and not times:
+        blocks = [block.path for block in the_stack(spec).blocks]
+        times = block_entry_times(UnitPath.load(config.path), unit_groups(model, spec), blocks)
+    inputs = {"entry_time": times} if times else {}
     return Search(
         edited, model, rows[:half], rows[half : half + config.judge_samples], seed=config.seed, inputs=inputs,
         gradient_samples=config.gradient_samples, recompute=config.recompute or config.preset == "paper",

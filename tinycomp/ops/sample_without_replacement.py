@@ -93,13 +93,17 @@ def _minus_log(u: Tensor) -> Tensor:
     return -(exponent * _LN2_HIGH + (log_m + exponent * _LN2_LOW))
 
 
-def _reference(probabilities: Tensor, k: int, seed: int) -> Tensor:
+def finishing_times(probabilities: Tensor, seed: int) -> Tensor:
+    """float64 (n,): when each item finishes its race, infinity for those of probability zero."""
     index = torch.arange(probabilities.shape[0], device=probabilities.device)
     word0, word1 = _philox(index, seed)
     uniform = (((word1 << 20) | (word0 >> 12)).to(torch.float64) + 0.5) * 2.0**-52
     p = probabilities.to(torch.float64)
-    finish = torch.where(p > 0, _minus_log(uniform) / p, float("inf"))
-    return finish.sort(stable=True).indices[:k]
+    return torch.where(p > 0, _minus_log(uniform) / p, float("inf"))
+
+
+def _reference(probabilities: Tensor, k: int, seed: int) -> Tensor:
+    return finishing_times(probabilities, seed).sort(stable=True).indices[:k]
 
 
 def _fake(probabilities: Tensor, k: int, seed: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Per-block importance signals, their fusion, and the search for blocks to remove."""
 
 from tinycomp.signals.collect import SignalTable, collect_signals
+from tinycomp.signals.entry import block_entry_times
 from tinycomp.signals.fusion import BlockEdit, FusionModel, Transition, training_rows
 from tinycomp.signals.quality import Quality, quality
 from tinycomp.signals.registry import SIGNALS, TWELVE, Signal
@@ -17,6 +18,7 @@ __all__ = [
     "SignalTable",
     "Transition",
     "baseline",
+    "block_entry_times",
     "collect_signals",
     "drops",
     "quality",

@@ -82,7 +82,7 @@ SIGNALS: dict[str, Signal] = {
     ),
     "skip_loss": Signal("probe", "smallest", "probe", "loss of the model without the block", of_paper=False),
     "entry_time": Signal(
-        "input", "largest", "input", "when the block enters a differential-inclusion path; late is unimportant",
+        "input", "largest", "input", "mean step at which the block's units enter an SPP path; late is unimportant",
         of_paper=False,
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from tinycomp.triton_kernels._launch import kernel_op, rows_of
 
 # Points, centroids and dimensions per step.
-ASSIGN_BLOCK = (32, 32, 32)
+ASSIGN_BLOCK = (32, 32, 16)
 
 
 @triton.jit

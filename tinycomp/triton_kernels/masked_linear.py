@@ -12,7 +12,7 @@ from torch import Tensor
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, rows_of
 
 # Inputs, rows and columns per program, warps. A step of 32 columns is one block of "block32".
-MASKED_CONFIGS = {"decode": (16, 32, 32, 4), "tiles": (64, 64, 32, 4)}
+MASKED_CONFIGS = {"decode": (16, 32, 32, 4), "tiles": (64, 64, 32, 4), "tiles-float32": (32, 64, 32, 8)}
 
 
 @triton.jit
@@ -116,7 +116,8 @@ def masked_linear(
     if y.numel() == 0:
         return y
     mask = mask.contiguous()
-    bm, bn, bk, warps = MASKED_CONFIGS["decode" if flat.shape[0] <= DECODE_INPUTS else "tiles"]
+    tiles = "tiles-float32" if x.dtype == torch.float32 else "tiles"
+    bm, bn, bk, warps = MASKED_CONFIGS["decode" if flat.shape[0] <= DECODE_INPUTS else tiles]
     torch.library.wrap_triton(masked_kernel)[(triton.cdiv(flat.shape[0], bm), triton.cdiv(out_features, bn))](
         flat,
         flat.stride(0),

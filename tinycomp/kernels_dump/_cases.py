@@ -1,0 +1,205 @@
+"""Arguments of every op for a shape: what `--shapes` may name, and the shapes that are dumped without it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinycomp import ops
+from tinycomp.ops.masked_formats import pack_masked
+from tinycomp.ops.quant_linear import quantize
+
+Args = tuple[Any, ...]
+# For which number of processors the launches of a shape are chosen; 108 are those of an A100.
+PROCESSORS = 108
+
+
+class Draw:
+    """Seeded tensors; weights are scaled so that products stay near 1."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
+        return (torch.randn(shape, generator=self.generator) * scale).to(dtype or self.dtype)
+
+    def inputs(self, rows: int, columns: int) -> Tensor:
+        return torch.randn((rows, columns), generator=self.generator).to(self.dtype)
+
+    def labels(self, count: int, clusters: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(clusters, (count,), generator=self.generator).to(dtype)
+
+
+def _lowrank_linear(
+    draw: Draw, inputs: int, in_features: int, out_features: int, rank: int, pivoted: bool, bias: bool = True
+) -> Args:
+    order = torch.randperm(out_features, generator=draw.generator).int() if pivoted else None
+    t = draw(out_features - rank if pivoted else out_features, rank)
+    x, r = draw.inputs(inputs, in_features), draw(rank, in_features)
+    return x, r, t, order, draw(out_features) if bias else None
+
+
+def _cur_linear(draw: Draw, inputs: int, in_features: int, out_features: int, rank: int) -> Args:
+    x, r, u, c = draw.inputs(inputs, in_features), draw(rank, in_features), draw(rank, rank), draw(out_features, rank)
+    return x, r, u, c, draw(out_features)
+
+
+def _sliced_linear(draw: Draw, inputs: int, in_features: int, out_features: int, whole: list[int]) -> Args:
+    """`whole`: [out, in] of the weight of which a corner is used."""
+    return draw.inputs(inputs, in_features), draw(*whole), draw(whole[0]), in_features, out_features
+
+
+def _swsc_linear(
+    draw: Draw, inputs: int, in_features: int, out_features: int, rank: int, clusters: int, axis: int, label_bits: int
+) -> Args:
+    channels = out_features if axis == 0 else in_features
+    labels = draw.labels(channels, clusters, {8: torch.uint8, 32: torch.int32, 64: torch.int64}[label_bits])
+    centroids = draw(clusters, in_features) if axis == 0 else draw(out_features, clusters)
+    x, b, a = draw.inputs(inputs, in_features), draw(rank, in_features), draw(out_features, rank)
+    return x, centroids, labels, b, a, draw(channels), draw(out_features), axis
+
+
+def _quant_linear(
+    draw: Draw, inputs: int, in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool
+) -> Args:
+    q = quantize(draw(out_features, in_features), bits, group_size, symmetric)
+    return draw.inputs(inputs, in_features), *q, draw(out_features), bits, group_size, 0
+
+
+def _quant_lowrank_linear(
+    draw: Draw, inputs: int, in_features: int, out_features: int, rank: int, pivoted: bool, bits: int, group_size: int
+) -> Args:
+    x, r, t, order, bias = _lowrank_linear(draw, inputs, in_features, out_features, rank, pivoted)
+    r, t = quantize(r, bits, group_size, False), quantize(t, bits, group_size, False)
+    return x, r.qweight, r.scales, t.qweight, t.scales, order, r.zeros, t.zeros, bias, bits, group_size, 0
+
+
+def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int, format: str, value_bits: int) -> Args:
+    scores = draw(out_features, in_features, dtype=torch.float32)
+    if format == "2:4":
+        grouped = torch.nn.functional.pad(scores, (0, -in_features % 4)).reshape(out_features, -1, 4)
+        keep = (grouped.argsort(2).argsort(2) < 2).reshape(out_features, -1)[:, :in_features]
+    elif format == "block32":
+        coarse = scores[::32, ::32] > 0
+        keep = coarse.repeat_interleave(32, 0).repeat_interleave(32, 1)[:out_features, :in_features]
+    else:
+        keep = scores > 0
+    packed = pack_masked(draw(out_features, in_features), keep, format, value_bits)
+    return draw.inputs(inputs, in_features), *packed, draw(out_features), out_features, format, value_bits
+
+
+def _column_norms(draw: Draw, rows: int, columns: int) -> Args:
+    return (draw.inputs(rows, columns),)
+
+
+def _gram_accumulate_(draw: Draw, rows: int, columns: int) -> Args:
+    return draw(columns, columns, dtype=torch.float32), draw.inputs(rows, columns)
+
+
+def _kmeans_assign(draw: Draw, points: int, clusters: int, columns: int) -> Args:
+    return draw.inputs(points, columns), draw.inputs(clusters, columns)
+
+
+def _kmeans_update(draw: Draw, points: int, clusters: int, columns: int) -> Args:
+    return draw.inputs(points, columns), draw.labels(points, clusters, torch.int32), clusters
+
+
+def _select_pivots(draw: Draw, rows: int, columns: int, k: int, method: str) -> Args:
+    return draw.inputs(rows, columns), k, method
+
+
+def _sample_without_replacement(draw: Draw, count: int) -> Args:
+    p = (torch.rand(count, generator=draw.generator) + 0.5).to(draw.dtype)
+    return p, count, int(torch.randint(2**62, (), generator=draw.generator))
+
+
+def _split_bregman_step_(draw: Draw, count: int, momentum: bool, coupled: bool) -> Args:
+    state = draw(count), 2 * draw(count), draw(count), torch.full((count,), -1, dtype=torch.int32), draw(count)
+    return *state, draw(count) if momentum else None, 3, 0.1, 2.0, 10.0, 0.5, 0.9, coupled, not coupled
+
+
+_MAKERS: dict[str, Callable[..., Args]] = {
+    "lowrank_linear": _lowrank_linear,
+    "cur_linear": _cur_linear,
+    "sliced_linear": _sliced_linear,
+    "swsc_linear": _swsc_linear,
+    "quant_linear": _quant_linear,
+    "quant_lowrank_linear": _quant_lowrank_linear,
+    "masked_linear": _masked_linear,
+    "column_norms": _column_norms,
+    "gram_accumulate_": _gram_accumulate_,
+    "kmeans_assign": _kmeans_assign,
+    "kmeans_update": _kmeans_update,
+    "select_pivots": _select_pivots,
+    "sample_without_replacement": _sample_without_replacement,
+    "split_bregman_step_": _split_bregman_step_,
+}
+
+
+def make(name: str, dtype: torch.dtype, seed: int, shape: dict[str, Any]) -> Args:
+    """Positional arguments of an op for a shape.
+
+    Raises:
+        ValueError: the shape names a field that the op has not, or leaves one out.
+    """
+    parameters = [p for p in inspect.signature(_MAKERS[name]).parameters.values() if p.name != "draw"]
+    required = {p.name for p in parameters if p.default is p.empty}
+    got, allowed = set(shape) - {"processors"}, {p.name for p in parameters}
+    if not required <= got <= allowed:
+        raise ValueError(
+            f"kernels_dump: a shape of {name} has {sorted(got)}, allowed {sorted(allowed)} and processors, "
+            f"required {sorted(required)}; repair the file of --shapes"
+        )
+    args = _MAKERS[name](Draw(dtype, seed), **{k: v for k, v in shape.items() if k != "processors"})
+    ops.OPS[name].check(*args)
+    return args
+
+
+_FEW = {"inputs": 1, "in_features": 256, "out_features": 192}
+_ODD = {"inputs": 33, "in_features": 193, "out_features": 129}
+# Two shapes that ask for the kernels of large layers on a device with few processors.
+_WIDE = {"inputs": 16, "in_features": 128, "out_features": 96, "processors": 1}
+_TALL = {"inputs": 160, "in_features": 136, "out_features": 264, "processors": 1}
+_LAYERS = (_FEW, _ODD, _WIDE, _TALL)
+
+
+def _layers(*variants: dict[str, Any], layers: tuple[dict[str, int], ...] = _LAYERS) -> list[dict[str, Any]]:
+    """Every layer shape, the variants taken in turn, and every variant at least once."""
+    count = max(len(layers), len(variants))
+    return [layers[i % len(layers)] | variants[i % len(variants)] for i in range(count)]
+
+
+DEFAULTS: dict[str, list[dict[str, Any]]] = {
+    "lowrank_linear": _layers({"rank": 40, "pivoted": True}, {"rank": 7, "pivoted": False}),
+    "cur_linear": _layers({"rank": 33}),
+    "sliced_linear": _layers({"whole": [272, 264]}),
+    "swsc_linear": _layers(
+        {"rank": 7, "clusters": 17, "axis": 0, "label_bits": 8},
+        {"rank": 16, "clusters": 24, "axis": 1, "label_bits": 32},
+        layers=(_FEW, _ODD, _TALL),
+    ),
+    "quant_linear": _layers(
+        {"bits": 4, "group_size": 64, "symmetric": False},
+        {"bits": 8, "group_size": 0, "symmetric": True},
+        {"bits": 4, "group_size": 10, "symmetric": True},
+    ),
+    "quant_lowrank_linear": _layers(
+        {"rank": 64, "pivoted": True, "bits": 4, "group_size": 32},
+        {"rank": 33, "pivoted": False, "bits": 8, "group_size": 0},
+    ),
+    "masked_linear": _layers(
+        *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))
+    ),
+    "column_norms": [{"rows": 300, "columns": 129}],
+    "gram_accumulate_": [{"rows": 70, "columns": 129}],
+    "kmeans_assign": [{"points": 129, "clusters": 70, "columns": 33}],
+    "kmeans_update": [{"points": 129, "clusters": 7, "columns": 133}],
+    "select_pivots": [{"rows": 41, "columns": 33, "k": 7, "method": method} for method in ("qr", "lu")],
+    "sample_without_replacement": [{"count": 300}],
+    "split_bregman_step_": [{"count": 1100, "momentum": c, "coupled": c} for c in (True, False)],
+}
