@@ -13,9 +13,11 @@ from tinycomp.eval import probes
 from tinycomp.pipeline import statistics_of
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 300
-# Allowed beside the same method with float32 factors.
-POINTS, FEATURES = 2.0, 1.03  # of probe accuracy; of the relative error of the features
+EXAMPLES = 200
+BLOCKS = (r"re:.*layer\.\d*[0258]\..*",)  # nearly half of them
+# Allowed beside the same method with float32 factors: points of probe accuracy, the relative error of the features, and
+# the predicted loss of rounding as a part of that of the truncation.
+POINTS, FEATURES, LOSS = 2.0, 1.03, 0.3
 
 
 @pytest.fixture(scope="module", params=["minilm", "dinov2"])
@@ -33,20 +35,20 @@ def features(probe: probes.Probe, model: nn.Module) -> Tensor:
 
 def test_int8_factors_cost_next_to_nothing(probe: probes.Probe) -> None:
     methods = (tc.SVD, tc.CUR)
-    data = probe.calibration(48, seed=0)
-    statistics = statistics_of(probe.model, [m(ratio=0.5) for m in methods], data, progress=False)
+    data = probe.calibration(24, seed=0)
+    statistics = statistics_of(probe.model, [m(ratio=0.5, targets=BLOCKS) for m in methods], data, progress=False)
     dense = features(probe, probe.model)
     for method in methods:
         accuracy, error = [], []
         for fields in ({}, {"bits": 8}, {"bits": 8, "activation_bits": 8}):
             model = copy.deepcopy(probe.model)
-            config = method(ratio=0.5, allocation="uniform", **fields)
+            config = method(ratio=0.5, allocation="uniform", targets=BLOCKS, **fields)
             report = tc.compress_(model, config, data, statistics=statistics, progress=False)
             accuracy.append(100 * probe.accuracy(model))
             error.append(float((features(probe, model) - dense).norm() / dense.norm()))
             if fields:
                 lost = sum(r["rounding_loss"] for r in report.records)
-                assert lost < 0.1 * sum(r["truncation_loss"] for r in report.records)
+                assert lost < LOSS * sum(r["truncation_loss"] for r in report.records)
         print(f"{probe.model_name} {method.__name__}: accuracy {accuracy}, feature error {error}: fp32, int8, W8A8")
         assert min(accuracy[1:]) >= accuracy[0] - POINTS
         assert max(error[1:]) <= FEATURES * error[0]

@@ -25,11 +25,12 @@ struct State {
   uint8_t* support;
 };
 
-// One number of the proximal map of the l1 penalty, as the reference computes it. NaN shows in the twin.
+// One number of the proximal map of the l1 penalty. Written so that NaN shows in the twin, and without branches.
 template <class T>
 T shrunk(T v, T kappa, T threshold, T floor) {
-  const T size = std::fabs(v) - threshold, made = size > 0 ? kappa * (v < 0 ? -size : size) : T(0);
-  return v == v ? (made < floor ? floor : made) : v;
+  const T size = std::fabs(v) - threshold;
+  const T made = kappa * std::copysign(size <= 0 ? T(0) : size, v);
+  return made < floor ? floor : made;
 }
 
 template <class T>
@@ -78,13 +79,13 @@ const T* direction(const State<T>& at, int64_t first, int64_t n, const Numbers& 
 
 // Mask and dual of one unit.
 template <class T, bool coupled>
-void move(T& mask, T& dual, T twin, T along, T lr, T nu, T pull) {
-  T gap = (mask - twin) / nu;
+void move(T& mask, T& dual, T twin, T along, T lr, T weak, T pull) {
+  T gap = (mask - twin) * weak;
   if constexpr (coupled) {
     mask -= pull * (along + gap);
   } else {
     mask -= lr * along;
-    gap = (mask - twin) / nu;
+    gap = (mask - twin) * weak;
   }
   dual += lr * gap;
 }
@@ -93,16 +94,17 @@ void move(T& mask, T& dual, T twin, T along, T lr, T nu, T pull) {
 template <class T, bool coupled, bool stored>
 void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
              uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
-  const T lr = static_cast<T>(by.lr), nu = static_cast<T>(by.nu), pull = static_cast<T>(by.kappa * by.lr);
+  const T lr = static_cast<T>(by.lr), weak = static_cast<T>(1 / by.nu), pull = static_cast<T>(by.kappa * by.lr);
   const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold), floor = floor_of<T>(by);
   const int32_t step = static_cast<int32_t>(by.step);
+#pragma GCC ivdep  // too many arrays to check for overlap; they are the caller's separate tensors
   for (int64_t i = 0; i < n; ++i) {
     T old;
     if constexpr (stored)
       old = twin[i];
     else
       old = shrunk(dual[i], kappa, threshold, floor);
-    move<T, coupled>(mask[i], dual[i], old, along[i], lr, nu, pull);
+    move<T, coupled>(mask[i], dual[i], old, along[i], lr, weak, pull);
     const T made = shrunk(dual[i], kappa, threshold, floor);
     if constexpr (stored) twin[i] = made;
     entry[i] = (entry[i] < 0) & (made != 0) ? step : entry[i];
@@ -114,9 +116,9 @@ void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t
 template <class T, bool coupled>
 void advance_groups(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
                     uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
-  const T lr = static_cast<T>(by.lr), nu = static_cast<T>(by.nu), pull = static_cast<T>(by.kappa * by.lr);
+  const T lr = static_cast<T>(by.lr), weak = static_cast<T>(1 / by.nu), pull = static_cast<T>(by.kappa * by.lr);
   const int32_t step = static_cast<int32_t>(by.step);
-  for (int64_t i = 0; i < n; ++i) move<T, coupled>(mask[i], dual[i], twin[i], along[i], lr, nu, pull);
+  for (int64_t i = 0; i < n; ++i) move<T, coupled>(mask[i], dual[i], twin[i], along[i], lr, weak, pull);
   shrink_groups(dual, twin, n, by);
   for (int64_t i = 0; i < n; ++i) {
     entry[i] = (entry[i] < 0) & (twin[i] != 0) ? step : entry[i];
@@ -124,11 +126,12 @@ void advance_groups(T* __restrict mask, T* __restrict dual, T* __restrict twin, 
   }
 }
 
-// Bit i % 8 of byte i / 8 is inside[i].
-void pack(const uint8_t* __restrict inside, int64_t n, uint8_t* __restrict bits) {
+// Bit i % 8 of byte i / 8 is inside[i]; there is room for zeros beyond n.
+void pack(uint8_t* __restrict inside, int64_t n, uint8_t* __restrict bits) {
+  std::fill_n(inside + n, 7, uint8_t{0});
   for (int64_t i = 0; i < n; i += 8) {
     uint64_t bytes = 0;
-    for (int64_t j = 0; j < 8 && i + j < n; ++j) bytes |= static_cast<uint64_t>(inside[i + j]) << (8 * j);
+    for (int j = 0; j < 8; ++j) bytes |= static_cast<uint64_t>(inside[i + j]) << (8 * j);
     // The bits of this number are 7 apart, so that byte i of the other factor arrives as bit i of the top byte.
     bits[i / 8] = static_cast<uint8_t>((bytes * 0x0102040810204080ull) >> 56);
   }
@@ -214,7 +217,7 @@ void split_bregman_step_(Tensor mask, Tensor dual, std::optional<Tensor> gamma, 
                       state[6].data<uint8_t>()};
     torch::stable::parallel_for(0, blocks, 1 + 32 * kBlock / block, [&](int64_t from, int64_t to) {
       std::vector<T> scratch(2 * block);
-      std::vector<uint8_t> inside(block);
+      std::vector<uint8_t> inside(block + 7);
       for (int64_t b = from; b < to; ++b)
         vectorised([&] {
           const int64_t first = b * block, n = std::min(block, count - first);
