@@ -4,8 +4,9 @@
 
 All linears of the blocks are called one after another on one row, so that weights come from memory as in decoding.
 The bytes that are left out allow a speed-up of bytes dense / bytes sliced; the line says which part of it is reached.
-One thread, interleaved, process CPU time; units in random order. `--hidden` takes two random blocks of a Llama of that
-size instead, where an operator's own cost is small beside its weights. Lines go to bench/results/elastic.jsonl.
+One thread, interleaved, process CPU time; units in random order, every sublayer at the same ratio. `--hidden` takes two
+random blocks of a Llama of that size instead, where an operator's own cost is small beside its weights. Lines go to
+bench/results/elastic.jsonl.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def models(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Modu
     generator = torch.Generator().manual_seed(0)
     path = tc.UnitPath.from_scores({g.name: torch.rand(g.count, generator=generator) for g in groups})
     elastic = copy.deepcopy(dense)
-    tc.make_elastic_(elastic, path)
+    tc.make_elastic_(elastic, path, uniform=True)
     set_ratio_(elastic, options.ratio)
     own = copy.deepcopy(dense)
     for name, module in list(own.named_modules()):

@@ -256,7 +256,7 @@ def test_elastic_prefix_is_the_corner_of_the_weight() -> None:
     x = torch.randn(3, 20)
     want = nn.functional.linear(x, layer.full.weight[:11, :20], layer.bias[:11])
     assert close(layer(x), want.double())
-    with pytest.raises(ValueError, match=r"active_in is 34, allowed 1\.\.33"):
+    with pytest.raises(ValueError, match=r"active_in is 34, allowed 0\.\.33"):
         layer.set_active_(34)
 
 

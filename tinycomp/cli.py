@@ -343,9 +343,8 @@ def demo(
         emit(results)
 
 
-app.command()(guarded(recover))
-app.command()(guarded(elastic))
-app.command()(guarded(export))
+for verb in (recover, elastic, export):
+    app.command()(guarded(verb))
 
 if __name__ == "__main__":
     app()

@@ -155,8 +155,10 @@ class _OnePass:
         weight = self.weight.detach()[: layer.active_out, : layer.active_in]
         assert self.index is not None
         active = self.index[: layer.active_in if layer.gather else layer.active_out]
-        if len(active) == 0 or not (layer.gather or layer.active_in == layer.in_features):
+        if layer.scatter and layer.active_in != layer.in_features:
             return None
+        if len(active) == 0:  # nothing to take: one row or column that no output or input wants
+            weight = weight.new_zeros(len(weight), 1) if layer.gather else weight.new_zeros(1, layer.in_features)
         features = layer.in_features if layer.gather else layer.out_features
         labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
         labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)

@@ -9,6 +9,7 @@ one is the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,8 @@ class Factors:
 
     def rounded(self, dtype: torch.dtype) -> tuple[Factors, dict[str, Tensor]]:
         """What int8 centroids and factors with scales in `dtype` stand for, and their tensors by name."""
-        packed, exact = {}, {}
+        packed: dict[str, Tensor] = {}
+        exact: dict[str, Any] = {}
         for name in ("centroids", "b", "a"):
             q = rounded(getattr(self, name).to(dtype), 8, 0)
             packed |= {name: q.qweight, f"{name}_scales": q.scales}

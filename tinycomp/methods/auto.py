@@ -72,7 +72,8 @@ def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
         for name in ("svd", "cur"):
             if name in names:
                 method = _METHODS[name]
-                found += [(_rounded_factors(method, bits), method.config(**shared, bits=bits)) for bits in config.bits]
+                configs = [method.config(**shared | {"bits": bits}) for bits in config.bits]
+                found += [(_rounded_factors(method, each.bits), each) for each in configs]  # type: ignore[attr-defined]
     return tuple(found)
 
 

@@ -177,8 +177,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     adam = (*state(4, 9), draw(4, 9), 3, 0.1, 2.0, 10.0, 0.5, 0.9, True, False, draw(4, 9).abs(), 0.99, 1e-6)
     yield Sample("adam", (*adam, 0, None))
     yield Sample("groups", (*state(70, 9), None, 3, 0.1, 1.0, 10.0, 2.0, 0.0, True, False, None, 0.9, 1e-8, 9, None))
-    recomputed = list(state(33))
-    recomputed[2] = None
+    mask, dual, _, entry, grad = state(33)
+    recomputed = (mask, dual, None, entry, grad)
     bits = torch.full((5,), 255, dtype=torch.uint8)
     yield Sample("no-gamma", (*recomputed, None, 3, 0.1, 1.0, 10.0, 1.0, 0.0, True, True, None, 0.9, 1e-8, 0, bits))
     yield Sample(
