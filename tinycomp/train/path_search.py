@@ -40,7 +40,7 @@ RELEASED = {
 LIPSCHITZ_AT = (1.0, 0.5, 0.25)  # all masks at this: the path starts at one, and the coupling pulls to zero
 CHECKPOINT = "search.safetensors"
 _TAG = "tinycomp_search"
-ADAM_TRAVEL = 4.0  # steps times lr: an important unit enters after 1 of it, a unit at half of its value after 2
+ADAM_TRAVEL = 4.0  # steps times lr: with a threshold of 2, a unit whose mask stays at one enters half-way
 
 
 class PathSearch(BaseModel):
@@ -80,10 +80,10 @@ class PathSearch(BaseModel):
     direction: Literal["adam", "sgd"] = "adam"
     lr: float | None = Field(default=None, gt=0.0)
     beta: float = Field(default=0.9, ge=0.0, lt=1.0)
-    rise: float = Field(default=1.0, gt=0.0)
+    rise: float = Field(default=4.0, gt=0.0)
     nu: float | None = Field(default=None, gt=0.0)
     kappa: float = Field(default=1.0, gt=0.0)
-    threshold: float = Field(default=1.0, ge=0.0)
+    threshold: float = Field(default=2.0, ge=0.0)
     coupled: bool = True
     nonnegative: bool = False
     prox: Literal["unit", "head"] = "unit"
