@@ -121,7 +121,8 @@ def test_the_two_newest_minor_releases_of_transformers_are_tested():
 
 def test_continuous_integration_runs_the_readmes_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert [line for line in lines if line.startswith("make")] == ["make gpu-tools", "make test", "make lint"]
+    made = [line.split(" ||")[0] for line in lines if line.startswith("make")]
+    assert made == ["make gpu-tools", "make test", "make lint"]
     assert ["make", "test"] in commands(ROOT / "README.md")
 
 
