@@ -21,8 +21,7 @@ void stream(const Inputs& x, const Weight& r, const Weight& t, const std::vector
     } else if (pivoted) {
       dot_rows(t, z, m, first, last, rest, t.rows);
     } else {
-      dot_rows(t, z, m, first, last,
-               [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+      dot_rows(t, z, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
     }
   });
 }

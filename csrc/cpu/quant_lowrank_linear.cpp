@@ -13,8 +13,7 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
   const Scratch middle(kMiddleSlot, m * rank), others(kLinkSlot, pivoted ? m * t.rows : 0);
   float *z = middle.data(), *rest = others.data();
   const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z, m, kMiddleLevelSlot);
-  const Stage stages[] = {wide.stage(), x.stage(), r.stage(), inner.stage(), t.stage(),
-                          y.place_stage(pivoted ? m : 0)};
+  const Stage stages[] = {wide.stage(), x.stage(), r.stage(), inner.stage(), t.stage(), y.place_stage(pivoted ? m : 0)};
   run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       wide.prepare(first, last);
