@@ -46,7 +46,8 @@ def test_rows_of_one_ratio_have_one_size_and_auto_has_the_bytes_of_its_single(
     for seed in (0, 1):
         for name in ("svd", "widthprune"):
             assert rows[name, seed]["linear_parameters"] / dense["linear_parameters"] == pytest.approx(0.7, abs=0.02)
-        assert rows["auto as int8", seed]["bytes_disk"] <= 1.002 * rows["int8", 0]["bytes_disk"]
+        # the tensors: in a model this small the names in the file are a few per cent
+        assert rows["auto as int8", seed]["bytes_memory"] <= 1.002 * rows["int8", 0]["bytes_memory"]
     assert ("int8", 1) not in rows  # needs no calibration: one row serves all seeds
     assert "numbers asked of 1 layers" in rows["cur paper", 0]["refused"]  # it never takes the first and the last
     pair = [rows[name, 0] for name in PAPER_SIZE]
