@@ -15,8 +15,8 @@ from tinycomp.pipeline import statistics_of
 pytestmark = pytest.mark.slow
 EXAMPLES = 200
 BLOCKS = (r"re:.*layer\.\d*[0258]\..*",)  # nearly half of them
-# Allowed beside the same method with float32 factors: points of probe accuracy, the relative error of the features (with
-# rounded inputs it was 1.08 times on DINOv2), and the predicted loss of rounding as a part of that of the truncation.
+# Allowed beside the same method with float32 factors: points of accuracy, the relative error of the features (1.08
+# times on DINOv2 with rounded inputs), and the predicted loss of rounding as a part of that of the truncation.
 POINTS, FEATURES, FEATURES_ROUNDED_INPUTS, LOSS = 2.0, 1.03, 1.12, 0.3
 
 
