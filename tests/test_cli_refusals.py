@@ -133,7 +133,7 @@ def test_failed_quality_gate_exits_with_4_and_saves_nothing(folder, text, tmp_pa
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-BLOCKS = 100  # enough that a job is still at work when the first two are seen to be finished
+BLOCKS = 60  # enough that a job is still at work when the first two are seen to be finished
 JOB = ["--method", "svd", "--ratio", 0.6, *SMALL]
 
 

@@ -68,7 +68,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except typer.Exit:  # a RuntimeError, but a decision that was made
             raise
         except (ValueError, TypeError, RuntimeError, OSError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__, error.__context__))
             code = INTERRUPTED if stopped else USAGE if isinstance(error, UsageError) else REFUSED
             if os.environ.get("TINYCOMP_DEBUG"):
                 raise
