@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size
-from tinycomp.layers.swsc import SWSCLinear
+from tinycomp.layers.swsc import ChannelSharing, SWSCLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize
 
 
-class QuantSWSCLinear(CompressedLinear):
+class QuantSWSCLinear(ChannelSharing):
     """`SWSCLinear` whose centroids and factors are int8 with one scale per row: one `ops.quant_linear` for the
     centroids, one `ops.quant_lowrank_linear` for the correction.
 
@@ -33,7 +32,6 @@ class QuantSWSCLinear(CompressedLinear):
         dtype: dtype of scales, gains and bias.
     """
 
-    labels: Tensor
     centroids: Tensor
     centroids_scales: Tensor
     b: Tensor
@@ -54,22 +52,15 @@ class QuantSWSCLinear(CompressedLinear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        check_size("QuantSWSCLinear", "axis", axis, 0, 1)
-        channels = in_features if axis else out_features
-        check_size("QuantSWSCLinear", "clusters", clusters, 1, channels)
-        check_size("QuantSWSCLinear", "rank", rank, 0, min(in_features, out_features))
+        super().__init__(in_features, out_features, clusters, rank, axis, bias, scaled, device, dtype)
         check_activation_bits("QuantSWSCLinear", activation_bits)
-        self.clusters, self.rank, self.axis, self.activation_bits = clusters, rank, axis, activation_bits
+        self.activation_bits = activation_bits
         shapes = {"centroids": (out_features, clusters) if axis else (clusters, in_features)}
         if rank:
             shapes |= {"b": (rank, in_features), "a": (out_features, rank)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int8, device=device))
             self.register_buffer(f"{name}_scales", torch.ones(shape[0], 1, device=device, dtype=dtype))
-        label_dtype = torch.uint8 if clusters <= 256 else torch.int32
-        self.register_buffer("labels", torch.zeros(channels, dtype=label_dtype, device=device))
-        self.scales = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if scaled else None
 
     @property
     def stored_numbers(self) -> int:
@@ -110,5 +101,4 @@ class QuantSWSCLinear(CompressedLinear):
         return exact.dense_weight().detach()
 
     def extra_repr(self) -> str:
-        more = f"clusters={self.clusters}, rank={self.rank}, axis={self.axis}, scaled={self.scales is not None}"
-        return f"{super().extra_repr()}, {more}, activation_bits={self.activation_bits}"
+        return f"{super().extra_repr()}, activation_bits={self.activation_bits}"

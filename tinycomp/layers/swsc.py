@@ -11,7 +11,31 @@ from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, is_plain, linear
 
 
-class SWSCLinear(CompressedLinear):
+class ChannelSharing(CompressedLinear):
+    """What the exact and the rounded layer have in common: sizes, labels and gains."""
+
+    labels: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, clusters: int, rank: int, axis: int, bias: bool, scaled: bool,
+        device: Any, dtype: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        name, channels = type(self).__name__, in_features if axis else out_features
+        check_size(name, "axis", axis, 0, 1)
+        check_size(name, "clusters", clusters, 1, channels)
+        check_size(name, "rank", rank, 0, min(in_features, out_features))
+        self.clusters, self.rank, self.axis = clusters, rank, axis
+        label_dtype = torch.uint8 if clusters <= 256 else torch.int32
+        self.register_buffer("labels", torch.zeros(channels, dtype=label_dtype, device=device))
+        self.scales = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if scaled else None
+
+    def extra_repr(self) -> str:
+        more = f"clusters={self.clusters}, rank={self.rank}, axis={self.axis}, scaled={self.scales is not None}"
+        return f"{super().extra_repr()}, {more}"
+
+
+class SWSCLinear(ChannelSharing):
     """Channels share centroids; the weight is never rebuilt.
 
     Axis 0, output channels:  y_i = scales_i centroids(x)[labels_i] + a(b(x))_i + bias_i
@@ -29,8 +53,6 @@ class SWSCLinear(CompressedLinear):
         dtype: dtype of centroids, factors and gains.
     """
 
-    labels: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -43,19 +65,11 @@ class SWSCLinear(CompressedLinear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        check_size("SWSCLinear", "axis", axis, 0, 1)
-        channels = in_features if axis else out_features
-        check_size("SWSCLinear", "clusters", clusters, 1, channels)
-        check_size("SWSCLinear", "rank", rank, 0, min(in_features, out_features))
-        self.clusters, self.rank, self.axis = clusters, rank, axis
+        super().__init__(in_features, out_features, clusters, rank, axis, bias, scaled, device, dtype)
         sizes = (clusters, out_features) if axis else (in_features, clusters)
         self.centroids = linear(*sizes, device, dtype)
         self.b = linear(in_features, rank, device, dtype) if rank else None
         self.a = linear(rank, out_features, device, dtype) if rank else None
-        label_dtype = torch.uint8 if clusters <= 256 else torch.int32
-        self.register_buffer("labels", torch.zeros(channels, dtype=label_dtype, device=device))
-        self.scales = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
         children = [m for m in (self.centroids, self.b, self.a) if m is not None]
@@ -80,7 +94,3 @@ class SWSCLinear(CompressedLinear):
         if self.scales is not None:
             w = w * (self.scales if self.axis else self.scales[:, None])
         return w if self.a is None or self.b is None else w + self.a.weight @ self.b.weight
-
-    def extra_repr(self) -> str:
-        more = f"clusters={self.clusters}, rank={self.rank}, axis={self.axis}, scaled={self.scales is not None}"
-        return f"{super().extra_repr()}, {more}"
