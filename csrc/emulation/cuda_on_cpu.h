@@ -381,6 +381,22 @@ T shuffle(unsigned mask, T value, int source, int site) {
   memcpy(&value, &s.value, sizeof value);
   return value;
 }
+struct Vote {
+  bool set;
+  unsigned ballot;
+};
+inline void ballot_of_warp(void** lanes, unsigned mask) {
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) ballot |= unsigned(static_cast<Vote*>(lanes[i])->set) << i;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) static_cast<Vote*>(lanes[i])->ballot = ballot;
+}
+inline unsigned ballot(unsigned mask, bool set, int site) {
+  Vote vote{set, 0};
+  collective(mask, &vote, ballot_of_warp, site);
+  return vote.ballot;
+}
 inline int lane() { return context.current->lane; }
 
 }  // namespace emulation
@@ -393,6 +409,7 @@ inline int lane() { return context.current->lane; }
 #define __syncwarp() emulation::collective(~0u, nullptr, nullptr, __LINE__)
 #define __shfl_xor_sync(mask, v, offset) emulation::shuffle(mask, v, emulation::lane() ^ (offset), __LINE__)
 #define __shfl_sync(mask, v, source) emulation::shuffle(mask, v, (source) & 31, __LINE__)
+#define __ballot_sync(mask, set) emulation::ballot(mask, set, __LINE__)
 #define __popc(v) __builtin_popcount(v)
 #define __popcll(v) __builtin_popcountll(v)
 
