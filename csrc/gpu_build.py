@@ -177,16 +177,16 @@ def _device_flags() -> list[str | Path]:
     ]
 
 
-def ptx_files(build: Path, architecture: str = ARCHITECTURES[0]) -> list[Path]:
-    """Compile every source to PTX for one GPU; cached by contents."""
+def ptx_files(build: Path, architecture: str = ARCHITECTURES[0], only: tuple[str, ...] = ()) -> list[Path]:
+    """Compile every source, or as `sources` says, to PTX for one GPU; cached by contents."""
     home = cuda_home()
     assert home is not None
     base = [home / "bin" / "nvcc", "-ptx", f"-arch=sm_{architecture}", *_device_flags()]
-    return _compile_all(build / f"sm_{architecture}", sources(), base, ".ptx")
+    return _compile_all(build / f"sm_{architecture}", sources(only=only), base, ".ptx")
 
 
-def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
-    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+def cubins(build: Path, architecture: str, only: tuple[str, ...] = ()) -> list[tuple[Path, str]]:
+    """Compile sources for one GPU; gives the cubin of each and what ptxas said about its kernels."""
     home = cuda_home()
     assert home is not None
 
@@ -198,4 +198,4 @@ def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
         return ptx.with_suffix(".cubin"), log.read_text()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(assemble, ptx_files(build, architecture)))
+        return list(pool.map(assemble, ptx_files(build, architecture, only)))
