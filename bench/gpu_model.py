@@ -168,7 +168,8 @@ def table(name: str, ratio: float = 0.5) -> str:
             megabytes, flops = sum(p.bytes for p in chain) / 1e6, sum(p.flops for p in chain) / 1e9
             lines.append(
                 f"{layer:9} {inputs:5} {kernel:14} {megabytes:6.1f} {flops:7.2f} {budget['registers']:4} {shared:9.1f} "
-                f"{occupancy:9.0%} {max(launch.blocks for launch in found):6} {waves:5.2f} {limit:>13} {time:8.1f} {with_mma:11.1f} | "
+                f"{occupancy:9.0%} {max(launch.blocks for launch in found):6} {waves:5.2f} {limit:>13} {time:8.1f} "
+                f"{with_mma:11.1f} | "
                 f"{dense:8.1f} {'-' if library is None else f'{library:.1f}':>9} {int4:7.1f}"
             )
 
