@@ -138,7 +138,7 @@ def _keep_tensors_apart(model: PreTrainedModel) -> None:
     found = getattr(model, "_weight_conversions", None)
     if found is None:  # what `save_pretrained` does for a model that was not loaded
         found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
-    model._weight_conversions = [c for c in found if not isinstance(c, WeightConverter)]
+    model._weight_conversions = [c for c in found if not isinstance(c, WeightConverter)]  # type: ignore[assignment]
 
 
 def register() -> None:
