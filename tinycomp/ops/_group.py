@@ -71,7 +71,8 @@ def define_group(name: str, single: str, samples: Callable[[torch.dtype], Iterat
             features = op.fake(*layer).shape[-1]
             wanted = (needs[0], *needs[1 + i * size : 1 + (i + 1) * size], *(False for _ in signature.numbers))
             on_x, *rest = op.backward(layer, wanted, gy[..., first : first + features])
-            gx = on_x if gx is None else gx + on_x
+            if on_x is not None:
+                gx = on_x if gx is None else gx + on_x
             gradients += rest[:size]
             first += features
         return gx, *gradients, *(None for _ in range(len(args) - 1 - len(gradients)))

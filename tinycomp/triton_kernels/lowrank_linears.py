@@ -13,4 +13,5 @@ from tinycomp.triton_kernels._product import PLAIN
 @with_signature("lowrank_linears")
 def lowrank_linears(x: Tensor, *tensors: Tensor | None) -> Tensor:
     parts = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-    return run_group(x, [Layer(r, t, order, bias, PLAIN, PLAIN) for r, t, order, bias in parts if r is not None])
+    there = [Layer(r, t, order, bias, PLAIN, PLAIN) for r, t, order, bias in parts if r is not None and t is not None]
+    return run_group(x, there)
