@@ -31,7 +31,7 @@ from tinycomp.calib.loss import fisher_loss
 from tinycomp.compression import shadow_of
 from tinycomp.edits import Plan
 from tinycomp.eval.machine import machine, peak_memory
-from tinycomp.eval.probes import PROBES
+from tinycomp.eval.probes import PROBES, Probe
 from tinycomp.eval.quality import DEFAULT
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
@@ -45,6 +45,7 @@ from tinycomp.train.path_search import PathSearch, search_path
 AGAIN = 75
 SEARCHES = {
     "SPP coupled": {},
+    "SPP coupled, compensated": {"compensate": True},
     "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
 }
 ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy, equal widths", "random")
@@ -59,7 +60,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, seed: int):
         self.args, self.seed, self.started = args, seed, time.perf_counter()
-        self.task = _task(args)
+        self.probe = PROBES[args.model](*args.examples) if args.model in PROBES else None
+        self.task = _task(args, self.probe)
         self.model = self.task.model.eval()
         self.spec = spec_of(self.model)
         self.groups = tc.unit_groups(self.model)
@@ -67,6 +69,7 @@ class Bench:
         self.batches = [text_data.for_model(b, self.model) for b in raw]
         self._grams: dict[str, Tensor] | None = None
         self._surgeon: StatsStore | None = None
+        self._dense: Tensor | None = None
         self.folder = args.work / _short([self.task.name, args.windows])
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -190,8 +193,18 @@ class Bench:
         return {
             "model": self.task.name, "protocol": self.task.protocol, "hash": self.task.hash, "seed": self.seed,
             "name": name, "part": part, "ratio": ratio, "achieved": achieved,
-            self.task.quality: self.task.measure(model), **extra,
+            **self.measure(model), **extra,
         }  # fmt: skip
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Perplexity; of an encoder, accuracy and the relative squared error of its features of the test part."""
+        if self.probe is None:
+            return {self.task.quality: self.task.measure(model)}
+        features, test = self.probe.features_of(model), slice(self.probe.train, None)
+        if self._dense is None:
+            self._dense = self.probe.features_of(self.model)[test]
+        error = (features[test] - self._dense).square().sum() / (self._dense - self._dense.mean(0)).square().sum()
+        return {"feature_error": float(error), "accuracy": self.probe.score(features)}
 
 
 def _fields(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -203,9 +216,9 @@ def _short(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _task(args: argparse.Namespace) -> Task:
-    if args.model in PROBES:
-        return probe_task(PROBES[args.model](), args.ratios, args.windows)
+def _task(args: argparse.Namespace, probe: Probe | None) -> Task:
+    if probe is not None:
+        return probe_task(probe, args.ratios, args.windows)
     return causal_task(args.model, args.ratios, args.tokens, args.windows, 512)
 
 
@@ -223,7 +236,9 @@ def run(args: argparse.Namespace) -> int:
     for seed in args.seeds:
         bench: Bench | None = None
         for name, part, ratio in jobs(args):
-            key = _short([args.model, args.tokens, args.windows, _fields(args, name), seed, name, part, ratio])
+            key = _short(
+                [args.model, args.tokens, args.examples, args.windows, _fields(args, name), seed, name, part, ratio]
+            )
             if key in done:
                 continue
             try:
@@ -309,6 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=("ffn", "all"), default=["ffn"])
     parser.add_argument("--only", nargs="*", default=[], help="names of orders; default all")
     parser.add_argument("--tokens", type=int, default=DEFAULT.max_tokens)
+    parser.add_argument(
+        "--examples", type=int, nargs=2, default=[300, 300], help="training, test part of an encoder's probe"
+    )
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--taylor", type=int, default=1000, help="batches of the Taylor score")
     parser.add_argument("--search", type=json.loads, default={}, help="fields of PathSearch as JSON")

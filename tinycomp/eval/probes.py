@@ -51,18 +51,23 @@ class Probe:
     features: Callable[[object, dict[str, Tensor]], Tensor]
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Accuracy on the test part of a linear classifier fitted to the model's features of the training part."""
+    def features_of(self, model: nn.Module) -> Tensor:
+        """(examples, d): what the model, or a compressed one, says of every example."""
         length = [next(iter(row.values())).shape[1] for row in self.inputs]
         order = sorted(range(len(length)), key=length.__getitem__)  # little padding
         found: list[Tensor] = []
         for start in range(0, len(order), BATCH):
             batch = _joined([self.inputs[i] for i in order[start : start + BATCH]])
             found.append(self.features(model(**batch), batch))
-        features = torch.cat(found)[torch.tensor(order).argsort()]
-        return linear_probe(
-            features[: self.train], self.labels[: self.train], features[self.train :], self.labels[self.train :]
-        )
+        return torch.cat(found)[torch.tensor(order).argsort()]
+
+    def score(self, features: Tensor) -> float:
+        """Accuracy on the test part of a linear classifier fitted to the features of the training part."""
+        train, test = features.split([self.train, len(features) - self.train])
+        return linear_probe(train, self.labels[: self.train], test, self.labels[self.train :])
+
+    def accuracy(self, model: nn.Module) -> float:
+        return self.score(self.features_of(model))
 
     def calibration(self, rows: int, seed: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
         """Inputs of the training part, without labels, drawn with `seed`."""

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tinycomp.calib import collect
 from tinycomp.calib.loss import no_cache
 from tinycomp.io import fingerprint
 from tinycomp.io.journal import write_atomic
@@ -60,6 +61,7 @@ class PathSearch(BaseModel):
         nu: strength of the coupling, large is weak.
         kappa: damping of the sparse twin.
         threshold: lambda; above 1 / kappa, below which units of no importance enter too.
+        compensate: the search sees weights that are refit to the masks (`train.masks.Refit`), as after slicing.
         coupled: the published iteration; False is the released one.
         nonnegative: keep the twin at least 0.
         prox: "unit", or "head": the indices of one head enter together.
@@ -84,6 +86,7 @@ class PathSearch(BaseModel):
     nu: float | None = Field(default=None, gt=0.0)
     kappa: float = Field(default=1.0, gt=0.0)
     threshold: float = Field(default=2.0, ge=0.0)
+    compensate: bool = False
     coupled: bool = True
     nonnegative: bool = False
     prox: Literal["unit", "head"] = "unit"
@@ -123,10 +126,20 @@ def search_path(
     training = model.training
     model.eval()
     try:
-        with no_cache(model), torch.enable_grad(), Masks(model, groups, config.per_head) as masks:
+        grams = _grams(model, groups, batches, config.seed) if config.compensate else None
+        with no_cache(model), torch.enable_grad(), Masks(model, groups, config.per_head, grams) as masks:
             return _Search(model, masks, batches, config, folder).run(progress)
     finally:
         model.train(training)
+
+
+def _grams(model: nn.Module, groups: Sequence[UnitGroup], batches: Sequence[Batch], seed: int) -> dict[str, Tensor]:
+    """Second moments of the inputs of the linears that read units."""
+    paths = list(dict.fromkeys(g.members[-1].path for g in groups if g.members[-1].dim == 1))
+    store = collect(model, spec_of(model), list(batches), frozenset({"gram"}), paths=paths, seed=seed)
+    found = {path: stats.gram for path, stats in store.get(paths).items()}
+    store.close()
+    return found
 
 
 class _Search:
