@@ -45,6 +45,7 @@ from tinycomp.train.path_search import PathSearch, search_path
 AGAIN = 75
 SEARCHES = {
     "SPP coupled": {},
+    "SPP coupled, warm start": {"warm": 0.8},
     "SPP coupled, compensated": {"compensate": True},
     "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
 }

@@ -16,6 +16,7 @@ import torch
 from conftest import FAMILIES, WIDTH, output
 
 from tinycomp.edits import Plan
+from tinycomp.linalg import Elimination
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
 from tinycomp.models import spec_of, unit_groups
@@ -145,6 +146,25 @@ def test_a_compensated_search_sees_what_slicing_and_refitting_give(family):
     assert (output(model, family) - masked).norm() < 0.05 * plain  # the damping differs
     path = search_path(FAMILIES[family].build(), groups, data(family), PathSearch(**QUICK, compensate=True))
     assert all(bool(torch.isfinite(t).all()) for t in path.tie.values())
+
+
+def test_a_warm_start_gives_the_order_of_an_elimination_where_nothing_else_speaks():
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    config = PathSearch(**QUICK, warm=1.0, lr=1e-6)
+    path = search_path(model, groups, data("llama"), config)
+    batches = data("llama")
+    for group in (g for g in groups if g.kind == "ffn"):
+        down = group.members[-1].path
+        seen = []
+        handle = model.get_submodule(down).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].detach()))
+        for batch in batches:
+            model(**batch)
+        handle.remove()
+        x = torch.cat(seen).flatten(0, -2)
+        order = Elimination(model.get_submodule(down).weight.detach(), x.T @ x / len(x), None, 1e-4).order
+        ranked = [unit for name, unit in path.ranking(groups) if name == group.name]
+        assert ranked[:4] == order.flip(0)[:4].tolist()
 
 
 def dead_units(model):
