@@ -107,7 +107,7 @@ def test_a_path_over_independent_inputs_is_wandas_order_and_sees_what_wanda_does
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 0.99  # inputs 0 and 1 are alike, and their weights cancel
     weight = torch.tensor([[1.0, -1.0, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1]])
-    twins = dataclasses.replace(linear, weight=weight, bias=None, gram=gram)
+    twins = dataclasses.replace(linear, weight=weight, bias=None, gram=gram, output_gram=None)
     losses = {}
     for module, cfg in ((spp_mask, config), (wanda, wanda.Wanda())):
         keep = row_places(module.weight_scores(twins, cfg)) < 4
