@@ -2,7 +2,7 @@
 
     python bench/spp.py                                    SmolLM2, seed 0, FFN, ratios 0.9 0.8 0.6
     python bench/spp.py --parts ffn all --seeds 0 1 2      also with attention units
-    python bench/spp.py --model minilm|dinov2|FOLDER       an encoder of the tracks (accuracy), or a model folder
+    python bench/spp.py --model minilm|dinov2|FOLDER       an encoder of the tracks (features, accuracy), or a folder
     python bench/spp.py --report                           table and plot of the rows in --output, as Markdown
 
 Every order is cut at the same ratio of the parameters of its units, with the same rounding and the same refit on the
@@ -31,7 +31,7 @@ from tinycomp.calib.loss import fisher_loss
 from tinycomp.compression import shadow_of
 from tinycomp.edits import Plan
 from tinycomp.eval.machine import machine, peak_memory
-from tinycomp.eval.probes import PROBES, Probe
+from tinycomp.eval.probes import PROBES
 from tinycomp.eval.quality import DEFAULT
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
@@ -43,6 +43,7 @@ from tinycomp.train.masks import Masks
 from tinycomp.train.path_search import PathSearch, search_path
 
 AGAIN = 75
+MEASURES = ("perplexity", "feature_error", "accuracy")  # the first one that a row has is plotted
 SEARCHES = {
     "SPP coupled": {},
     "SPP coupled, warm start": {"warm": 0.8},
@@ -61,8 +62,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, seed: int):
         self.args, self.seed, self.started = args, seed, time.perf_counter()
-        self.probe = PROBES[args.model](*args.examples) if args.model in PROBES else None
-        self.task = _task(args, self.probe)
+        self.task = _task(args)
         self.model = self.task.model.eval()
         self.spec = spec_of(self.model)
         self.groups = tc.unit_groups(self.model)
@@ -70,7 +70,6 @@ class Bench:
         self.batches = [text_data.for_model(b, self.model) for b in raw]
         self._grams: dict[str, Tensor] | None = None
         self._surgeon: StatsStore | None = None
-        self._dense: Tensor | None = None
         self.folder = args.work / _short([self.task.name, args.windows])
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -194,18 +193,8 @@ class Bench:
         return {
             "model": self.task.name, "protocol": self.task.protocol, "hash": self.task.hash, "seed": self.seed,
             "name": name, "part": part, "ratio": ratio, "achieved": achieved,
-            **self.measure(model), **extra,
+            **self.task.measure(model), **extra,
         }  # fmt: skip
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Perplexity; of an encoder, accuracy and the relative squared error of its features of the test part."""
-        if self.probe is None:
-            return {self.task.quality: self.task.measure(model)}
-        features, test = self.probe.features_of(model), slice(self.probe.train, None)
-        if self._dense is None:
-            self._dense = self.probe.features_of(self.model)[test]
-        error = (features[test] - self._dense).square().sum() / (self._dense - self._dense.mean(0)).square().sum()
-        return {"feature_error": float(error), "accuracy": self.probe.score(features)}
 
 
 def _fields(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -217,9 +206,9 @@ def _short(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _task(args: argparse.Namespace, probe: Probe | None) -> Task:
-    if probe is not None:
-        return probe_task(probe, args.ratios, args.windows)
+def _task(args: argparse.Namespace) -> Task:
+    if args.model in PROBES:
+        return probe_task(PROBES[args.model](*args.examples), args.ratios, args.windows)
     return causal_task(args.model, args.ratios, args.tokens, args.windows, 512)
 
 
@@ -255,30 +244,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for every model and part, mean over seeds (and their range), and a plot."""
+    """A table for every model, part and measure, mean over seeds (and their range), best in bold."""
     lines: list[str] = []
     for model, part in sorted({(r["model"], r["part"]) for r in rows if r["part"] != "-"}):
         own = [r for r in rows if r["model"] == model and r["part"] == part]
-        (dense,) = [r for r in rows if r["model"] == model and r["name"] == "dense"][:1]
-        measure = "perplexity" if "perplexity" in dense else "accuracy"
-        ratios = sorted({r["ratio"] for r in own}, reverse=True)
+        dense = next(r for r in rows if r["model"] == model and r["name"] == "dense")
         what = "feed-forward units" if part == "ffn" else "feed-forward and attention units"
-        lines += [f"### {model}, {what}", "", f"{measure} `{dense['protocol']}`, dense {dense[measure]:.4g}", ""]
-        lines += ["| order | " + " | ".join(f"{r:g}" for r in ratios) + " |", "|---|" + "---|" * len(ratios)]
-        best = max if measure == "accuracy" else min
-        found = {
-            (n, r): [x[measure] for x in own if x["name"] == n and x["ratio"] == r]
-            for n in dict.fromkeys(x["name"] for x in own) for r in ratios
-        }  # fmt: skip
-        winners = {
-            r: best((n for n, q in found if q == r and found[n, q]), key=lambda n, r=r: _mean(found[n, r]))
-            for r in ratios
-        }
-        for name in dict.fromkeys(x["name"] for x in own):
-            cells = [_cell(found[name, r], winners[r] == name) for r in ratios]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"### {model}, {what}", ""]
+        for measure in (m for m in MEASURES if m in dense):
+            lines += [f"{measure} `{dense['protocol']}`, dense {dense[measure]:.4g}", "", *_table(own, measure), ""]
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]], measure: str) -> list[str]:
+    ratios = sorted({r["ratio"] for r in rows}, reverse=True)
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    found = {(n, q): [r[measure] for r in rows if r["name"] == n and r["ratio"] == q] for n in names for q in ratios}
+    best = max if measure == "accuracy" else min
+    winners = {q: best((n for n in names if found[n, q]), key=lambda n, q=q: _mean(found[n, q])) for q in ratios}
+    lines = ["| order | " + " | ".join(f"{q:g}" for q in ratios) + " |", "|---|" + "---|" * len(ratios)]
+    return lines + [
+        f"| {name} | " + " | ".join(_cell(found[name, q], winners[q] == name) for q in ratios) + " |" for name in names
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -302,7 +289,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.6), squeeze=False)
     for axis, (model, part) in zip(axes[0], pairs, strict=True):
         own = [r for r in rows if (r["model"], r["part"]) == (model, part)]
-        measure = "perplexity" if "perplexity" in own[0] else "accuracy"
+        measure = next(m for m in MEASURES if m in own[0])
         for name in dict.fromkeys(r["name"] for r in own):
             points: dict[float, list[float]] = {}
             for r in own:
@@ -310,7 +297,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
                     points.setdefault(r["ratio"], []).append(r[measure])
             axis.plot(sorted(points), [_mean(points[k]) for k in sorted(points)], marker="o", label=name)
         axis.set(title=f"{model}, {part}", xlabel="kept share of the units' parameters", ylabel=measure)
-        if measure == "perplexity":
+        if measure != "accuracy":
             axis.set_yscale("log")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()

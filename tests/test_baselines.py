@@ -116,11 +116,14 @@ def test_a_path_over_independent_inputs_is_wandas_order_and_sees_what_wanda_does
 
 
 def test_twins_of_four_inputs_compete():
-    linear = linear_unit(6, 22).linears[0]
-    scores = spp_mask.weight_scores(linear, spp_mask.SPPMask(pattern="2:4"))
-    entered = torch.nn.functional.pad(scores >= 1, (0, 2)).reshape(6, 6, 4).sum(2)
-    assert int(entered.max()) == 2
-    assert entered.float().mean() > 1
+    linear = dataclasses.replace(linear_unit(6, 22).linears[0], gram=torch.eye(22))
+    entered = {}
+    for pattern in ("row", "2:4"):
+        scores = spp_mask.weight_scores(linear, spp_mask.SPPMask(pattern=pattern))
+        entered[pattern] = torch.nn.functional.pad(scores >= 1, (0, 2)).reshape(6, 6, 4).sum(2)
+    assert int(entered["row"].max()) > 2
+    assert int(entered["2:4"].max()) == 2
+    assert int((entered["2:4"] == 2).sum()) >= int((entered["row"] >= 2).sum()) > 0
 
 
 @pytest.mark.parametrize("name", PRUNERS)

@@ -178,6 +178,22 @@ def test_width_options_predict_what_build_reaches(fields: dict[str, Any]) -> Non
         assert weights == option.size
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_width_options_say_what_build_stores_and_loses(bits: int) -> None:
+    config = WidthPrune(ratio=0.5, round_to=1, damping=1e-8, bits=bits)
+    unit, method = ffn(), METHODS["WidthPrune"]
+    options = method.options(unit, config)
+    for option in (*options[8::4], options[-1]):
+        result = method.build(unit, option.choice, config)
+        assert sum(r["bits_after"] for r in result.records) == option.bits
+        assert sum(r["size_after"] for r in result.records) == option.size
+        stored = {f"{r['path']}.{name}" for r in result.records for name in ("qweight", "scales", "zeros")}
+        assert 8 * sum(t.nbytes for name, t in result.tensors.items() if name in stored) == option.bits
+        lost = sum(r["truncation_loss"] + r["rounding_loss"] for r in result.records)
+        assert lost == pytest.approx(option.loss, rel=0.3)
+        assert lost == pytest.approx(sum(r["predicted_loss"] for r in result.records), rel=0.2)
+
+
 def test_refit_beats_no_refit_and_surgeon_beats_energy() -> None:
     unit, method = ffn(), METHODS["WidthPrune"]
 

@@ -37,6 +37,8 @@ ONE_OF_EACH: dict[str, Any] = {
     "swsc-int8-inputs": tc.SWSC(clusters=6, rank=3, factor_bits=8, axis="input", activation_bits=8),
     "swsc-paper": tc.SWSC(preset="paper"),
     "width": tc.WidthPrune(ratio=0.6),
+    "width-int8": tc.WidthPrune(ratio=0.6, bits=8),
+    "width-int4-rounded-inputs": tc.WidthPrune(ratio=0.6, bits=4, activation_bits=8, sequential=True),
     "wanda": tc.Wanda(ratio=0.6),
     "wanda-masked": tc.Wanda(ratio=0.6, structured=False, guard_speed=False),
     "magnitude": tc.Magnitude(ratio=0.5),

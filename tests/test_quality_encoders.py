@@ -46,7 +46,7 @@ def test_int8_factors_cost_next_to_nothing(probe: probes.Probe) -> None:
             model = copy.deepcopy(probe.model)
             config = method(ratio=0.5, allocation="uniform", targets=BLOCKS, **fields)
             report = tc.compress_(model, config, data, statistics=statistics, progress=False)
-            accuracy.append(100 * probe.accuracy(model))
+            accuracy.append(100 * probe.measure(model)["accuracy"])
             error.append(float((features(probe, model) - dense).norm() / dense.norm()))
             if fields:
                 lost = sum(r["rounding_loss"] for r in report.records)

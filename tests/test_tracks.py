@@ -146,7 +146,7 @@ def test_probe_accuracy_does_not_depend_on_order_or_padding() -> None:
     probe = probes.Probe(
         "m", "p", "h", Sum(), rows, labels, 30, lambda output, batch: output.float().amax(1, keepdim=True)
     )
-    assert probe.accuracy(probe.model) == 1.0
+    assert probe.measure(probe.model) == {"accuracy": 1.0, "feature_error": 0.0}
     drawn = probe.calibration(5, seed=1, batch_size=2)
     assert [len(b["input_ids"]) for b in drawn] == [2, 2, 1]
     assert json.dumps([b["input_ids"].tolist() for b in drawn]) == json.dumps(
@@ -160,4 +160,4 @@ def test_dinov2_probe_of_the_dense_model() -> None:
             pytest.skip(f"the package {package} is not installed")
     probe = probes.dinov2(train=80, test=40)
     assert probe.inputs[0]["pixel_values"].shape == (1, 3, 56, 56)
-    assert probe.accuracy(probe.model) > 0.5  # of ten classes
+    assert probe.measure(probe.model)["accuracy"] > 0.5  # of ten classes

@@ -162,10 +162,11 @@ def _replace(model: nn.Module, edit: Replace, changes: _Changes) -> None:
     if trainable and not any(trainable):
         new.requires_grad_(False)
     new.train(old.training)
-    if weight.device.type != "meta":
-        new._buffers["weight"] = weight.new_empty(0)
+    device = changes.devices.get(id(old), weight.device)  # a layer that was just resized is on meta
+    if device.type != "meta":
+        new._buffers["weight"] = weight.new_empty(0, device=device)
     for module in new.modules():
-        changes.expect(module, weight.device)
+        changes.expect(module, device)
     changes.put(table, name, new)
 
 

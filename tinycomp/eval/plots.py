@@ -259,10 +259,10 @@ def tracks_plot(found: Sequence[Any], task: Mapping[str, Any], titles: Mapping[s
 
     Args:
         found: `tracks_page.Summary` of one model; bars are their spreads.
-        task: with `quality`, "perplexity" (log axis) or "accuracy" (percent).
+        task: its first quality is "perplexity" (log axis) or "accuracy" (percent).
         titles: of the rows, by name.
     """
-    scale, log = (1.0, True) if task["quality"] == "perplexity" else (100.0, False)
+    scale, log = (1.0, True) if task["qualities"][0] == "perplexity" else (100.0, False)
     shown = [s for s in found if not s.refused and math.isfinite(s.mean)]
     dense = next(s for s in shown if s.method == "dense")
     figure, (left, right) = _figure(1, 2, 10.4, 4.4, sharey=True)

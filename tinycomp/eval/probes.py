@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -50,9 +51,25 @@ class Probe:
     train: int
     features: Callable[[object, dict[str, Tensor]], Tensor]
 
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Accuracy on the test part of a linear classifier fitted to the model's features of the training part, and
+        the features' own relative error there, |F - F_dense| / |F_dense| (Frobenius).
+
+        The classifier adapts to what compression did, and its accuracy moves by a point between equally good models;
+        the error of the features does neither.
+        """
+        dense, found = self._dense, self._features(model)
+        test = slice(self.train, None)
+        accuracy = linear_probe(found[: self.train], self.labels[: self.train], found[test], self.labels[test])
+        return {"accuracy": accuracy, "feature_error": float((found[test] - dense[test]).norm() / dense[test].norm())}
+
+    @functools.cached_property
+    def _dense(self) -> Tensor:
+        return self._features(self.model)
+
     @torch.no_grad()
-    def features_of(self, model: nn.Module) -> Tensor:
-        """(examples, d): what the model, or a compressed one, says of every example."""
+    def _features(self, model: nn.Module) -> Tensor:
+        """Of every example, in order."""
         length = [next(iter(row.values())).shape[1] for row in self.inputs]
         order = sorted(range(len(length)), key=length.__getitem__)  # little padding
         found: list[Tensor] = []
@@ -60,14 +77,6 @@ class Probe:
             batch = _joined([self.inputs[i] for i in order[start : start + BATCH]])
             found.append(self.features(model(**batch), batch))
         return torch.cat(found)[torch.tensor(order).argsort()]
-
-    def score(self, features: Tensor) -> float:
-        """Accuracy on the test part of a linear classifier fitted to the features of the training part."""
-        train, test = features.split([self.train, len(features) - self.train])
-        return linear_probe(train, self.labels[: self.train], test, self.labels[self.train :])
-
-    def accuracy(self, model: nn.Module) -> float:
-        return self.score(self.features_of(model))
 
     def calibration(self, rows: int, seed: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
         """Inputs of the training part, without labels, drawn with `seed`."""

@@ -17,6 +17,7 @@ from tinycomp.eval.report import NO_PLOTS, facts_of, standalone, template
 from tinycomp.eval.table import Row, fixed, number, significant
 
 PAPER_SIZE = ("cur paper, own size", "cur, same matrices")
+LABELS = {"perplexity": "perplexity", "accuracy": "accuracy", "feature_error": "feature error"}
 TITLES = {"auto": "Auto", "cur": "CUR", "svd": "SVD", "swsc": "SWSC", "widthprune": "WidthPrune"}
 SIZES = ("parameters", "bytes_disk", "flops_per_token", "compress_seconds", "peak_memory_bytes")
 RATES = ("prefill_tokens_s_relative", "decode_tokens_s_relative")
@@ -83,13 +84,13 @@ class Judge:
     independent ones, sqrt(2 p (1 - p) / examples).
 
     Args:
-        quality: "perplexity" or "accuracy".
+        quality: "perplexity", "accuracy" or "feature_error".
         examples: in the test part, of an accuracy.
     """
 
     def __init__(self, quality: str, examples: int = 0) -> None:
-        self.examples = examples
-        self.sign = -1.0 if quality == "perplexity" else 1.0
+        self.quality, self.examples = quality, examples if quality == "accuracy" else 0
+        self.sign = 1.0 if quality == "accuracy" else -1.0
         self.write = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f} %"
         self.spread = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f}"
 
@@ -193,7 +194,7 @@ def write_tracks(folder: Path, results: Mapping[str, Any]) -> list[Path]:
 
     Args:
         folder: exists; files of these names are replaced.
-        results: `title, machine, command, seeds, notes`, tasks `[{name, quality, examples, protocol, hash, ratios}]`
+        results: `title, machine, command, seeds, notes`, tasks `[{name, qualities, examples, protocol, hash, ratios}]`
             and the rows of `tinycomp.tracks`.
     """
     written = [folder / "report.md", folder / "report.html"]
@@ -223,10 +224,34 @@ def write_tracks(folder: Path, results: Mapping[str, Any]) -> list[Path]:
 
 
 def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
-    """One model: its tables as text, and the sentences."""
-    found, judge = summaries(rows, task["quality"]), Judge(task["quality"], task["examples"])
-    ratios = list(task["ratios"])
-    dense = next(s for s in found if s.method == "dense")
+    """One model: its tables as text and the sentences, for each quality; the first one's noise, and its plot's rows."""
+    qualities: list[str] = list(task["qualities"])
+    judges = [Judge(quality, task["examples"]) for quality in qualities]
+    every = list(zip(*(summaries(rows, quality) for quality in qualities), strict=True))
+    found, judge, ratios = [s[0] for s in every], judges[0], list(task["ratios"])
+    dense = next(s for s in every if s[0].method == "dense")
+    refused = [s for s in found if s.refused and s.ratio is not None]
+
+    def cells(name: str) -> dict[str, Any]:
+        return next(_cells(s, dense, judges) for s in every if (s[0].name, s[0].ratio) == (name, None))
+
+    return {
+        "task": task,
+        "labels": [LABELS[quality] for quality in qualities],
+        "found": found,
+        "noise": judge.text(replace(dense[0], mean=judge.noise(dense[0]), seeds=1)) if task["examples"] else "",
+        "dense": f"{judge.text(dense[0])}, {dense[0].sizes['bytes_disk'] / 1e6:.1f} MB in 16 bits",
+        "ratios": [f"{r:g}" for r in ratios],
+        "views": [_view([s[i] for s in every], ratios, j) for i, j in enumerate(judges)],
+        "pair": [cells(n) for n in PAPER_SIZE if any(s.name == n for s in found)],
+        "bytes": [_cells(s, dense, judges) for s in [dense, *(s for s in every if s[0].track == "bytes")]],
+        "all": [_cells(s, dense, judges) for s in every],
+        "refused": [f"{title(s.name, s.ratio)}: {s.refused.partition(';')[0]}" for s in refused],
+    }
+
+
+def _view(found: Sequence[Summary], ratios: Sequence[float], judge: Judge) -> dict[str, Any]:
+    """The parameters track by one quality, and what it says."""
     by = {(s.name, s.ratio): s for s in found}
     names = list(dict.fromkeys(s.name for s in found if s.track == "parameters" and s.ratio is not None))
     columns = [[by[name, r] for name in names if (name, r) in by and not by[name, r].refused] for r in ratios]
@@ -235,24 +260,12 @@ def _section(rows: Sequence[Row], task: Mapping[str, Any]) -> dict[str, Any]:
         (title(name), [(judge.text(by[name, r]), id(by[name, r]) in tops) for r in ratios if (name, r) in by])
         for name in names
     ]
-    refused = [s for s in found if s.refused and s.ratio is not None]
-    return {
-        "task": task,
-        "found": found,
-        "noise": judge.text(replace(dense, mean=judge.noise(dense), seeds=1)) if task["examples"] else "",
-        "dense": f"{judge.text(dense)}, {dense.sizes['bytes_disk'] / 1e6:.1f} MB in 16 bits",
-        "ratios": [f"{r:g}" for r in ratios],
-        "grid": grid,
-        "pair": [_cells(by[n, None], dense, judge) for n in PAPER_SIZE if (n, None) in by],
-        "bytes": [_cells(s, dense, judge) for s in [dense, *(s for s in found if s.track == "bytes")]],
-        "all": [_cells(s, dense, judge) for s in found],
-        "refused": [f"{title(s.name, s.ratio)}: {s.refused.partition(';')[0]}" for s in refused],
-        "findings": findings(found, ratios, judge),
-    }
+    return {"label": LABELS[judge.quality], "grid": grid, "findings": findings(found, ratios, judge)}
 
 
-def _cells(s: Summary, dense: Summary, judge: Judge) -> dict[str, str]:
-    """A row's cells; a dash where nothing was measured."""
+def _cells(row: Sequence[Summary], dense: Sequence[Summary], judges: Sequence[Judge]) -> dict[str, Any]:
+    """A row's cells, one summary for each quality; a dash where nothing was measured."""
+    s = row[0]
 
     def cell(key: str, write: Any) -> str:
         return write(s.sizes[key]) if key in s.sizes else "–"
@@ -262,11 +275,11 @@ def _cells(s: Summary, dense: Summary, judge: Judge) -> dict[str, str]:
         "name": title(s.name, s.ratio),
         "parameters": cell("parameters", fixed(2, 1e6)),
         "disk": cell("bytes_disk", fixed(1, 1e6)),
-        "relative": "–" if size is None else f"{size / dense.sizes['bytes_disk']:.3f}",
+        "relative": "–" if size is None else f"{size / dense[0].sizes['bytes_disk']:.3f}",
         "flops": cell("flops_per_token", fixed(1, 1e6)),
         "prefill": cell(RATES[0], fixed(2)),
         "decode": cell(RATES[1], fixed(2)),
-        "quality": judge.text(s),
+        "qualities": [judge.text(one) for one, judge in zip(row, judges, strict=True)],
         "seconds": cell("compress_seconds", fixed(0)),
         "peak": cell("peak_memory_bytes", fixed(2, 1e9)),
         "chosen": ", ".join(f"{count} {method}" for method, count in sorted(s.chosen.items()))

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from tinycomp import linalg, ops
 from tinycomp.edits import Replace
 from tinycomp.linalg import pivoted_rank
-from tinycomp.methods._base import Linear, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._base import Linear, Option, Result, Unit, record
 from tinycomp.methods._options import dense_option
 from tinycomp.methods._rounding import (
+    RoundedConfig,
     default_group,
     feedback,
     round_weight,
@@ -32,26 +33,14 @@ ROUNDING_POINTS = 5  # sizes whose rounding is measured; between them its loss i
 REFIT_DAMPING = 1e-4  # pull towards the exact second factor, when it is refit to the rounded first one
 
 
-class LowRankConfig(MethodConfig):
-    """Fields of the methods that store two factors.
+class LowRankConfig(RoundedConfig):
+    """Fields of the methods that store two factors. With `bits` below 16 the second one is refit to the rounded first.
 
     Args:
         rank: one rank for every target, instead of `ratio`.
-        bits: of a stored factor's numbers: 16 keeps the model's dtype; 8 rounds by row, 4 by group of 64 inputs, the
-            second factor refit to the rounded first, and matrices that keep their full rank are rounded as well.
-            `ratio` counts numbers, whatever their bits; the loss of rounding is part of every predicted loss.
-        activation_bits: 8 also rounds the layer's inputs as it runs, faster for many rows; not in the predicted loss.
     """
 
     rank: int | None = Field(default=None, ge=1)
-    bits: Literal[16, 8, 4] = 16
-    activation_bits: Literal[0, 8] = 0
-
-    @model_validator(mode="after")
-    def _rounded_together(self) -> LowRankConfig:
-        if self.activation_bits and self.bits == 16:
-            raise ValueError("activation_bits: got 8 with bits=16, allowed with bits 8 or 4; set bits=8")
-        return self
 
 
 class Factors(NamedTuple):

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 
 from tinycomp import linalg, ops
 from tinycomp.edits import Replace
-from tinycomp.methods._base import Linear, Result, record
+from tinycomp.methods._base import Linear, MethodConfig, Result, record
 
 INT4_GROUP = 64
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 FEEDBACK_BLOCK = 64  # inputs whose errors are spread one by one; beyond the block they go in one product
 FEEDBACK_DAMPING = 1e-3
+
+
+class RoundedConfig(MethodConfig):
+    """Fields of the methods that may round what they store.
+
+    Args:
+        bits: of a stored number: 16 keeps the model's dtype; 8 rounds by row, 4 by group of 64 inputs, and matrices
+            that keep their full size are rounded as well. `ratio` counts numbers, whatever their bits; the loss of
+            rounding is part of every predicted loss.
+        activation_bits: 8 also rounds the layer's inputs as it runs, faster for many rows; not in the predicted loss.
+    """
+
+    bits: Literal[16, 8, 4] = 16
+    activation_bits: Literal[0, 8] = 0
+
+    @model_validator(mode="after")
+    def _rounded_together(self) -> RoundedConfig:
+        if self.activation_bits and self.bits == 16:
+            raise ValueError("activation_bits: got 8 with bits=16, allowed with bits 8 or 4; set bits=8")
+        return self
 
 
 def default_group(bits: int) -> int:
@@ -83,6 +106,14 @@ def rounded_result(
 ) -> Result:
     """Edit, tensors and record for the whole matrix as one QuantLinear."""
     packed, error, stored = round_weight(linear, bits, group_size, search)
+    row = record(linear, method, linear.weight.numel(), stored, error, bits=bits, group_size=group_size)
+    return quantized(linear, packed, bits, group_size, activation_bits, [row])
+
+
+def quantized(
+    linear: Linear, packed: ops.Quantized, bits: int, group_size: int, activation_bits: int, rows: list[dict[str, Any]]
+) -> Result:
+    """Edit and tensors that put a QuantLinear of `packed` in the linear's place, beside the records `rows`."""
     kwargs = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
@@ -95,8 +126,7 @@ def rounded_result(
     tensors = {f"{linear.path}.{name}": t for name, t in packed._asdict().items() if t is not None}
     if linear.bias is not None:
         tensors[f"{linear.path}.bias"] = linear.bias.to(linear.dtype)
-    row = record(linear, method, linear.weight.numel(), stored, error, bits=bits, group_size=group_size)
-    return Result([Replace(linear.path, layer="QuantLinear", kwargs=kwargs)], tensors, [row])
+    return Result([Replace(linear.path, layer="QuantLinear", kwargs=kwargs)], tensors, rows)
 
 
 def spread_errors(

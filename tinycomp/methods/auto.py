@@ -38,8 +38,9 @@ class Auto(MethodConfig):
         guard_speed: measure that, and drop the options that lose; off makes the choice independent of the machine,
             unless the budget is time.
         screen: blocks on which each family is tried first; one that never wins there is dropped (0 tries all).
-        bits: widths that rounding may use; where bytes or time are the budget, also the factors of SVD and CUR, beside
-            the model's own width. Empty: nothing is rounded but the values behind masks.
+        bits: widths that rounding may use; where bytes or time are the budget, also for the factors of SVD and CUR and
+            for the weights that WidthPrune keeps, beside the model's own width. Empty: nothing is rounded but the
+            values behind masks.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -69,16 +70,16 @@ def families(config: Auto) -> tuple[tuple[Method, MethodConfig], ...]:
     }
     found = [(_METHODS[n], _METHODS[n].config(**shared, **extra.get(n, {}))) for n in names]
     if config.budget != "parameters":
-        for name in ("svd", "cur"):
+        for name in ("svd", "cur", "widthprune"):
             if name in names:
                 method = _METHODS[name]
                 configs = [method.config(**shared | {"bits": bits}) for bits in config.bits]
-                found += [(_rounded_factors(method, each.bits), each) for each in configs]  # type: ignore[attr-defined]
+                found += [(_with_rounding(method, each.bits), each) for each in configs]  # type: ignore[attr-defined]
     return tuple(found)
 
 
-def _rounded_factors(method: Method, bits: int) -> Method:
-    """A low-rank method with rounded factors, as a family of its own; whole matrices are left to Rounding."""
+def _with_rounding(method: Method, bits: int) -> Method:
+    """A method with rounded weights, as a family of its own; whole matrices are left to Rounding."""
 
     def options(unit: Unit, config: MethodConfig) -> list[Option]:
         return [o for o in method.options(unit, config) if not o.choice.get("full")]

@@ -9,6 +9,7 @@ are weighted (K-FAC), and the whole curve over widths comes from one elimination
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from tinycomp.edits import Slice
 from tinycomp.linalg import Elimination
-from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit, record
+from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._options import dense_option, require_finite
+from tinycomp.methods._rounding import RoundedConfig, default_group, quantized, round_weight, rounded_bits
 
 GRID = 48
 
 
-class WidthPrune(MethodConfig):
-    """Structured pruning of feed-forward hidden units.
+class WidthPrune(RoundedConfig):
+    """Structured pruning of feed-forward hidden units. `bits` are those of the kept weights: see `RoundedConfig`.
 
     Args:
         selection: "surgeon" removes the unit whose loss is least after refitting the others; "energy" keeps the units
@@ -87,9 +89,14 @@ class Selection:
         return self.down.predicted_loss(self.down.weight.float() - approximation)
 
 
-def _bits(unit: Unit, width: int) -> int:
-    per_unit = sum(x.weight.numel() // unit.linears[-1].in_features * 8 * x.dtype.itemsize for x in unit.linears)
-    return per_unit * width
+def _bits(unit: Unit, width: int, config: WidthPrune) -> int:
+    """Bits on disk of the sublayer's weights at this width."""
+    *inputs, down = unit.linears
+    shapes = [(x, width, x.in_features) for x in inputs] + [(down, down.out_features, width)]
+    if config.bits == 16:
+        return sum(rows * columns * 8 * x.dtype.itemsize for x, rows, columns in shapes)
+    group = default_group(config.bits)
+    return sum(rounded_bits(rows, columns, config.bits, group, 8 * x.dtype.itemsize) for x, rows, columns in shapes)
 
 
 def options(unit: Unit, config: WidthPrune) -> list[Option]:
@@ -97,10 +104,17 @@ def options(unit: Unit, config: WidthPrune) -> list[Option]:
     full = down.in_features
     selection = Selection(down, config)
     per_unit = unit.size // full
+    rounding = 0.0
+    if config.bits != 16:
+        group, search = default_group(config.bits), config.bits == 4
+        rounding = sum(x.predicted_loss(round_weight(x, config.bits, group, search)[1]) for x in unit.linears)
     found = [
-        Option(w * per_unit, _bits(unit, w), selection.loss(w), {"width": w}) for w in widths(full, config.round_to)
+        Option(w * per_unit, _bits(unit, w, config), selection.loss(w) + rounding * w / full, {"width": w})
+        for w in widths(full, config.round_to)
     ]
-    return [*found, dense_option(unit)]
+    if config.bits == 16:
+        return [*found, dense_option(unit)]
+    return [*found, Option(unit.size, _bits(unit, full, config), rounding, {"width": full, "full": True})]
 
 
 def build(unit: Unit, choice: dict[str, Any], config: WidthPrune) -> Result:
@@ -108,33 +122,56 @@ def build(unit: Unit, choice: dict[str, Any], config: WidthPrune) -> Result:
     field = unit.ffn.config_field if unit.ffn else None
     width = choice["width"]
     selection = Selection(down, config)
-    kept = selection.kept(width)
+    kept = selection.kept(width) if width < down.in_features else torch.arange(width, device=down.weight.device)
     result = Result()
     for linear in inputs:
         require_finite(linear)
-        result.edits.append(Slice(linear.path, dim=0, keep=width, config_field=field))
-        _store(result, linear, linear.weight[kept])
-        if linear.bias is not None:
-            result.tensors[f"{linear.path}.bias"] = linear.bias[kept].to(linear.dtype)
-        row = record(linear, "WidthPrune", 0, 0, torch.zeros_like(linear.weight, dtype=torch.float32), width=width)
-        result.records.append(row | _sizes(linear, width * linear.in_features))
-    new = selection.weight(kept)
-    approximation = torch.zeros_like(down.weight, dtype=torch.float32)
-    approximation[:, kept] = new
-    result.edits.append(Slice(down.path, dim=1, keep=width, config_field=field))
-    _store(result, down, new)
-    row = record(down, "WidthPrune", 0, 0, down.weight.float() - approximation, width=width)
-    result.records.append(row | _sizes(down, width * down.out_features))
+        bias = None if linear.bias is None else linear.bias[kept]
+        narrow = replace(
+            linear, weight=linear.weight[kept], bias=bias, output_gram=_part(linear.output_gram, kept), _energy=None
+        )
+        _put(result, linear, narrow, Slice(linear.path, dim=0, keep=width, config_field=field), kept, config)
+    weight = selection.weight(kept) if width < down.in_features else down.weight.float()
+    narrow = replace(down, weight=weight, gram=_part(down.gram, kept), _energy=None)
+    _put(result, down, narrow, Slice(down.path, dim=1, keep=width, config_field=field), kept, config)
     return result
 
 
-def _sizes(linear: Linear, size: int) -> dict[str, int]:
-    return {"size_after": size, "bits_after": size * 8 * linear.dtype.itemsize}
+def _part(moment: Tensor | None, kept: Tensor) -> Tensor | None:
+    return None if moment is None else moment[kept][:, kept]
 
 
-def _store(result: Result, linear: Linear, weight: Tensor) -> None:
-    weight = weight.to(linear.dtype)
-    result.tensors[f"{linear.path}.weight"] = (weight.T if linear.transposed else weight).contiguous()
+def _put(result: Result, linear: Linear, narrow: Linear, edit: Slice, kept: Tensor, config: WidthPrune) -> None:
+    """Edits, tensors and record that leave `narrow`, rounded where the config says so, in the place of `linear`."""
+    index = (kept, slice(None)) if edit.dim == 0 else (slice(None), kept)
+
+    def error(weight: Tensor) -> Tensor:
+        """Of the whole matrix; units that are gone cost what their refit neighbours do not make up for."""
+        whole = linear.weight.float().clone() if edit.dim == 0 else torch.zeros_like(linear.weight, dtype=torch.float32)
+        whole[index] = weight
+        return linear.weight.float() - whole
+
+    size, bits = narrow.weight.numel(), config.bits
+    result.edits.append(edit)
+    if bits == 16:
+        weight = narrow.weight.to(linear.dtype)
+        result.tensors[f"{linear.path}.weight"] = (weight.T if linear.transposed else weight).contiguous()
+        if narrow.bias is not None and edit.dim == 0:
+            result.tensors[f"{linear.path}.bias"] = narrow.bias.to(linear.dtype)
+        stored = size * 8 * linear.dtype.itemsize
+        result.records.append(record(linear, "WidthPrune", size, stored, error(narrow.weight), width=edit.keep))
+        return
+    group = default_group(bits)
+    packed, rounding, stored = round_weight(narrow, bits, group, bits == 4)
+    cut = linear.predicted_loss(error(narrow.weight))
+    row = record(
+        linear, "WidthPrune", size, stored, error(narrow.weight.float() - rounding), width=edit.keep, bits=bits,
+        truncation_loss=cut, rounding_loss=narrow.predicted_loss(rounding),
+    )  # fmt: skip
+    made = quantized(narrow, packed, bits, group, config.activation_bits, [row])
+    result.edits += made.edits
+    result.tensors |= made.tensors
+    result.records += made.records
 
 
 METHOD = Method("WidthPrune", WidthPrune, needs, options, build, unit_kind="ffn")

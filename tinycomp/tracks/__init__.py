@@ -107,7 +107,7 @@ class _Run:
             row |= size_of(model, folder, flops=False).to_dict()
         model = model.float()  # the factors keep their 16 bits; arithmetic in fp16 is slow on a CPU
         row["flops_per_token"] = size_of(model).flops_per_token
-        row[task.quality] = task.measure(model)
+        row |= task.measure(model)
         if task.timed and seed == self.seeds[0]:
             row |= self._speed(model)
         gc.collect()
@@ -234,7 +234,9 @@ def run_tracks(
                 continue
             bars.update(f"load {name}", 1, 1)
             rows += _Run(task, seeds, folder / JOURNAL, bars).run()
-        tasks.append({key: getattr(task, key) for key in ("name", "quality", "examples", "protocol", "hash", "ratios")})
+        tasks.append(
+            {key: getattr(task, key) for key in ("name", "qualities", "examples", "protocol", "hash", "ratios")}
+        )
     if not tasks:
         raise RuntimeError("tracks: no model to run:\n" + "\n".join(notes))
     results = {

@@ -14,6 +14,8 @@ from tinycomp.eval.probes import Probe
 from tinycomp.eval.quality import DEFAULT, perplexity
 from tinycomp.io import default_model, load_model
 
+Quality = Literal["perplexity", "accuracy", "feature_error"]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -55,11 +57,11 @@ class Task:
 
     Args:
         name: of the model.
-        quality: "perplexity" or "accuracy".
+        qualities: what `measure` returns, the first one plotted.
         protocol: name of the measurement; `hash` stands for its data as well.
         model: dense, float32.
         batches: seed -> calibration batches.
-        measure: model -> quality.
+        measure: model -> its qualities.
         ratios: of all parameters in the linears of the blocks.
         paper_targets: the q, k and gate (or first feed-forward) projections, which CURing's paper compresses.
         methods: of the parameters track.
@@ -70,12 +72,12 @@ class Task:
     """
 
     name: str
-    quality: Literal["perplexity", "accuracy"]
+    qualities: tuple[Quality, ...]
     protocol: str
     hash: str
     model: nn.Module
     batches: Callable[[int], list[dict[str, Tensor]]]
-    measure: Callable[[nn.Module], float]
+    measure: Callable[[nn.Module], dict[str, float]]
     ratios: tuple[float, ...]
     paper_targets: tuple[str, ...]
     methods: tuple[str, ...] = METHODS
@@ -92,14 +94,14 @@ def causal_task(source: str | None, ratios: Sequence[float], tokens: int, sample
     protocol = DEFAULT if tokens == DEFAULT.max_tokens else DEFAULT.shortened(tokens)
     return Task(
         name=Path(source).name if source is not None else "SmolLM2-135M-Instruct",
-        quality="perplexity",
+        qualities=("perplexity",),
         protocol=protocol.name,
         hash=protocol.hash,
         model=model.float(),
         batches=lambda seed: data.batches(
             None, tokenizer, num_calibration_samples=samples, max_seq_length=length, seed=seed
         ),
-        measure=lambda compressed: perplexity(compressed, tokenizer, protocol).perplexity,
+        measure=lambda compressed: {"perplexity": perplexity(compressed, tokenizer, protocol).perplexity},
         ratios=tuple(ratios),
         paper_targets=(r"re:.*\.(q_proj|k_proj|gate_proj)",),
         singles=("int8", "int8 masks") if source is None else ("int8", "int8 masks", "int4"),
@@ -110,12 +112,12 @@ def causal_task(source: str | None, ratios: Sequence[float], tokens: int, sample
 def probe_task(probe: Probe, ratios: Sequence[float], samples: int) -> Task:
     return Task(
         name=probe.model_name,
-        quality="accuracy",
+        qualities=("accuracy", "feature_error"),
         protocol=probe.protocol,
         hash=probe.hash,
         model=probe.model,
         batches=lambda seed: probe.calibration(samples, seed),
-        measure=probe.accuracy,
+        measure=probe.measure,
         examples=len(probe.labels) - probe.train,
         ratios=tuple(ratios),
         paper_targets=(r"re:.*\.(query|key|q_proj|k_proj|intermediate\.dense|fc1)",),
