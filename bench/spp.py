@@ -226,9 +226,8 @@ def run(args: argparse.Namespace) -> int:
     for seed in args.seeds:
         bench: Bench | None = None
         for name, part, ratio in jobs(args):
-            key = _short(
-                [args.model, args.tokens, args.examples, args.windows, _fields(args, name), seed, name, part, ratio]
-            )
+            size = [*args.examples] if args.model in PROBES else [args.tokens]
+            key = _short([args.model, *size, args.windows, _fields(args, name), seed, name, part, ratio])
             if key in done:
                 continue
             try:
