@@ -98,9 +98,13 @@ def claims(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[st
 
 def ratio_table(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:
     """Recovery with the control, and accuracy to size, whose unit is points of accuracy per million parameters."""
+    cells = [c for c in cells if "recovered" in c]
+    if not cells:
+        return []
     order = list(cells[0]["recovered"])
     lines = [
-        "Recovery, and accuracy to size in accuracy points per million parameters (all parameters):", "",
+        f"Recovery ({len(cells)} of the sets and seeds), and accuracy to size in accuracy points per million",
+        "parameters (all parameters):", "",
         "| model | M parameters | accuracy before | after recovery | gain | points per M before | after | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -166,8 +170,11 @@ def decoder_table(cells: list[dict[str, Any]]) -> list[str]:
 
 def write(folder: Path) -> None:
     """Write report.md from the results in `folder`, and print it."""
-    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))]
-    cells, decoders = [c for c in found if "set" in c], [c for c in found if "set" not in c]
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))}
+    cells, decoders = [c for c in found.values() if "set" in c], [c for c in found.values() if "counts" in c]
+    for cell in cells:
+        if recovered := found.get(f"recovered-{cell['set']}-{cell['seed']}"):
+            cell["recovered"] = recovered
     lines = ["# Layer pruning", ""]
     if cells:
         lines += classifier_tables(cells) + signal_tables(cells)
