@@ -19,6 +19,10 @@ PREVIOUS := $(VENV)/transformers-previous
 DATA := $(VENV)/share/tinycomp
 INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py pipeline.py elastic.py)
 SEEDS ?= 0 1 2
+# the suite in one process for each core, a test file in one of them; a named selection (PYTEST_ARGS) in this one
+WORKERS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo report test test-previous test-all bench lint format docs clean setup models gpu-tools
@@ -76,14 +80,14 @@ report: setup models $(DATA)
 	$(BIN)/tinycomp demo --full --output-dir report_out $(foreach seed,$(SEEDS),--seed $(seed))
 
 test: setup models
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),$(PYTEST) $(PYTEST_ARGS),$(PARALLEL))
 	$(if $(PYTEST_ARGS),,$(MAKE) test-previous)
 
 test-previous: setup models $(PREVIOUS)/.installed
-	PYTHONPATH=$(abspath $(PREVIOUS)) $(BIN)/python -m pytest $(INTERFACES)
+	PYTHONPATH=$(abspath $(PREVIOUS)) $(PARALLEL) $(INTERFACES)
 
 test-all: setup models
-	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),$(PYTEST),$(PARALLEL)) -m '' $(PYTEST_ARGS)
 
 bench: setup $(VENV)/.default-model
 	$(BIN)/python bench/ops.py $(BENCH_ARGS)

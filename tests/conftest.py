@@ -150,7 +150,16 @@ OTHERS: dict[str, Family] = {
         "image",
     ),
     "bloom": Family("BloomForCausalLM", "BloomConfig", "AutoModelForCausalLM", {**_OTHER, "n_layer": 2, "n_head": 4}),
+    "ctrl": Family(
+        "CTRLLMHeadModel",
+        "CTRLConfig",
+        "AutoModelForCausalLM",
+        {"n_embd": HIDDEN, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),  # scales its embeddings in place
     "mamba": Family("MambaForCausalLM", "MambaConfig", "AutoModelForCausalLM", {**_OTHER, "state_size": 8}),
+    "nomic_bert": Family(  # its files fuse q, k and v
+        "NomicBertModel", "NomicBertConfig", "AutoModel", {**_OTHER, "intermediate_size": 48, "head_dim": 8}
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         "MixtralConfig",

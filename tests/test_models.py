@@ -241,3 +241,17 @@ def test_albert_cannot_lose_its_only_block(tiny: Callable[..., Any]) -> None:
     spec = spec_of(tiny("albert"))
     with pytest.raises(ValueError, match="cannot lose one"):
         config_after_drop(None, spec, spec.stacks[0], 0)
+
+
+def test_block_diagonal_linear_is_no_linear() -> None:
+    class GroupedLinear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., 2, in) -> (..., 2, out / 2)
+            return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
+
+    class OtherLinear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    assert not is_linear(GroupedLinear(4, 6))
+    assert is_linear(OtherLinear(4, 6))
+    assert is_linear(OtherLinear(4, 6, device="meta"))

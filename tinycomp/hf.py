@@ -16,6 +16,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -98,6 +100,7 @@ class TinycompQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """The state dict with each tied module stored once, and a guard under one of its other names."""
+        _keep_tensors_apart(model)
         ties = _ties(self.quantization_config.plan)
         if not ties:
             return None, {}
@@ -125,6 +128,17 @@ class TinycompQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _keep_tensors_apart(model: PreTrainedModel) -> None:
+    """Save tensors as modules hold them: where files of a family fuse weights (q, k, v), factors do not fit together.
+
+    Names still follow the file's conventions, and the loader takes unfused tensors as they are.
+    """
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:  # what `save_pretrained` does for a model that was not loaded
+        found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    model._weight_conversions = [c for c in found if not isinstance(c, WeightConverter)]  # type: ignore[assignment]
 
 
 def register() -> None:

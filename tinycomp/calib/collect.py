@@ -299,7 +299,7 @@ def _embedding_entry(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
 
     def start(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return (
-            output.detach().requires_grad_(True)
+            output.detach().requires_grad_(True).clone()  # some models scale it in place, which a leaf forbids
             if isinstance(output, Tensor) and output.is_floating_point()
             else output
         )

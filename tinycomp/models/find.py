@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinycomp.models.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, Stack
@@ -18,11 +19,22 @@ _HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is an uncompressed dense layer: nn.Linear or transformers' Conv1D (weight stored transposed).
 
-    A subclass with a forward of its own may be anything, a router for one; it counts when its name says Linear.
+    A subclass with a forward of its own may be anything, a router for one; it counts when its name says Linear and it
+    maps a row of `in_features` to one of `out_features`, which a block-diagonal one does not.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward or type(module).__name__.endswith("Linear")
+        return type(module).forward is nn.Linear.forward or _is_row_map(module)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_row_map(module: nn.Linear) -> bool:
+    if not type(module).__name__.endswith("Linear"):
+        return False
+    try:
+        with torch.no_grad():
+            return module(module.weight.new_zeros(1, module.in_features)).shape == (1, module.out_features)
+    except (RuntimeError, ValueError, TypeError):
+        return False
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
