@@ -286,14 +286,15 @@ def decoder(seed: int) -> dict[str, Any]:
     for kind in ("ridge", "forest"):
         fused = FusionModel.fit(rows, kind, seed)  # type: ignore[arg-type]
         orders[f"fusion {kind} in-set"] = search.by_fusion(fused, most)
-    search.kept.clear()
     found: dict[str, Any] = {}
     done: dict[tuple[int, ...], float] = {}
     for name, order in orders.items():
         for k in DECODER_COUNTS:
             key = tuple(sorted(order[:k]))
             if key not in done:
-                done[key] = perplexity(search.without(key), tokenizer, protocol).perplexity
+                shorter = shadow_of(model)
+                apply_(shorter, Plan(drops(model.config, search.spec, key)), {})
+                done[key] = perplexity(shorter, tokenizer, protocol).perplexity
             found.setdefault(name, []).append({"removed": list(key), "perplexity": done[key]})
     dense = perplexity(model, tokenizer, protocol)
     return {
