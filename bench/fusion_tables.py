@@ -55,6 +55,12 @@ def mean_regret(cells: list[dict[str, Any]], strategy: str) -> float:
     return statistics.mean(regret(c, strategy, k) for c in cells for k in range(1, c["depth"]))
 
 
+def best_single(cells: list[dict[str, Any]]) -> str:
+    """The single signal with the least regret over all cells: chosen in hindsight, which favours it."""
+    others = ("fusion", "random", "every", "top", "exhaustive")
+    return min((n for n in cells[0]["strategies"] if not n.startswith(others)), key=lambda n: mean_regret(cells, n))
+
+
 def classifier_tables(cells: list[dict[str, Any]]) -> list[str]:
     names = sorted({merged(n) for n in cells[0]["strategies"]}, key=lambda n: mean_regret(cells, n))
     depth = cells[0]["depth"]
@@ -76,20 +82,18 @@ def classifier_tables(cells: list[dict[str, Any]]) -> list[str]:
 
 def claims(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:
     """The two acceptance claims, with what was found."""
-    single = [n for n in names if not n.startswith(("fusion", "random", "every", "top", "exhaustive"))]
-    fused = [n for n in names if n.startswith("fusion")]
-    best = min(single, key=lambda n: mean_regret(cells, n))
-    against = " | ".join(f"against random at {k}: points, p" for k in range(1, depth))
+    fused, best = [n for n in names if n.startswith("fusion")], best_single(cells)
+    against = " | ".join(["against random, all sizes: points, p", *(f"at {k}" for k in range(1, depth))])
     lines = [
         f"Best single signal in hindsight: {best}, regret {100 * mean_regret(cells, best):.2f} points. Fusion:", "",
         "| fusion | regret | at most the best single's | " + against + " |",
-        "|---" * (depth + 2) + "|",
+        "|---" * (depth + 3) + "|",
     ]  # fmt: skip
     for name in fused:
         found = mean_regret(cells, name)
+        gains = [answers(cells, name, k) - answers(cells, "random", k) for k in range(1, depth)]
         row = []
-        for k in range(1, depth):
-            difference = answers(cells, name, k) - answers(cells, "random", k)
+        for difference in (np.mean(gains, axis=0), *gains):
             row.append(f"{100 * difference.mean():+.1f}, {not_better(difference):.3f}")
         verdict = "yes" if found <= mean_regret(cells, best) + 1e-12 else "no"
         lines.append(f"| {name} | {100 * found:.2f} | {verdict} | " + " | ".join(row) + " |")
@@ -98,9 +102,13 @@ def claims(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[st
 
 def ratio_table(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:
     """Recovery with the control, and accuracy to size, whose unit is points of accuracy per million parameters."""
+    cells = [c for c in cells if "recovered" in c]
+    if not cells:
+        return []
     order = list(cells[0]["recovered"])
     lines = [
-        "Recovery, and accuracy to size in accuracy points per million parameters (all parameters):", "",
+        f"Recovery ({len(cells)} of the sets and seeds), and accuracy to size in accuracy points per million",
+        "parameters (all parameters):", "",
         "| model | M parameters | accuracy before | after recovery | gain | points per M before | after | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -164,12 +172,42 @@ def decoder_table(cells: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def figure(cells: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against removed blocks with intervals, and predicted against measured change, as one SVG."""
+    from matplotlib.figure import Figure
+
+    fused = min((n for n in cells[0]["strategies"] if n.startswith("fusion")), key=lambda n: mean_regret(cells, n))
+    shown = [fused, best_single(cells), "skip_loss", "block_influence", "every-other", "random"]
+    made = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = made.subplots(1, 2, width_ratios=(3, 2))
+    removed = np.arange(cells[0]["depth"])
+    for i, name in enumerate(dict.fromkeys(shown)):
+        found = 100 * np.array([interval(answers(cells, name, int(k))) for k in removed])
+        errors = np.abs(found[:, 1:] - found[:, :1]).T
+        left.errorbar(removed + 0.06 * (i - 2.5), found[:, 0], errors, label=name, capsize=2, lw=1.4, elinewidth=0.8)
+    left.set(xlabel="blocks removed", ylabel="test accuracy, %, with 95 % intervals", xticks=removed)
+    left.legend(fontsize=8, frameon=False)
+    pairs = 100 * np.array([(p["predicted"], p["measured"]) for c in cells for p in c["predictions"]])
+    right.scatter(pairs[:, 0], pairs[:, 1], s=6, alpha=0.4, linewidths=0)
+    ends = [pairs.min(), pairs.max()]
+    right.plot(ends, ends, lw=0.8, color="grey")
+    right.set(xlabel="predicted change, points", ylabel="measured change, points")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    made.savefig(path)
+
+
 def write(folder: Path) -> None:
-    """Write report.md from the results in `folder`, and print it."""
-    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))]
-    cells, decoders = [c for c in found if "set" in c], [c for c in found if "set" not in c]
+    """Write report.md and its figure from the results in `folder`, and print it."""
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))}
+    cells, decoders = [c for c in found.values() if "set" in c], [c for c in found.values() if "counts" in c]
+    for cell in cells:
+        if recovered := found.get(f"recovered-{cell['set']}-{cell['seed']}"):
+            cell["recovered"] = recovered
     lines = ["# Layer pruning", ""]
     if cells:
+        figure(cells, folder / "fusion.svg")
+        lines += ["![accuracy against removed blocks; predicted against measured change](fusion.svg)", ""]
         lines += classifier_tables(cells) + signal_tables(cells)
     if decoders:
         lines += decoder_table(decoders)

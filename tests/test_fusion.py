@@ -199,6 +199,22 @@ def test_the_regressor_ranks_other_edits_too():
         model.score([BlockEdit(0)], SignalTable({"flow": [0.0, 1.0]}))
 
 
+def test_weights_spread_a_budget_and_never_call_a_block_free():
+    """A regressor by hand: an edit costs the block's standardised energy, and a drop costs 1 more."""
+    table = SignalTable({"energy": [4.0, 2.0, 1.0, 1.0]})
+    fused = FusionModel("ridge", ["energy"], ["drop", "rank"], [-1.0, -1.0, 0.0, 0.0])
+    z = table.standardised(["energy"])[:, 0]
+    assert np.allclose(fused.score([BlockEdit(b, "rank", 0.5) for b in range(4)], table), -z)
+    found = fused.weights(["drop", "rank", "merge"], 0.5, table)
+    cost = np.maximum([z + 1, z], 0)
+    assert np.allclose(found["drop"], np.clip(cost[0] / cost.mean(), 0.1, 10))
+    assert np.allclose(found["rank"], np.clip(cost[1] / cost.mean(), 0.1, 10))
+    assert np.allclose(found["merge"], (found["drop"] + found["rank"]) / 2)
+    assert found["rank"].min() == pytest.approx(0.1)
+    flat = FusionModel("ridge", ["energy"], ["drop"], [0.0, 0.0, 0.0])
+    assert np.array_equal(flat.weights(["width"], 0.5, table)["width"], np.ones(4))
+
+
 def test_modes_choose_what_the_regressor_may_see():
     def row(data_set: str, part: str) -> Transition:
         return Transition(data_set, (), 0, {"energy": 0.0}, 0.0, 0.0, part=part)

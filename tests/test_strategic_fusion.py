@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from torch import nn
 
 import tinycomp as tc
 from tinycomp.models import spec_of
-from tinycomp.signals import TWELVE, FusionModel, drops
+from tinycomp.signals import TWELVE, FusionModel, Transition, drops, quality
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "opt", "bert"])
@@ -82,6 +83,29 @@ def test_a_stored_regressor_serves_another_model(tmp_path: Path):
     report = tc.compress_(model, config, DATA, progress=False)
     assert len(report.methods[0]["order"]) == 2
     assert "transitions" not in report.methods[0]
+
+
+def test_auto_spreads_its_budget_by_a_stored_regressor(tmp_path: Path):
+    """Fitted on measured losses of rank: the block that the regressor calls dear keeps more than without it."""
+    model = build("llama")
+    search, spec, rows = search_on(model), spec_of(model), []
+    z = search.table(()).standardised(["weight_norm"])
+    for index, block in enumerate(spec.blocks):
+        shorter, _ = tc.compress(model, tc.SVD(ratio=0.5, targets=block.linears), DATA, progress=False)
+        after = quality(shorter, DATA).score - 5.0 * z[index, 0]
+        rows.append(Transition("x", (), index, {"weight_norm": z[index, 0]}, 0.0, after, "rank", 0.5))
+    FusionModel.fit(rows, "ridge").save(tmp_path / "fused.json")
+    kept = {}
+    for fusion in (None, str(tmp_path / "fused.json")):
+        shorter = build("llama")
+        config = tc.Auto(ratio=0.6, families=("svd",), guard_speed=False, fusion=fusion)
+        report = tc.compress_(shorter, config, DATA, progress=False)
+        assert report.ratio_achieved <= 0.6 + 1e-3
+        kept[fusion] = [sum(p.numel() for p in shorter.get_submodule(b.path).parameters()) for b in spec.blocks]
+    dear, cheap = int(z[:, 0].argmax()), int(z[:, 0].argmin())
+    with_it, without = (np.array(kept[f]) for f in (str(tmp_path / "fused.json"), None))
+    assert with_it[dear] > without[dear]
+    assert with_it[cheap] < without[cheap]
 
 
 def test_dropping_composes_with_other_methods(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class Choices:
 def choose(
     model: nn.Module, spec: ModelSpec, method: Method, config: MethodConfig, families: Families,
     units: list[UnitSpec], store: StatsStore | None, journal: Journal | None, key: str, bars: Bars,
+    weights: Mapping[str, Sequence[float]],
 ) -> Choices:  # fmt: skip
     """The options to build, by the method's own rule or by one budget; journalled, since it is dear to repeat."""
     entry = journal.get(f"{key}:choices") if journal else None
@@ -59,7 +60,7 @@ def choose(
         sizes = {p: stored_numbers(*at[p], choice["rank"]) for p, choice in assigned.items()}
         found = Choices(assigned, "published rule", sizes={p: (n, n * width[p]) for p, n in sizes.items()})
     else:
-        found = _budgeted(model, config, families, units, store, bars, method.families is not None)
+        found = _budgeted(model, config, families, units, store, bars, method.families is not None, weights)
     kept: dict[tuple[int, int], list[int]] = {}
     for path, choice in found.by_unit.items():
         if "kept_per_row" in choice:
@@ -79,10 +80,13 @@ def _budgeted(
     store: StatsStore | None,
     bars: Bars,
     competing: bool,
+    weights: Mapping[str, Sequence[float]],
 ) -> Choices:
     resource: Resource = getattr(config, "budget", "bytes" if type(config).__name__ == "Rounding" else "parameters")
     notes: list[str] = []
     table = _options(model, config, families, units, store, bars, notes, competing)
+    if weights:
+        table = {u.name: [_weighted(c, weights, u.index) for c in table[u.name]] for u in units}
     groups = _groups(units, table)
     dense = {u.name: _dense_cost(model, u, resource, table[u.name]) for u in units}
     if config.ratio is None:
@@ -99,6 +103,14 @@ def _budgeted(
     chosen = [c for c in chosen if not c.option.choice.get("dense")]
     sizes = {c.unit: (c.option.size, c.option.bits) for c in chosen}
     return Choices({c.unit: c.option.choice for c in chosen}, allocation, notes, sizes)
+
+
+def _weighted(candidate: Candidate, weights: Mapping[str, Sequence[float]], block: int) -> Candidate:
+    """The candidate with its loss multiplied by its family's factor for this block; dense ones lose nothing anyway."""
+    if candidate.method not in weights:
+        return candidate
+    loss = candidate.option.loss * float(weights[candidate.method][block])
+    return replace(candidate, option=replace(candidate.option, loss=loss))
 
 
 def _dense_cost(model: nn.Module, unit: UnitSpec, resource: Resource, candidates: list[Candidate]) -> float:

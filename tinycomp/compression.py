@@ -113,9 +113,10 @@ class Job:
             )  # fmt: skip
         if self.statistics is not None and needs:
             self._leave_unseen(self.statistics)
+        weights = self.method.weights(self.model, self.spec, self.config, self.calibration.batches)
         return choose(
             self.model, self.spec, self.method, self.config, families, self.units, self.statistics, self.journal,
-            self.key, self.bars,
+            self.key, self.bars, weights,
         )  # fmt: skip
 
     def _leave_unseen(self, store: StatsStore) -> None:

@@ -178,6 +178,7 @@ class Method:
         targets' shapes and the blocks' last-token outputs; it returns None where the common budget applies.
     families: names of the methods whose options compete (Auto).
     blocks: where a method removes whole blocks, its choice: see `strategic_fusion.choose`. The others do not apply.
+    weights: factors on the predicted losses of each family, block by block: see `auto.weights`.
     units: where a method ranks the prunable units of the whole model, which ones it may remove and its choice: see
         `spp.groups_of` and `spp.choose`. The others do not apply.
     """
@@ -191,4 +192,5 @@ class Method:
     assign: Callable[..., dict[str, dict[str, Any]] | None] = lambda *_: None
     families: Callable[[Any], tuple[tuple[Method, MethodConfig], ...]] | None = None
     blocks: Callable[..., tuple[Result, dict[str, Any]]] | None = None
+    weights: Callable[..., dict[str, Any]] = lambda *_: {}
     units: tuple[Callable[..., tuple[UnitGroup, ...]], Callable[..., tuple[Result, dict[str, Any]]]] | None = None

@@ -6,17 +6,24 @@ combination. Nothing here is a method of its own: what `Auto` builds is exactly 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
+from torch import Tensor, nn
 
 from tinycomp.methods import cur, rounding, svd, swsc, wanda, width
 from tinycomp.methods._base import Method, MethodConfig, Option, Result, Unit
+from tinycomp.models import ModelSpec
+from tinycomp.signals import FusionModel, collect_signals
 
 # Masks and rounding store the same numbers in fewer bits: they compete where bytes or time are the budget.
 PARAMETER_FAMILIES = ("svd", "cur", "swsc", "widthprune")
 BYTE_FAMILIES = (*PARAMETER_FAMILIES, "rounding", "wanda")
+EDITS = {"SVD": "rank", "CUR": "rank", "SWSC": "clusters", "WidthPrune": "width"}  # as transitions call them
+SIGNAL_BATCHES, GRADIENTS = 2, 8
 _METHODS = {
     "svd": svd.METHOD,
     "cur": cur.METHOD,
@@ -41,6 +48,8 @@ class Auto(MethodConfig):
         bits: widths that rounding may use; where bytes or time are the budget, also for the factors of SVD and CUR and
             for the weights that WidthPrune keeps, beside the model's own width. Empty: nothing is rounded but the
             values behind masks.
+        fusion: a stored regressor of layer signals (JSON): each option's predicted loss is multiplied by what the
+            regressor expects of that kind of edit in that block, relative to the mean of all.
     """
 
     budget: Literal["parameters", "bytes", "time"] = "parameters"
@@ -49,6 +58,7 @@ class Auto(MethodConfig):
     guard_speed: bool = True
     screen: int = Field(default=2, ge=0)
     bits: tuple[Literal[4, 8], ...] = (8,)
+    fusion: str | None = None
 
     @field_validator("families")
     @classmethod
@@ -106,4 +116,20 @@ def build(unit: Unit, choice: dict[str, Any], config: Auto) -> Result:
     return method.build(unit, choice, family)
 
 
-METHOD = Method("Auto", Auto, needs, options, build, families=families)
+def weights(
+    model: nn.Module, spec: ModelSpec, config: Auto, batches: Callable[[], Sequence[dict[str, Tensor]]]
+) -> dict[str, np.ndarray]:
+    """Family -> (blocks,) factor on the predicted losses, from `config.fusion`; {} without one.
+
+    Signals come from the first batches alone: the regressor ranks blocks, it does not need every sample.
+    """
+    if config.fusion is None:
+        return {}
+    fused = FusionModel.load(config.fusion)
+    table = collect_signals(model, spec, batches()[:SIGNAL_BATCHES], gradient_samples=GRADIENTS, seed=config.seed)
+    kinds = {m.name: EDITS.get(m.name.split()[0], "") for m, _ in families(config)}
+    found = fused.weights(list(kinds.values()), 1 - (config.ratio or 0.0), table)
+    return {name: found[kind] for name, kind in kinds.items()}
+
+
+METHOD = Method("Auto", Auto, needs, options, build, families=families, weights=weights)

@@ -144,6 +144,27 @@ class FusionModel:
         z = table.standardised(self.columns)
         return self.predict(np.stack([self._features(z[e.block], e.kind, e.removed) for e in edits]))
 
+    def weights(self, kinds: Sequence[str], removed: float, table: SignalTable) -> dict[str, np.ndarray]:
+        """kind -> (blocks,): predicted cost of that edit of each block, over the mean of all; for a budget to spread.
+
+        w = clip(cost / mean cost, 0.1, 10): nothing is believed to be free. A kind that the regressor has never seen
+        costs the mean of those it has; where it has seen none of them, whole blocks are dropped instead.
+
+        Args:
+            kinds: of edits, as in `BlockEdit`.
+            removed: fraction of a block's parameters that each edit takes away, in (0, 1].
+            table: signals of the model as it is now.
+
+        Raises:
+            ValueError: as `score`.
+        """
+        seen = [k for k in dict.fromkeys(kinds) if k in self.edits] or ["drop"]
+        depth = len(next(iter(table.values.values())))
+        size = {k: 1.0 if k == "drop" else removed for k in seen}
+        cost = np.maximum([-self.score([BlockEdit(b, k, size[k]) for b in range(depth)], table) for k in seen], 0.0)
+        weight = np.clip(cost / cost.mean(), 0.1, 10.0) if cost.any() else np.ones_like(cost)
+        return {k: weight[seen.index(k)] if k in seen else weight.mean(0) for k in kinds}
+
     def predict(self, x: np.ndarray) -> np.ndarray:
         """(n,) for features (n, columns + kinds + 1)."""
         if self.kind == "ridge":
