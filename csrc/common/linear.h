@@ -62,6 +62,13 @@ inline Tensor as_matrix(const Tensor& x) {
   return torch::stable::reshape(x, {shape, 2});
 }
 
+// Product of the leading dimensions.
+inline int64_t row_count(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 }
@@ -184,41 +191,46 @@ enum {
   kMaskSlot
 };
 
-// The rows of an input in float32, adjacent. Narrow ones are widened by `prepare`, the first stage of a call.
+// Floats between rows of `cols` that many-input kernels read together: not a multiple of 2 KiB, where rows would share
+// the same few places of the nearest cache.
+inline int64_t row_distance(int64_t cols, int64_t rows) {
+  return rows >= kPanelInputs && cols % 512 == 0 ? cols + 16 : cols;
+}
+
+// The rows of an input in float32. Narrow ones are widened by `prepare`, the first stage of a call, and those that
+// `apart` allows to be `stride` > cols floats apart are copied there.
 class Inputs {
  public:
   template <class T>
-  Inputs(const Tensor& x, T)
+  Inputs(const Tensor& x, T, bool apart = false)
       : tensor_(x.is_contiguous() ? x : torch::stable::contiguous(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
-        rows(cols == 0 ? rows_of(x) : x.numel() / cols),
+        rows(row_count(x)),
+        stride(apart ? row_distance(cols, rows) : cols),
         type_(dot_type<T>),
         width_(sizeof(T)),
-        wide_(kInputSlot, type_ == Type::f32 ? 0 : rows * cols) {}
+        as_they_are_(type_ == Type::f32 && stride == cols),
+        wide_(kInputSlot, as_they_are_ ? 0 : rows * stride) {}
 
-  const float* data() const { return type_ == Type::f32 ? reinterpret_cast<const float*>(from_) : wide_.data(); }
-  Stage stage() const { return {type_ == Type::f32 ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
+  const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : wide_.data(); }
+  Stage stage() const { return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
   void prepare(int64_t first, int64_t last) const {
-    widen(type_, from_ + first * cols * width_, wide_.data() + first * cols, (last - first) * cols);
+    for (int64_t j = first; j < last; ++j) widen(type_, from_ + j * cols * width_, wide_.data() + j * stride, cols);
   }
 
  private:
   static constexpr int64_t one = 1;
-  static int64_t rows_of(const Tensor& x) {
-    int64_t rows = 1;
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-    return rows;
-  }
   Tensor tensor_;
   const char* from_;
 
  public:
-  const int64_t cols, rows;
+  const int64_t cols, rows, stride;
 
  private:
   Type type_;
   int64_t width_;
+  bool as_they_are_;
   Scratch wide_;
 };
 
@@ -238,11 +250,21 @@ inline double weight_estimate(const Weight& w, int64_t m) {
   return microseconds(static_cast<double>(w.rows) * w.stride, static_cast<double>(w.rows) * w.cols * m);
 }
 
-// out[j * ldo + i] for each of m inputs and each weight row i in [first, last); inputs are `w.cols` floats apart.
-inline void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, float* out, int64_t ldo) {
+// Products on the way from one weight to the next: m rows in float32, `apart` as inputs are.
+struct Middle {
+  const int64_t stride;
+  const Scratch memory;
+  Middle(int slot, int64_t m, int64_t cols, bool apart = true)
+      : stride(apart ? row_distance(cols, m) : cols), memory(slot, m * stride) {}
+  float* row(int64_t j) const { return memory.data() + j * stride; }
+};
+
+// to.row(j)[i] for each of m inputs, `ldx` floats apart, and each weight row i in [first, last).
+inline void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last,
+                     const Middle& to) {
   for (int64_t j = 0; j < m; j += kInputsAtOnce)
-    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * w.cols, w.cols,
-        std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo);
+    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * ldx, ldx,
+        std::min(kInputsAtOnce, m - j), to.row(j) + first, to.stride);
 }
 
 // Results of a layer: rows of `cols` values of type T, and what is added to each.
@@ -260,11 +282,11 @@ struct Output {
   }
   // Rows [first, last) whose result i, from `kept` for i < rank and then from `rest`, belongs at column order[i]. A
   // thread does whole rows: threads that wrote between one another's columns would fight over cache lines.
-  void place(int64_t first, int64_t last, const std::vector<int32_t>& order, const float* kept, int64_t rank,
-             const float* rest) const {
+  void place(int64_t first, int64_t last, const std::vector<int32_t>& order, const Middle& kept, int64_t rank,
+             const Middle& rest) const {
     for (int64_t j = first; j < last; ++j) {
-      scatter(j, order.data(), kept + j * rank, rank);
-      scatter(j, order.data() + rank, rest + j * (cols - rank), cols - rank);
+      scatter(j, order.data(), kept.row(j), rank);
+      scatter(j, order.data() + rank, rest.row(j), cols - rank);
     }
   }
   Stage place_stage(int64_t m) const { return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))}; }
@@ -279,16 +301,27 @@ struct Output {
 
 // store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).
 template <class Store>
-void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last,
+              const Store& store) {
   const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
   for (int64_t start = 0; start < m; start += kInputsAtOnce) {
     const int64_t inputs = std::min(kInputsAtOnce, m - start);
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
-      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * w.cols, w.cols, inputs, out.data(), kBatch);
+      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * ldx, ldx, inputs, out.data(), kBatch);
       for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
     }
   }
+}
+
+// Whether products go through torch: all in double, and in float32 those of so many inputs that its library, which
+// arranges both operands in memory first, is the faster one.
+constexpr int64_t kTorchInputs = 256;
+template <class T>
+constexpr bool may_use_torch = std::is_same_v<T, double> || std::is_same_v<T, float>;
+template <class T>
+bool uses_torch(int64_t rows) {
+  return std::is_same_v<T, double> || (std::is_same_v<T, float> && rows >= kTorchInputs);
 }
 
 // x wᵀ through torch, outside any gradient graph.
@@ -305,24 +338,25 @@ void parallel_rows(int64_t rows, int64_t cols, Body body) {
   });
 }
 
-// Results of a low-rank layer in double from its two products, z (m, rank) and rest (m, others).
-inline void place(const Tensor& z, const Tensor& rest, const std::vector<int32_t>& order,
-                  const std::vector<double>& bias, double* y) {
+// Results of a low-rank layer from its two products through torch, z (m, rank) and rest (m, others).
+template <class T>
+void place(const Tensor& z, const Tensor& rest, const std::vector<int32_t>& order, const std::vector<T>& bias, T* y) {
   const Tensor first = torch::stable::contiguous(z), second = torch::stable::contiguous(rest);
-  const double *kept = static_cast<const double*>(first.const_data_ptr()),
-               *other = static_cast<const double*>(second.const_data_ptr());
+  const T *kept = static_cast<const T*>(first.const_data_ptr()),
+          *other = static_cast<const T*>(second.const_data_ptr());
   const int64_t rank = z.size(1), others = rest.size(1), skipped = order.empty() ? 0 : rank, n = skipped + others;
   parallel_rows(z.size(0), n, [&](int64_t j) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = order.empty() ? i : order[i];
-      const double value = i < skipped ? kept[j * rank + i] : other[j * others + i - skipped];
+      const T value = i < skipped ? kept[j * rank + i] : other[j * others + i - skipped];
       y[j * n + at] = bias.empty() ? value : value + bias[at];
     }
   });
 }
 
 // y += bias by rows of a contiguous matrix.
-inline void add_bias(double* y, int64_t rows, int64_t cols, const std::vector<double>& bias) {
+template <class T>
+void add_bias(T* y, int64_t rows, int64_t cols, const std::vector<T>& bias) {
   if (bias.empty()) return;
   parallel_rows(rows, cols, [&](int64_t j) {
     for (int64_t i = 0; i < cols; ++i) y[j * cols + i] += bias[i];

@@ -8,20 +8,20 @@ template <class T>
 void stream(const Inputs& x, const Weight& r, const Weight& t, const std::vector<int32_t>& order, const Output<T>& y) {
   const int64_t m = x.rows, rank = r.rows;
   const bool pivoted = !order.empty();
-  const Scratch middle(kMiddleSlot, m * rank), others(kLinkSlot, pivoted ? m * t.rows : 0);
-  float *z = middle.data(), *rest = others.data();
+  const Middle z(kMiddleSlot, m, rank), rest(kLinkSlot, pivoted ? m : 0, t.rows);
   const Stage stages[] = {x.stage(), row_stage(r, m), row_stage(t, m), y.place_stage(pivoted ? m : 0)};
   run_stages(stages, weight_estimate(r, m) + weight_estimate(t, m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      dot_rows(r, x.data(), m, first, last, z, rank);
+      dot_rows(r, x.data(), x.stride, m, first, last, z);
     } else if (stage == 3) {
       y.place(first, last, order, z, rank, rest);
     } else if (pivoted) {
-      dot_rows(t, z, m, first, last, rest, t.rows);
+      dot_rows(t, z.row(0), z.stride, m, first, last, rest);
     } else {
-      dot_rows(t, z, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+      dot_rows(t, z.row(0), z.stride, m, first, last,
+               [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
     }
   });
 }
@@ -38,12 +38,15 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
     const auto shift = entries<T>(bias, out_features, "lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (std::is_same_v<T, double>) {
-      const Tensor z = gemm(as_matrix(x), r);
-      place(z, gemm(z, t), to, shift, out);
-    } else {
-      stream<T>(Inputs(x, zero), rows, rest, to, {out, out_features, shift});
+    if constexpr (may_use_torch<T>) {
+      if (uses_torch<T>(row_count(x))) {
+        const Tensor z = gemm(as_matrix(x), r);
+        place<T>(z, gemm(z, t), to, shift, out);
+        return y;
+      }
     }
+    if constexpr (!std::is_same_v<T, double>)
+      stream<T>(Inputs(x, zero, true), rows, rest, to, {out, out_features, shift});
     return y;
   });
 }

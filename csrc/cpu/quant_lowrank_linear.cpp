@@ -10,9 +10,8 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
             const Output<T>& y) {
   const int64_t m = wide.rows, rank = r.rows;
   const bool pivoted = !order.empty();
-  const Scratch middle(kMiddleSlot, m * rank), others(kLinkSlot, pivoted ? m * t.rows : 0);
-  float *z = middle.data(), *rest = others.data();
-  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z, m, kMiddleLevelSlot);
+  const Middle z(kMiddleSlot, m, rank, false), rest(kLinkSlot, pivoted ? m : 0, t.rows);
+  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z.row(0), m, kMiddleLevelSlot);
   const Stage stages[] = {wide.stage(), x.stage(), r.stage(), inner.stage(), t.stage(), y.place_stage(pivoted ? m : 0)};
   run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
@@ -20,9 +19,8 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
     } else if (stage == 1) {
       x.prepare(first, last);
     } else if (stage == 2) {
-      x.dot_rows(first, last, [&](int64_t j, int64_t i, const float* values, int64_t n) {
-        std::copy_n(values, n, z + j * rank + i);
-      });
+      x.dot_rows(first, last,
+                 [&](int64_t j, int64_t i, const float* values, int64_t n) { std::copy_n(values, n, z.row(j) + i); });
     } else if (stage == 3) {
       inner.prepare(first, last);
     } else if (stage == 5) {
@@ -30,7 +28,7 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
     } else {
       inner.dot_rows(first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
         if (pivoted)
-          std::copy_n(values, n, rest + j * t.rows + i);
+          std::copy_n(values, n, rest.row(j) + i);
         else
           y.store(j, i, values, n);
       });
