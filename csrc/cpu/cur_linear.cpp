@@ -14,9 +14,9 @@ void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, 
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      dot_rows(r, x.data(), x.stride, m, first, last, middle);
+      dot_rows(r, x.data(), x.stride, m, first, last, middle.row(0), middle.stride);
     } else if (stage == 2) {
-      dot_rows(u, middle.row(0), middle.stride, m, first, last, linked);
+      dot_rows(u, middle.row(0), middle.stride, m, first, last, linked.row(0), linked.stride);
     } else {
       dot_rows(c, linked.row(0), linked.stride, m, first, last,
                [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });

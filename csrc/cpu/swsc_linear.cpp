@@ -30,8 +30,9 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      if (first < k) dot_rows(layer.centroids, x.data(), x.stride, m, first, std::min(last, k), shared);
-      if (last > k) dot_rows(layer.b, x.data(), x.stride, m, std::max(first, k) - k, last - k, low);
+      if (first < k)
+        dot_rows(layer.centroids, x.data(), x.stride, m, first, std::min(last, k), shared.row(0), shared.stride);
+      if (last > k) dot_rows(layer.b, x.data(), x.stride, m, std::max(first, k) - k, last - k, low.row(0), low.stride);
     } else {
       dot_rows(layer.a, low.row(0), low.stride, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
         const float* z = shared.row(j);
@@ -57,9 +58,9 @@ void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
         for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * x.data()[j * x.stride + i];
       }
     } else if (stage == 2) {
-      dot_rows(layer.b, x.data(), x.stride, m, first, last, low);
+      dot_rows(layer.b, x.data(), x.stride, m, first, last, low.row(0), low.stride);
     } else {
-      dot_rows(layer.centroids, sums.row(0), sums.stride, m, first, last, shared);
+      dot_rows(layer.centroids, sums.row(0), sums.stride, m, first, last, shared.row(0), shared.stride);
       dot_rows(layer.a, low.row(0), low.stride, m, first, last,
                [&](int64_t j, int64_t i, float* values, int64_t count) {
                  for (int64_t c = 0; c < count; ++c) values[c] += shared.row(j)[i + c];
