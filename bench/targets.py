@@ -5,8 +5,8 @@
 
 `ratio` is the peer's time over ours in one interleaved run, `limit` the same with ours at the measured ceilings of this
 machine, `structure` bytes of the dense weight over ours and `kernel` what remains of the speed-up over dense torch.
-A target above its limit cannot be met here. `--scaling` also reads plain memory with one and several threads: no row can
-scale better than that. Rows are appended to bench/results/targets.jsonl as they finish.
+A target above its limit cannot be met here. `--scaling` also reads plain memory with one and several threads: no
+row can scale better. Rows are appended to bench/results/targets.jsonl as they finish.
 """
 
 from __future__ import annotations
