@@ -20,8 +20,10 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
     } else if (stage == 1) {
       x.prepare(first, last);
     } else if (stage == 2) {
-      x.dot_rows(first, last,
-                 [&](int64_t j, int64_t i, const float* values, int64_t n) { std::copy_n(values, n, z.row(j) + i); });
+      x.dot_rows(first, last, [&](int64_t j, int64_t i, const float* values, int64_t n) {
+        std::copy_n(values, n, z.row(j) + i);
+        if (pivoted) std::copy_n(values, n, lines.row(j) + i);
+      });
     } else if (stage == 3) {
       inner.prepare(first, last);
     } else if (stage == 5) {
