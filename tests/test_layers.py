@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "int4-swsc-outputs": ("QuantSWSCLinear", {"clusters": 6, "rank": 3, "bits": 4, "group_size": 4}),
     "int4-swsc-inputs": (
         "QuantSWSCLinear",
-        {"clusters": 5, "rank": 3, "axis": 1, "bits": 4, "activation_bits": 8, "scaled": True},
+        {"clusters": 5, "rank": 3, "axis": 1, "bits": 4, "group_size": 2, "scaled": True},
     ),
     "int8-swsc-inputs": ("QuantSWSCLinear", {"clusters": 5, "rank": 0, "axis": 1}),
     "int8": ("QuantLinear", {"bits": 8}),

@@ -154,7 +154,8 @@ class Factors:
             inputs: second moment (n, n) of the inputs and its `feedback`; then the errors of each input are spread over
                 the later ones.
         """
-        group, packed = default_group(bits), {}
+        group = default_group(bits)
+        packed: dict[str, Tensor] = {}
         exact: dict[str, Any] = {}
         for name in ("centroids", "b", "a"):
             factor = exact[name] = getattr(self, name)
