@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ ONE_OF_EACH: dict[str, Any] = {
     "int8": tc.Rounding(bits=8),
     "int4": tc.Rounding(bits=4),
     "auto": tc.Auto(ratio=0.7, guard_speed=False, families=("svd", "cur", "widthprune")),
-    "auto-bytes": tc.Auto(ratio=0.3, budget="bytes", guard_speed=False, families=("svd", "widthprune", "rounding")),
+    "auto-bytes": tc.Auto(ratio=0.2, budget="bytes", guard_speed=False, families=("svd", "widthprune", "rounding")),
+    "auto-bytes-int8": tc.Auto(ratio=0.35, budget="bytes", guard_speed=False),
 }
 
 
@@ -321,3 +323,18 @@ def test_plan_without_weights_gives_the_bytes_of_the_run(config: Any, tmp_path: 
     planned = tc.plan(model.config, config)
     tc.compress_(model, config, DATA, progress=False)
     assert stored_bytes(model, tmp_path) == planned["bytes_after"]
+
+
+def test_auto_is_dense_int8_where_that_fits_and_mixes_where_it_does_not(tiny: Callable[..., Any]) -> None:
+    rounded = tiny("llama")
+    int8 = tc.compress_(rounded, tc.Rounding(bits=8), DATA, progress=False)
+    share = sum(r["bits_after"] for r in int8.records) / sum(32 * r["size_before"] for r in int8.records)
+    model = tiny("llama")
+    config = tc.Auto(ratio=share, budget="bytes", guard_speed=False)
+    report = tc.compress_(model, config, DATA, progress=False)
+    assert any("every target in 8 bits" in note for note in report.notes)
+    assert all(torch.equal(a, b) for a, b in zip(state(model).values(), state(rounded).values(), strict=True))
+    mixed = tc.compress_(
+        tiny("llama"), tc.Auto(ratio=0.9 * share, budget="bytes", guard_speed=False), DATA, progress=False
+    )
+    assert {r["method"] for r in mixed.records} != {"Rounding"}

@@ -53,7 +53,7 @@ def allocate(groups: Sequence[Group], budget: float, resource: Resource = "param
     tables = [[[_Table(entry, resource) for entry in part] for part in group.alternatives] for group in groups]
     best = [_pick(alternatives, lambda t: t.costs) for alternatives in tables]
     least = _total(best)
-    if least > budget:
+    if least > budget * (1 + 1e-9):
         raise ValueError(
             f"budget: got {budget:,.6g} {UNITS[resource]} for the targeted weights, allowed at least {least:,.6g} "
             "with these methods; raise `ratio`, or allow smaller ranks"

@@ -35,7 +35,7 @@ _METHODS = {
 
 
 class Auto(MethodConfig):
-    """The best method for each part of the model.
+    """The best method for each part of the model. A budget of bytes with room for every target in 8 bits is spent so.
 
     Args:
         budget: what `ratio` is a fraction of: the targeted "parameters", their "bytes", or the measured "time" of their
