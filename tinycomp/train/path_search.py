@@ -144,7 +144,7 @@ def _grams(model: nn.Module, groups: Sequence[UnitGroup], batches: Sequence[Batc
     """Second moments of the inputs of the linears that read units."""
     paths = list(dict.fromkeys(g.members[-1].path for g in groups if g.members[-1].dim == 1))
     store = collect(model, spec_of(model), list(batches), frozenset({"gram"}), paths=paths, seed=seed)
-    found = {path: stats.gram for path, stats in store.get(paths).items()}
+    found = {path: stats.gram for path, stats in store.get(paths).items() if stats.gram is not None}
     store.close()
     return found
 
