@@ -109,7 +109,7 @@ def test_sentences_follow_from_the_numbers() -> None:
     assert "CURing against SVD on this model: better at no ratio, worse at no ratio" in said
     assert "Auto is equal within the noise." in findings(found, [0.6], Judge("accuracy", examples=50))[0]
     other = "\n".join(findings(found, [0.6], Judge("perplexity")))  # lower is better: everything turns round
-    assert "best single method SWSC 0.6000 ± 0.01000: Auto is worse." in other
+    assert "best single method SWSC 0.6000 ± 0.01: Auto is worse." in other
     assert "Shared Weight for Similar Channel holds against SVD on this model at every ratio" in other
 
 

@@ -92,7 +92,7 @@ class Judge:
         self.quality, self.examples = quality, examples if quality == "accuracy" else 0
         self.sign = 1.0 if quality == "accuracy" else -1.0
         self.write = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f} %"
-        self.spread = significant if quality == "perplexity" else lambda v: f"{100 * v:.1f}"
+        self.spread = (lambda v: f"{float(f'{v:.2g}'):,g}") if quality == "perplexity" else lambda v: f"{100 * v:.1f}"
 
     def gain(self, a: Summary, b: Summary) -> float:
         """How much better a is than b, in the quality's unit."""
