@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from tinycomp import ops
@@ -168,17 +169,36 @@ def masked(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
                 keep = torch.rand(n, k, generator=g) > removed
             return x, *ops.pack_masked(w, keep, format, bits), None, n, format, bits
 
-        def csr(args: tuple[Any, ...], removed: float = removed) -> Call:
-            packed = Packed(*args[1:5])
-            w = ops.unpack_masked(packed, n, k, args[7], args[8]).float().to_sparse_csr()
-            x = args[0].float().t().contiguous()
-            return lambda: w @ x
+        def unpacked(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+            w = ops.unpack_masked(Packed(*args[1:5]), n, k, args[7], args[8]).float()
+            return w, args[0].float().t().contiguous()
+
+        def csr(args: tuple[Any, ...]) -> Call:
+            w, x = unpacked(args)
+            sparse = w.to_sparse_csr()
+            narrow = torch.sparse_csr_tensor(
+                sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values(), sparse.shape
+            )
+            return lambda: narrow @ x
+
+        def scipy_csr(args: tuple[Any, ...]) -> Call:
+            w, x = unpacked(args)
+            sparse, columns = csr_matrix(w.numpy()), x.numpy()
+            return lambda: sparse @ columns
+
+        def bsr(args: tuple[Any, ...]) -> Call:
+            w, x = unpacked(args)
+            sparse = w.to_sparse_bsr((32, 32))
+            return lambda: sparse @ x
 
         kept = round(n * k * (1 - removed))
         values = kept * (bits / 8 if bits else size)
         positions = {"bitmask": n * k / 8, "index": 2 * kept, "2:4": n * k / 8, "block32": 0}[format]
         label = f"{format} {removed:.0%}" + (f" int{bits}" if bits else "")
-        more: dict[str, Any] = {"peers": {"torch csr fp32": csr}, "exact": bits == 0, "density": 1 - removed}
+        peers = {"torch csr fp32": csr, "scipy csr fp32": scipy_csr} | (
+            {"torch bsr fp32": bsr} if "block" in format else {}
+        )
+        more: dict[str, Any] = {"peers": peers, "exact": bits == 0, "density": 1 - removed}
         yield _linear("masked_linear", label, n, k, m, dtype, make, int(values + positions), **more)
 
 
@@ -228,12 +248,13 @@ def other() -> Iterator[Case]:
 
     peers = {"torch.compile": _compiled_step}
     yield case("split_bregman_step_", "16M", state, 16 * units, peers=peers, exact=False)
-    yield case("split_bregman_step_", "16M no gamma, bits", recomputed, 12 * units, exact=False)
+    yield case("split_bregman_step_", "16M no gamma, bits", recomputed, 12 * units, peers=peers, exact=False)
 
 
 def _compiled_step(args: tuple[Any, ...]) -> Call:
-    """The coupled step as a user would write it for torch.compile: one expression per result, in place."""
-    mask, dual, gamma, entry, grad = (a.clone() for a in args[:5])
+    """The coupled step, its twin stored, as a user would write it for torch.compile: one expression per result."""
+    mask, dual, entry, grad = (a.clone() for a in (args[0], args[1], args[3], args[4]))
+    gamma = F.softshrink(dual, 1.0)
 
     def step(mask: Tensor, dual: Tensor, gamma: Tensor, entry: Tensor, grad: Tensor) -> None:
         gap = (mask - gamma) / 10.0

@@ -152,6 +152,14 @@ def layer_cases(inputs: int, rows: int, columns: int, device: str = "cuda") -> I
         args = moved(_cases.make(name, torch.bfloat16, 0, shape | fields), device)
         for case, call in on_backends(name, args, label):
             yield case, products, call
+    two = {"inputs": inputs, "in_features": columns, "layers": [[rows, rank, 1]] * 2}
+    for name, label, fields, bits in (
+        ("lowrank_linears", "two low rank 50 %", two, 16),
+        ("quant_lowrank_linears", "two low rank 50 % int4", two | grouped, 4.25),
+    ):
+        args = moved(_cases.make(name, torch.bfloat16, 0, fields), device)
+        for case, call in on_backends(name, args, label):
+            yield case, tuple(p._replace(bits=bits) for p in pivoted * 2), call
     yield from peers(x, w, whole)
 
 

@@ -24,7 +24,9 @@ LLAMA_3_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 40
 class Gpu:
     """Nominal numbers of a data sheet: dense bfloat16 tensor throughput, memory bandwidth, one processor's limits.
 
-    `nvidia` is its name in nvidia-matmul-heuristics.
+    `nvidia` is its name in nvidia-matmul-heuristics. `mma_share` is what mma.sync, the only tensor-core instruction of
+    sm_80, can reach of that throughput: 0.63 on Hopper was measured by others (arXiv 2402.13499); 0.25 on Blackwell is
+    ASSUMED (the FLOPs per clock and processor of sm_80, the rest being reserved to tcgen05).
     """
 
     processors: int
@@ -33,14 +35,15 @@ class Gpu:
     shared_bytes: int
     warps: int
     nvidia: str
+    mma_share: float = 1.0
 
 
 GPUS = {
     "A100": Gpu(108, 312, 2039, 164 << 10, 64, "A100_SXM_80GB"),
     "L40S": Gpu(142, 362, 864, 100 << 10, 48, "L40S"),
-    "H100": Gpu(132, 989, 3350, 228 << 10, 64, "H100_SXM"),
-    "H200": Gpu(132, 989, 4800, 228 << 10, 64, "H200_SXM"),
-    "B200": Gpu(148, 2250, 8000, 228 << 10, 64, "B200"),
+    "H100": Gpu(132, 989, 3350, 228 << 10, 64, "H100_SXM", 0.63),
+    "H200": Gpu(132, 989, 4800, 228 << 10, 64, "H200_SXM", 0.63),
+    "B200": Gpu(148, 2250, 8000, 228 << 10, 64, "B200", 0.25),
 }
 
 
@@ -94,11 +97,14 @@ def blocks_per_processor(kernel: str, gpu: Gpu) -> int:
     return min(by_registers, gpu.shared_bytes // shared)
 
 
-def bound_us(products: tuple[Product, ...], gpu: Gpu) -> tuple[float, str, float]:
-    """Microseconds no chain of these kernels can beat, what limits it, and the waves of its largest launch."""
+def bound_us(products: tuple[Product, ...], gpu: Gpu, share: float = 1.0) -> tuple[float, str, float]:
+    """Microseconds no chain of these kernels can beat, what limits it, and the waves of its largest launch.
+
+    `share`: of the tensor-core peak that the instructions in use can reach.
+    """
     total, limits, most = 0.0, [], 0.0
     for launch in launches(products, gpu.processors):
-        compute = sum(p.flops for p in launch.products) / gpu.tflops / 1e6
+        compute = sum(p.flops for p in launch.products) / (share * gpu.tflops) / 1e6
         memory = sum(p.bytes for p in launch.products) / gpu.gb_s / 1e3
         waves = launch.blocks / (blocks_per_processor(launch.kernel, gpu) * gpu.processors)
         # Blocks of a chain draw their work as they become free: no last wave waits.
@@ -108,6 +114,11 @@ def bound_us(products: tuple[Product, ...], gpu: Gpu) -> tuple[float, str, float
         limits.append("compute" if compute > memory else "bytes")
         most = max(most, waves)
     return total, "+".join(dict.fromkeys(limits)), most
+
+
+def group_us(chains: tuple[tuple[Product, ...], ...], gpu: Gpu) -> float:
+    """Bound of chains that share few inputs, in one launch of `group_decode`: their bytes, and one launch."""
+    return sum(p.bytes for chain in chains for p in chain) / gpu.gb_s / 1e3 + LAUNCH_US
 
 
 def pivoted_rank(rows: int, columns: int, ratio: float) -> int:
@@ -137,13 +148,15 @@ def table(name: str, ratio: float = 0.5) -> str:
     lines = [
         f"modelled, unmeasured: {name}, nominal peaks {gpu.tflops} TFLOP/s and {gpu.gb_s} GB/s, low rank keeps {ratio}",
         f"{'layer':9} {'rows':>5} {'kernel':14} {'MB':>6} {'GFLOP':>7} {'regs':>4} {'shared KB':>9} {'occupancy':>9} "
-        f"{'blocks':>6} {'waves':>5} {'limit':>13} {'bound us':>8} | {'dense us':>8} {'NVIDIA us':>9} {'int4 us':>7}",
+        f"{'blocks':>6} {'waves':>5} {'limit':>13} {'bound us':>8} {'mma.sync us':>11} | "
+        f"{'dense us':>8} {'NVIDIA us':>9} {'int4 us':>7}",
     ]
     for layer, (rows, columns) in LLAMA_3_8B.items():
         rank = pivoted_rank(rows, columns, ratio)
         for inputs in (1, 16, 512, 2048):
             chain = (Product(inputs, columns, rank), Product(inputs, rank, rows - rank))
             time, limit, waves = bound_us(chain, gpu)
+            with_mma, _, _ = bound_us(chain, gpu, gpu.mma_share)
             whole = Product(inputs, columns, rows)
             dense, _, _ = bound_us((whole,), gpu)
             int4, _, _ = bound_us((whole._replace(bits=4.125),), gpu)
@@ -155,12 +168,24 @@ def table(name: str, ratio: float = 0.5) -> str:
             megabytes, flops = sum(p.bytes for p in chain) / 1e6, sum(p.flops for p in chain) / 1e9
             lines.append(
                 f"{layer:9} {inputs:5} {kernel:14} {megabytes:6.1f} {flops:7.2f} {budget['registers']:4} {shared:9.1f} "
-                f"{occupancy:9.0%} {max(launch.blocks for launch in found):6} {waves:5.2f} {limit:>13} {time:8.1f} | "
+                f"{occupancy:9.0%} {max(launch.blocks for launch in found):6} {waves:5.2f} {limit:>13} {time:8.1f} "
+                f"{with_mma:11.1f} | "
                 f"{dense:8.1f} {'-' if library is None else f'{library:.1f}':>9} {int4:7.1f}"
             )
+
+    def chain_of(layer: str) -> tuple[Product, ...]:
+        rows, columns = LLAMA_3_8B[layer]
+        rank = pivoted_rank(rows, columns, ratio)
+        return Product(1, columns, rank), Product(1, rank, rows - rank)
+
+    for label, layers in (("q, k, v", ("q, o", "k, v", "k, v")), ("gate, up", ("gate, up",) * 2)):
+        chains = tuple(chain_of(layer) for layer in layers)
+        alone = sum(bound_us(chain, gpu)[0] for chain in chains)
+        lines.append(f"{label} of 1 row: {group_us(chains, gpu):.1f} us in one launch, {alone:.1f} us one by one")
     return "\n".join(
         [
             *lines,
+            f"mma.sync us: the bound if mma.sync reaches {gpu.mma_share} of the peak; the rest needs wgmma or tcgen05.",
             "Registers and shared memory: the most that the kernels may take, as tested. dense us, int4 us: bounds of",
             "the same kind. NVIDIA us: dense bfloat16 by nvidia-matmul-heuristics (- if not installed).",
             "modelled, unmeasured: no number above is a result",

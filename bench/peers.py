@@ -29,9 +29,10 @@ Layers = Callable[[], list[Any]]
 
 
 class Peers:
-    """The peers found in one environment."""
+    """The peers found in one environment; `wanted`, if not empty, names those that are built."""
 
-    def __init__(self, environment: Path | None) -> None:
+    def __init__(self, environment: Path | None, wanted: frozenset[str] = frozenset()) -> None:
+        self.wanted = wanted
         self.found: dict[str, Any] = {}
         self.versions: dict[str, str] = {}
         self.threads = torch.get_num_threads()
@@ -63,6 +64,8 @@ class Peers:
             if library not in self.found or (library == "onnxruntime" and "onnx" not in self.found):
                 continue
             name = f"{library} int{bits}"
+            if self.wanted and name not in self.wanted:
+                continue
             key = (library, bits, *case.outside, case.m)
             if key not in self._built:
                 self._built[key] = self._checked(build, bits, case, cold_bytes)

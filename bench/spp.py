@@ -2,7 +2,7 @@
 
     python bench/spp.py                                    SmolLM2, seed 0, FFN, ratios 0.9 0.8 0.6
     python bench/spp.py --parts ffn all --seeds 0 1 2      also with attention units
-    python bench/spp.py --model minilm|dinov2|FOLDER       an encoder of the tracks (accuracy), or a model folder
+    python bench/spp.py --model minilm|dinov2|FOLDER       an encoder of the tracks (features, accuracy), or a folder
     python bench/spp.py --report                           table and plot of the rows in --output, as Markdown
 
 Every order is cut at the same ratio of the parameters of its units, with the same rounding and the same refit on the
@@ -43,8 +43,11 @@ from tinycomp.train.masks import Masks
 from tinycomp.train.path_search import PathSearch, search_path
 
 AGAIN = 75
+MEASURES = ("perplexity", "feature_error", "accuracy")  # the first one that a row has is plotted
 SEARCHES = {
     "SPP coupled": {},
+    "SPP coupled, warm start": {"warm": 0.8},
+    "SPP coupled, compensated": {"compensate": True},
     "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
 }
 ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy, equal widths", "random")
@@ -190,7 +193,7 @@ class Bench:
         return {
             "model": self.task.name, "protocol": self.task.protocol, "hash": self.task.hash, "seed": self.seed,
             "name": name, "part": part, "ratio": ratio, "achieved": achieved,
-            self.task.quality: self.task.measure(model), **extra,
+            **self.task.measure(model), **extra,
         }  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def _short(parts: Sequence[Any]) -> str:
 
 def _task(args: argparse.Namespace) -> Task:
     if args.model in PROBES:
-        return probe_task(PROBES[args.model](), args.ratios, args.windows)
+        return probe_task(PROBES[args.model](*args.examples), args.ratios, args.windows)
     return causal_task(args.model, args.ratios, args.tokens, args.windows, 512)
 
 
@@ -223,7 +226,8 @@ def run(args: argparse.Namespace) -> int:
     for seed in args.seeds:
         bench: Bench | None = None
         for name, part, ratio in jobs(args):
-            key = _short([args.model, args.tokens, args.windows, _fields(args, name), seed, name, part, ratio])
+            size = [*args.examples] if args.model in PROBES else [args.tokens]
+            key = _short([args.model, *size, args.windows, _fields(args, name), seed, name, part, ratio])
             if key in done:
                 continue
             try:
@@ -239,30 +243,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for every model and part, mean over seeds (and their range), and a plot."""
+    """A table for every model, part and measure, mean over seeds (and their range), best in bold."""
     lines: list[str] = []
     for model, part in sorted({(r["model"], r["part"]) for r in rows if r["part"] != "-"}):
         own = [r for r in rows if r["model"] == model and r["part"] == part]
-        (dense,) = [r for r in rows if r["model"] == model and r["name"] == "dense"][:1]
-        measure = "perplexity" if "perplexity" in dense else "accuracy"
-        ratios = sorted({r["ratio"] for r in own}, reverse=True)
+        dense = next(r for r in rows if r["model"] == model and r["name"] == "dense")
         what = "feed-forward units" if part == "ffn" else "feed-forward and attention units"
-        lines += [f"### {model}, {what}", "", f"{measure} `{dense['protocol']}`, dense {dense[measure]:.4g}", ""]
-        lines += ["| order | " + " | ".join(f"{r:g}" for r in ratios) + " |", "|---|" + "---|" * len(ratios)]
-        best = max if measure == "accuracy" else min
-        found = {
-            (n, r): [x[measure] for x in own if x["name"] == n and x["ratio"] == r]
-            for n in dict.fromkeys(x["name"] for x in own) for r in ratios
-        }  # fmt: skip
-        winners = {
-            r: best((n for n, q in found if q == r and found[n, q]), key=lambda n, r=r: _mean(found[n, r]))
-            for r in ratios
-        }
-        for name in dict.fromkeys(x["name"] for x in own):
-            cells = [_cell(found[name, r], winners[r] == name) for r in ratios]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"### {model}, {what}", ""]
+        for measure in (m for m in MEASURES if m in dense):
+            lines += [f"{measure} `{dense['protocol']}`, dense {dense[measure]:.4g}", "", *_table(own, measure), ""]
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]], measure: str) -> list[str]:
+    ratios = sorted({r["ratio"] for r in rows}, reverse=True)
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    found = {(n, q): [r[measure] for r in rows if r["name"] == n and r["ratio"] == q] for n in names for q in ratios}
+    best = max if measure == "accuracy" else min
+    winners = {q: best((n for n in names if found[n, q]), key=lambda n, q=q: _mean(found[n, q])) for q in ratios}
+    lines = ["| order | " + " | ".join(f"{q:g}" for q in ratios) + " |", "|---|" + "---|" * len(ratios)]
+    return lines + [
+        f"| {name} | " + " | ".join(_cell(found[name, q], winners[q] == name) for q in ratios) + " |" for name in names
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -286,7 +288,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.6), squeeze=False)
     for axis, (model, part) in zip(axes[0], pairs, strict=True):
         own = [r for r in rows if (r["model"], r["part"]) == (model, part)]
-        measure = "perplexity" if "perplexity" in own[0] else "accuracy"
+        measure = next(m for m in MEASURES if m in own[0])
         for name in dict.fromkeys(r["name"] for r in own):
             points: dict[float, list[float]] = {}
             for r in own:
@@ -294,7 +296,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
                     points.setdefault(r["ratio"], []).append(r[measure])
             axis.plot(sorted(points), [_mean(points[k]) for k in sorted(points)], marker="o", label=name)
         axis.set(title=f"{model}, {part}", xlabel="kept share of the units' parameters", ylabel=measure)
-        if measure == "perplexity":
+        if measure != "accuracy":
             axis.set_yscale("log")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
@@ -309,6 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=("ffn", "all"), default=["ffn"])
     parser.add_argument("--only", nargs="*", default=[], help="names of orders; default all")
     parser.add_argument("--tokens", type=int, default=DEFAULT.max_tokens)
+    parser.add_argument(
+        "--examples", type=int, nargs=2, default=[300, 300], help="training, test part of an encoder's probe"
+    )
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--taylor", type=int, default=1000, help="batches of the Taylor score")
     parser.add_argument("--search", type=json.loads, default={}, help="fields of PathSearch as JSON")

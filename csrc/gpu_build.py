@@ -14,6 +14,8 @@ from pathlib import Path
 CSRC = Path(__file__).parent
 # sm_80 code runs on every later GPU through its PTX; the others save that translation.
 ARCHITECTURES = ("80", "90a", "100a")
+# Files of the library itself, and of a kernel that several ops launch.
+NO_OPS = ("library", "product_wgmma")
 # The stable ABI of torch 2.10: one binary serves that release and later ones.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # What a CUDA build of torch provides and a CPU build does not; enough to link where torch has no CUDA.
@@ -22,6 +24,19 @@ int aoti_torch_get_current_cuda_stream(int d, void** s) { (void)d; (void)s; retu
 int torch_c10_cuda_check_msg(int e, const char* f, const char* g, unsigned l, _Bool b, char** m) {
   (void)e; (void)f; (void)g; (void)l; (void)b; (void)m; return 1; }
 void torch_c10_cuda_free_error_msg(char* m) { (void)m; }
+"""
+# What every emulated source includes first and nobody here writes: compiled once.
+_PRELUDE = """#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
 """
 
 
@@ -44,9 +59,9 @@ def why_no_emulation() -> str | None:
 
 
 def sources(csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
-    """The .cu files, or those named in `only` and the library's own."""
+    """The .cu files, or those named in `only` and those that belong to no op."""
     files = sorted((csrc / "cuda").glob("*.cu"))
-    return [f for f in files if not only or f.stem in (*only, "library")]
+    return [f for f in files if not only or f.stem in (*only, *NO_OPS)]
 
 
 def included(source: Path) -> set[Path]:
@@ -84,13 +99,27 @@ def _compile_all(build: Path, files: list[Path], base: list[str | Path], suffix:
     def compile_one(source: Path) -> Path:
         target = build / f"{source.stem}-{fingerprint(source, *map(str, base))}{suffix}"
         if not target.exists():
-            partial = target.with_suffix(".partial" + suffix)
+            partial = target.with_suffix(f".{os.getpid()}{suffix}")  # others may build it as well
             run(*base, source, "-o", partial)
             partial.rename(target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, files))
+
+
+def _precompiled(build: Path, base: list[str | Path]) -> Path:
+    """A header of what others wrote, beside its precompiled form for these flags."""
+    build.mkdir(parents=True, exist_ok=True)
+    words = [_PRELUDE, *map(str, base)]
+    header = build / f"prelude-{hashlib.sha256(chr(10).join(words).encode()).hexdigest()[:16]}.h"
+    if not header.with_suffix(".h.gch").exists():
+        partial = header.with_suffix(f".{os.getpid()}.h")
+        partial.write_text(_PRELUDE)
+        run(*[w if w != "c++" else "c++-header" for w in base], partial, "-o", partial.with_suffix(".gch"))
+        partial.rename(header)
+        partial.with_suffix(".gch").rename(header.with_suffix(".h.gch"))
+    return header
 
 
 def emulated_library(build: Path, csrc: Path, only: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Path:
@@ -102,11 +131,12 @@ def emulated_library(build: Path, csrc: Path, only: tuple[str, ...] = (), flags:
     flags = ("-O1", "-std=c++17", "-fPIC", "-w", "-pthread", "-ffp-contract=off", *flags)
     base: list[str | Path] = ["g++", "-c", *flags, TORCH_TARGET, "-DTINYCOMP_EMULATION", "-DTINYCOMP_TORCH"]
     base += ["-isystem", home / "include", "-isystem", where / "include", "-x", "c++"]
+    base += ["-include", _precompiled(build / "emulation", base)]
     objects = _compile_all(build / "emulation", [csrc / "emulation" / "settings.cpp", *sources(csrc, only)], base)
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = build / "emulation" / f"libtinycomp_emulated-{digest}.so"
     if not library.exists():
-        partial = library.with_suffix(".partial")
+        partial = library.with_suffix(f".{os.getpid()}")
         run("g++", "-shared", *flags, *objects, "-L", where / "lib", "-ltorch_cpu", "-lc10", "-o", partial)
         partial.rename(library)
     return library
@@ -147,16 +177,16 @@ def _device_flags() -> list[str | Path]:
     ]
 
 
-def ptx_files(build: Path, architecture: str = ARCHITECTURES[0]) -> list[Path]:
-    """Compile every source to PTX for one GPU; cached by contents."""
+def ptx_files(build: Path, architecture: str = ARCHITECTURES[0], only: tuple[str, ...] = ()) -> list[Path]:
+    """Compile every source, or as `sources` says, to PTX for one GPU; cached by contents."""
     home = cuda_home()
     assert home is not None
     base = [home / "bin" / "nvcc", "-ptx", f"-arch=sm_{architecture}", *_device_flags()]
-    return _compile_all(build / f"sm_{architecture}", sources(), base, ".ptx")
+    return _compile_all(build / f"sm_{architecture}", sources(only=only), base, ".ptx")
 
 
-def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
-    """Compile every source for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+def cubins(build: Path, architecture: str, only: tuple[str, ...] = ()) -> list[tuple[Path, str]]:
+    """Compile sources for one GPU; gives the cubin of each and what ptxas said about its kernels."""
     home = cuda_home()
     assert home is not None
 
@@ -168,4 +198,4 @@ def cubins(build: Path, architecture: str) -> list[tuple[Path, str]]:
         return ptx.with_suffix(".cubin"), log.read_text()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(assemble, ptx_files(build, architecture)))
+        return list(pool.map(assemble, ptx_files(build, architecture, only)))

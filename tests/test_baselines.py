@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,20 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.edits import Plan, Slice
-from tinycomp.methods import magnitude, random, ria, rounding, wanda
+from tinycomp.methods import magnitude, random, ria, rounding, spp_mask, wanda
 from tinycomp.methods._base import Linear, Method, Unit
 from tinycomp.methods._pruning import removal_losses, row_places
 from tinycomp.models import FFNSpec
 from tinycomp.surgery import apply_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRUNERS: dict[str, ModuleType] = {"Wanda": wanda, "RIA": ria, "Magnitude": magnitude, "Random": random}
+PRUNERS: dict[str, ModuleType] = {
+    "Wanda": wanda,
+    "RIA": ria,
+    "SPPMask": spp_mask,
+    "Magnitude": magnitude,
+    "Random": random,
+}
 
 
 def ffn_unit(hidden: int = 16, width: int = 40, *, gated: bool = True, dtype: torch.dtype = torch.float32) -> Unit:
@@ -86,6 +93,37 @@ def test_ria_scores_number_by_number():
     for i, j in itertools.product(range(4), range(6)):
         share = w[i][j] / sum(row[j] for row in w) + w[i][j] / sum(w[i])
         assert float(scores[i, j]) == pytest.approx(share * float(gram[j, j]) ** 0.25, rel=1e-5)
+
+
+def test_a_path_over_independent_inputs_is_wandas_order_and_sees_what_wanda_does_not():
+    linear = linear_unit(6, 16).linears[0]
+    assert linear.gram is not None
+    config = spp_mask.SPPMask(steps=400)
+    alone = dataclasses.replace(linear, gram=linear.gram.diagonal().diag())
+    ours, theirs = (
+        row_places(s) < 8 for s in (spp_mask.weight_scores(alone, config), wanda.weight_scores(alone, wanda.Wanda()))
+    )
+    assert (ours & theirs).sum() >= 0.9 * theirs.sum()
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 0.99  # inputs 0 and 1 are alike, and their weights cancel
+    weight = torch.tensor([[1.0, -1.0, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1]])
+    twins = dataclasses.replace(linear, weight=weight, bias=None, gram=gram, output_gram=None)
+    losses = {}
+    for module, cfg in ((spp_mask, config), (wanda, wanda.Wanda())):
+        keep = row_places(module.weight_scores(twins, cfg)) < 4
+        losses[module] = twins.relative_error(weight * ~keep)
+    assert losses[spp_mask] < losses[wanda]
+
+
+def test_twins_of_four_inputs_compete():
+    linear = dataclasses.replace(linear_unit(6, 22).linears[0], gram=torch.eye(22))
+    entered = {}
+    for pattern in ("row", "2:4"):
+        scores = spp_mask.weight_scores(linear, spp_mask.SPPMask(pattern=pattern))
+        entered[pattern] = torch.nn.functional.pad(scores >= 1, (0, 2)).reshape(6, 6, 4).sum(2)
+    assert int(entered["row"].max()) > 2
+    assert int(entered["2:4"].max()) == 2
+    assert int((entered["2:4"] == 2).sum()) >= int((entered["row"] >= 2).sum()) > 0
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -224,7 +262,7 @@ def test_random_follows_its_seed_and_differs_between_matrices():
 @pytest.mark.parametrize("name", PRUNERS)
 def test_statistics_are_asked_for_only_where_they_matter(name):
     method, config = pruner(name, allocation="uniform")
-    assert method.needs(config) == ({"gram"} if name in ("Wanda", "RIA") else frozenset())
+    assert method.needs(config) == ({"gram"} if name in ("Wanda", "RIA", "SPPMask") else frozenset())
     method, config = pruner(name)
     assert method.needs(config) == {"gram", "output_gram"}
 

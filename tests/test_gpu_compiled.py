@@ -2,7 +2,7 @@
 
 The budgets (csrc/cuda/budgets.json) hold for every compiled instance of a kernel; a kernel without a budget, a budget
 without a kernel, or a number that ptxas did not print is a failure. "instructions" must be in every instance for
-bfloat16 and float16.
+bfloat16 and float16, "instructions_90a" in what is made of it for sm_90a.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def family(symbol: str) -> str:
 
 
 @cache
-def kernels(architecture: str) -> list[Kernel]:
+def kernels(architecture: str, only: tuple[str, ...] = ()) -> list[Kernel]:
     found = []
-    for _, log in gpu_build.cubins(TESTS.parent / "build", architecture):
+    for _, log in gpu_build.cubins(TESTS.parent / "build", architecture, only):
         for part in log.split("Compiling entry function '")[1:]:
             symbol = part.split("'")[0]
             stack, stores, loads = map(
@@ -70,6 +70,10 @@ def kernels(architecture: str) -> list[Kernel]:
 def test_budgets(architecture: str) -> None:
     found = kernels(architecture)
     assert {k.family for k in found} == set(BUDGETS)
+    check_budgets(found)
+
+
+def check_budgets(found: list[Kernel]) -> None:
     for kernel in found:
         budget = BUDGETS[kernel.family]
         assert kernel.spilled == kernel.stack == 0, kernel
@@ -106,6 +110,16 @@ def test_instructions() -> None:
                 assert not missing, (symbol, missing)
                 seen[name] += 1
     assert {name for name, budget in BUDGETS.items() if budget["instructions"]} <= set(seen)
+
+
+def test_warp_groups_are_used_on_sm_90a() -> None:
+    found = kernels("90a", gpu_build.NO_OPS)
+    wanted = {name: budget["instructions_90a"] for name, budget in BUDGETS.items() if "instructions_90a" in budget}
+    assert {k.family for k in found} == set(wanted)
+    check_budgets(found)
+    for cubin, _ in gpu_build.cubins(TESTS.parent / "build", "90a", gpu_build.NO_OPS):
+        for symbol, count in instructions(cubin).items():
+            assert [word for word in wanted[family(symbol)] if not count[word]] == [], symbol
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import all_cores
 import pytest
 import torch
 from test_ops import fresh, run
@@ -92,22 +94,41 @@ def test_awkward_shapes(library: ctypes.CDLL, m: int, rank: int) -> None:
         check("lowrank_linear", layer(m, 193, 300, rank, torch.bfloat16, rank == 7), f"{m} rows, rank {rank}")
 
 
-def test_pick_config(library: ctypes.CDLL) -> None:
-    def pick(inputs: int, columns: int, rows: int, processors: int = 108) -> tuple[bool, int, bool, int]:
-        config = (ctypes.c_int64 * 4)()
-        sizes = (ctypes.c_int64(v) for v in (inputs, columns, rows))
-        library.tinycomp_pick_config(*sizes, processors, config)
-        return bool(config[0]), config[1], bool(config[2]), config[3]
+@pytest.mark.parametrize("order", backend.ORDERS)
+@pytest.mark.parametrize("lazy_copies", [True, False], ids=["lazy", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
+def test_warp_group_products(library: ctypes.CDLL, order: str, lazy_copies: bool, dtype: torch.dtype) -> None:
+    """The sm_90a kernel: more steps than stages, ragged in all sizes; z of an odd rank has rows padded to 16 bytes."""
+    backend.configure(library, order, 7, lazy_copies, processors=1, wgmma=True)
+    check("lowrank_linear", layer(33, 456, 136, 55, dtype, True), f"{order} wgmma")
 
-    assert pick(1, 4096, 4096) == pick(16, 4096, 4096) == (True, 2, False, 216)
-    assert pick(1, 4096, 512) == (True, 1, False, 64)
+
+def test_warp_groups_where_copies_cannot_be_16_bytes(library: ctypes.CDLL) -> None:
+    backend.configure(library, processors=1, wgmma=True)
+    for m, k, n in ((129, 64, 257), (17, 7, 1), (130, 193, 129)):
+        g = torch.Generator().manual_seed(m)
+        x, w = torch.randn(m, k, generator=g).bfloat16(), torch.randn(n, k, generator=g).bfloat16()
+        check("sliced_linear", (x, w, None, k, n), f"{m} x {k} x {n}")
+
+
+def test_pick_config(library: ctypes.CDLL) -> None:
+    def pick(inputs: int, columns: int, rows: int, wgmma: bool = False) -> tuple[bool, int, bool, int, bool]:
+        config = (ctypes.c_int64 * 5)()
+        sizes = (ctypes.c_int64(v) for v in (inputs, columns, rows))
+        library.tinycomp_pick_config(*sizes, 108, wgmma, config)
+        return bool(config[0]), config[1], bool(config[2]), config[3], bool(config[4])
+
+    assert pick(1, 4096, 4096) == pick(16, 4096, 4096) == (True, 2, False, 216, False)
+    assert pick(1, 4096, 512) == (True, 1, False, 64, False)
     assert pick(1, 4096, 14336)[:2] == (True, 2)
     assert pick(17, 4096, 4096)[0] is False
     assert pick(128, 4096, 4096)[2] is False
     assert pick(2048, 4096, 4096)[2] is True
+    assert [pick(m, 4096, 4096, wgmma=True)[4] for m in (16, 128, 2048)] == [False, False, True]
+    assert pick(2048, 4096, 4096)[4] is False
     for inputs in (1, 5, 16):
         for rows in (1, 100, 5000):
-            decode, tiles, _, blocks = pick(inputs, 64, rows)
+            decode, tiles, _, blocks, _ = pick(inputs, 64, rows)
             assert decode
             assert 1 <= blocks <= min(3 * 108, -(-rows // (8 * tiles)))
             (modelled,) = gpu_model.launches((gpu_model.Product(inputs, 64, rows),), 108)
@@ -124,6 +145,8 @@ FAULTS = {
     "no barrier in the loop": ("gemm.cuh", "      __syncthreads();\n    }\n    stage(step", "    }\n    stage(step"),
     "no barrier before the tile is stored": ("gemm.cuh", "  __syncthreads();\n  store_tile", "  store_tile"),
     "no barrier before the sum": ("decode.cuh", "kOutputs);\n  __syncthreads();\n", "kOutputs);\n"),
+    "warp groups: a stage filled too early": ("product_wgmma.cu", "wgmma_wait<1>", "wgmma_wait<2>"),
+    "warp groups: the phase of a barrier": ("product_wgmma.cu", "step / Tile::kStages & 1", "0"),
     "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
 }
 FAULTY_RUN = """
@@ -138,12 +161,12 @@ g = torch.Generator().manual_seed(0)
 caught = 0
 for order in ("forward", "random", "greedy", "greedy-reverse"):
     for lazy in (True, False):
-        backend.configure(library, order, 3, lazy)
-        for m in (5, 40):
-            x, w = torch.randn(m, 320, generator=g).bfloat16(), torch.randn(100, 320, generator=g).bfloat16()
+        for m, wgmma in ((5, False), (40, False), (40, True)):
+            backend.configure(library, order, 3, lazy, 1 if wgmma else 108, wgmma)
+            x, w = torch.randn(m, 456, generator=g).bfloat16(), torch.randn(100, 456, generator=g).bfloat16()
             try:
                 with ops.use_backend("cuda-emulated"):
-                    y = ops.sliced_linear(x, w, None, 320, 100)
+                    y = ops.sliced_linear(x, w, None, 456, 100)
                 assert_close(y, x @ w.t(), x.double() @ w.double().t(), "")
             except (AssertionError, RuntimeError):
                 caught += 1
@@ -170,11 +193,16 @@ def python(script: str, *words: str, **environment: str) -> subprocess.Completed
     )
 
 
+def run_with_fault(fault: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        return python(FAULTY_RUN, str(faulty_sources(Path(folder), *FAULTS[fault])))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    done = python(FAULTY_RUN, str(faulty_sources(tmp_path, *FAULTS[fault])))
+def test_seeded_faults_are_caught(fault: str, request: pytest.FixtureRequest) -> None:
+    done = all_cores.result(run_with_fault, all_cores.selected(request, "fault"), fault)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 16 runs"
+    assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 24 runs"
 
 
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -217,17 +245,20 @@ def sanitized(sources: Path, *names: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("names", [("sliced_linear",), pytest.param((), marks=pytest.mark.slow)], ids=["one", "all"])
-def test_sanitizers_find_nothing(names: tuple[str, ...]) -> None:
-    done = sanitized(ROOT / "csrc", *names)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > (20 if names else 200)
+def sanitized_run(which: str) -> subprocess.CompletedProcess[str]:
+    if which != "a row too many":
+        return sanitized(ROOT / "csrc", *{"one": ("sliced_linear",), "all": ()}[which])
+    with tempfile.TemporaryDirectory() as folder:
+        right, wrong = "inside = first_row + row < rows", "inside = first_row + row <= rows"
+        return sanitized(faulty_sources(Path(folder), "gemm.cuh", right, wrong), "sliced_linear")
 
 
-def test_sanitizers_find_a_row_beyond_the_last(tmp_path: Path) -> None:
-    done = sanitized(
-        faulty_sources(tmp_path, "gemm.cuh", "inside = first_row + row < rows", "inside = first_row + row <= rows"),
-        "sliced_linear",
-    )
-    assert done.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+@pytest.mark.parametrize("which", ["one", "a row too many", pytest.param("all", marks=pytest.mark.slow)])
+def test_sanitizers_find_only_the_seeded_fault(which: str, request: pytest.FixtureRequest) -> None:
+    done = all_cores.result(sanitized_run, all_cores.selected(request, "which"), which)
+    if which == "a row too many":
+        assert done.returncode != 0
+        assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert int(done.stdout) > (20 if which == "one" else 200)

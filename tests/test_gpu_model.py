@@ -38,6 +38,20 @@ def test_decode_of_a_chain_is_one_launch() -> None:
     assert [launch.kernel for launch in gpu_model.launches(more, 108)] == ["product_tiles"] * 2
 
 
+@pytest.mark.parametrize("name", sorted(GPUS))
+def test_one_launch_saves_the_others(name: str) -> None:
+    chain = (Product(1, 4096, 1024), Product(1, 1024, 3072))
+    one, three = gpu_model.group_us((chain,) * 3, GPUS[name]), 3 * gpu_model.bound_us(chain, GPUS[name])[0]
+    assert three - one >= 2 * gpu_model.LAUNCH_US
+    assert one >= gpu_model.LAUNCH_US + 3 * sum(p.bytes for p in chain) / GPUS[name].gb_s / 1e3
+
+
+def test_what_mma_reaches_matters_where_products_are_the_limit() -> None:
+    for inputs, slower in ((1, False), (4096, True)):
+        chain, gpu = (Product(inputs, 4096, 4096),), GPUS["H100"]
+        assert (gpu_model.bound_us(chain, gpu, gpu.mma_share)[0] > gpu_model.bound_us(chain, gpu)[0]) == slower
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
 def test_pivoted_rank_keeps_the_ratio(ratio: float) -> None:
     rows, columns = 14336, 4096
@@ -83,10 +97,14 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     for name, products, call in gpu.layer_cases(17, 256, 128, "cpu"):
         assert sum(p.bytes for p in products) > 0
         layers[name] = call
-    assert all(call().shape == (17, 256) for name, call in layers.items() if "compile" not in name)
+    assert all(
+        call().shape == (17, 512 if name.startswith("two") else 256)
+        for name, call in layers.items()
+        if "compile" not in name
+    )
     assert {"dense F.linear", "low rank torch.compile", "low rank 50 % cpu", "int4 torch", "2:4 torch"} <= set(layers)
     methods = {name: call for name, size, call in gpu.method_cases(256, 128, "cpu") if size > 0}
     assert all(call() is not None or "_ " in name for name, call in methods.items())
-    assert {n.split()[0] for n in methods} == {n for n in _cases.DEFAULTS if not n.endswith("linear")}
+    assert {n.split()[0] for n in methods} == {n for n in _cases.DEFAULTS if not n.endswith(("linear", "linears"))}
     # 2:4 of torch needs a GPU: it is named with its reason, not left out
     assert "2:4 torch.sparse         not measured: RuntimeError" in capsys.readouterr().out

@@ -7,12 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
+import all_cores
 import pytest
+from all_cores import selected
 
 from tinycomp.ops._registry import OPS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
+import gpu_build
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -34,14 +38,16 @@ def run(script: str, *words: str, **environment: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@cache
-def interpreted() -> list[dict]:
-    return run("triton_interpreter.py", TRITON_INTERPRET="1")
+def interpreted(names: tuple[str, ...]) -> list[dict]:
+    return run("triton_interpreter.py", *names, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_interpreted(name: str) -> None:
-    rows = [row for row in interpreted() if row["op"] == name]
+def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
+    names = selected(request, "name")
+    parts = [tuple(names[i :: all_cores.CORES]) for i in range(min(all_cores.CORES, len(names)))]
+    mine = next(part for part in parts if name in part)
+    rows = [row for row in all_cores.result(interpreted, parts, mine) if row["op"] == name]
     ran = [row for row in rows if row["why_not"] is None]
     assert len(ran) >= len(rows) / 2, f"{name}: most samples did not run: {rows[0]}"
     assert [row for row in ran if row["error"]] == []
@@ -49,25 +55,28 @@ def test_interpreted(name: str) -> None:
 
 def test_every_op_has_both_backends() -> None:
     cuda = {p.stem for p in (TESTS.parent / "csrc" / "cuda").glob("*.cu")}
-    assert set(OPS) == set(KERNELS) == cuda - {"library"}
+    assert set(OPS) == set(KERNELS) == cuda - set(gpu_build.NO_OPS)
 
 
-@cache
-def compiled(architecture: str) -> list[dict]:
-    # Float32 takes other configurations; once is enough for every run of the suite.
-    return run("triton_aot.py", architecture, "bfloat16", *(() if architecture in ("90", "100") else ("float32",)))
+def compiled(target: str) -> list[dict]:
+    return run("triton_aot.py", *target.split("-"))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["80", "90", "100", *(pytest.param(a, marks=pytest.mark.slow) for a in ("120", "gfx942"))]
-)
-def test_compiled(architecture: str) -> None:
-    rows = compiled(architecture)
+# "every" way to write an output, or "few" of them: those that the compilers of the other GPUs are spared in each run of
+# the suite. All storages, all candidates of the autotuner and all other kernels are in both.
+TARGETS = ["80-bfloat16-every", "90-bfloat16-few", "100-bfloat16-few", "80-float32-few"]
+SLOW_TARGETS = ["80-float32-every", "90-bfloat16-every", "100-bfloat16-every"]
+SLOW_TARGETS += [f"{gpu}-{dtype}-every" for gpu in ("120", "gfx942") for dtype in ("bfloat16", "float32")]
+
+
+@pytest.mark.parametrize("target", [*TARGETS, *(pytest.param(t, marks=pytest.mark.slow) for t in SLOW_TARGETS)])
+def test_compiled(target: str, request: pytest.FixtureRequest) -> None:
+    rows = all_cores.result(compiled, selected(request, "target"), target)
     assert {row["op"] for row in rows} == set(KERNELS)
     for row in rows:
         what = json.dumps(row)
         assert row["registers"] > 0, what
         assert row["spill_bytes"] == 0, what
         assert row["shared_bytes"] <= 163 << 10, what
-        if row["kernel"] == "product_kernel" and row["dtype"] != "float32":
+        if row["kernel"] in ("product_kernel", "group_kernel") and row["dtype"] != "float32":
             assert row["matrix_instructions"] > 0, what

@@ -34,6 +34,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "swsc-outputs-scaled": ("SWSCLinear", {"clusters": 6, "rank": 0, "scaled": True}),
     "swsc-inputs": ("SWSCLinear", {"clusters": 5, "rank": 2, "axis": 1, "scaled": True}),
     "int8-swsc-outputs": ("QuantSWSCLinear", {"clusters": 6, "rank": 3, "scaled": True}),
+    "int4-swsc-outputs": ("QuantSWSCLinear", {"clusters": 6, "rank": 3, "bits": 4, "group_size": 4}),
+    "int4-swsc-inputs": (
+        "QuantSWSCLinear",
+        {"clusters": 5, "rank": 3, "axis": 1, "bits": 4, "activation_bits": 8, "scaled": True},
+    ),
     "int8-swsc-inputs": ("QuantSWSCLinear", {"clusters": 5, "rank": 0, "axis": 1}),
     "int8": ("QuantLinear", {"bits": 8}),
     "int4": ("QuantLinear", {"bits": 4, "group_size": 8}),

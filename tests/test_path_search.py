@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ import torch
 from conftest import FAMILIES, WIDTH, output
 
 from tinycomp.edits import Plan
+from tinycomp.linalg import Elimination
 from tinycomp.methods import Linear
 from tinycomp.methods._slicing import slice_units
 from tinycomp.models import spec_of, unit_groups
 from tinycomp.surgery import apply_
 from tinycomp.train import path_search
-from tinycomp.train.masks import Masks, search_loss
+from tinycomp.train.masks import Masks, Refit, search_loss
 from tinycomp.train.path_search import PathSearch, search_path
 
 QUICK = {"steps": 6, "samples": 2, "length": 9}
@@ -100,6 +102,69 @@ def test_mask_gradients_are_those_of_the_loss():
         (at_one,) = torch.autograd.grad(loss(batch), masks.values[:1])
         assert float(loss(batch).detach()) == pytest.approx(0.0, abs=1e-6)
         assert float(at_one.abs().max()) < 1e-6
+
+
+def test_refit_is_the_dense_weight_at_one_and_least_squares_at_zeros():
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)).double()
+    gram, weight = x.T @ x / 200, torch.randn(5, 12, generator=generator)
+    refit = Refit(weight, gram, damping=1e-6)
+    torch.testing.assert_close(refit(torch.ones(12)), weight)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0])
+    kept = mask.bool()
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.double().T).solution.T.float()
+    torch.testing.assert_close(refit(mask)[:, kept], expected, rtol=1e-3, atol=1e-3)
+    assert not refit(mask)[:, ~kept].any()
+    soft = torch.rand(12, generator=generator).double().requires_grad_()
+    refit.diagonal, refit.others, refit.cross, refit.rms = (
+        t.double() for t in (refit.diagonal, refit.others, refit.cross, refit.rms)
+    )
+    assert torch.autograd.gradcheck(refit, (soft,))
+    assert torch.isfinite(refit(torch.full((12,), 1.5, dtype=torch.float64))).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "dinov2"])
+def test_a_compensated_search_sees_what_slicing_and_refitting_give(family):
+    model = FAMILIES[family].build()
+    groups = unit_groups(model)
+    readers = [g.members[-1].path for g in groups if g.members[-1].dim == 1]
+    widths = {p: linears(model, groups)[p].in_features for p in readers}
+    drawn = {p: torch.randn(300, n) @ torch.randn(n, n) for p, n in widths.items()}
+    grams = {p: x.T @ x / 300 for p, x in drawn.items()}
+    dense = output(model, family)
+    with Masks(model, groups, grams=grams) as masks:
+        torch.testing.assert_close(output(model, family), dense, rtol=1e-3, atol=1e-3)
+        for value in masks.values:
+            value.data[::3] = 0.0
+        masked = output(model, family)
+    assert torch.equal(output(model, family), dense)
+    kept = {g.name: torch.tensor([i for i in range(g.count) if i % 3]) for g in groups}
+    own = {p: replace(x, gram=grams.get(p)) for p, x in linears(model, groups).items()}
+    result = slice_units(own, groups, kept, damping=1e-3)
+    apply_(model, Plan(result.edits), result.tensors)
+    plain = (masked - dense).norm()
+    assert (output(model, family) - masked).norm() < 0.05 * plain  # the damping differs
+    path = search_path(FAMILIES[family].build(), groups, data(family), PathSearch(**QUICK, compensate=True))
+    assert all(bool(torch.isfinite(t).all()) for t in path.tie.values())
+
+
+def test_a_warm_start_gives_the_order_of_an_elimination_where_nothing_else_speaks():
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    config = PathSearch(**QUICK, warm=1.0, lr=1e-6)
+    path = search_path(model, groups, data("llama"), config)
+    batches = data("llama")
+    for group in (g for g in groups if g.kind == "ffn"):
+        down = group.members[-1].path
+        seen = []
+        handle = model.get_submodule(down).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].detach()))
+        for batch in batches:
+            model(**batch)
+        handle.remove()
+        x = torch.cat(seen).flatten(0, -2)
+        order = Elimination(model.get_submodule(down).weight.detach(), x.T @ x / len(x), None, 1e-4).order
+        ranked = [unit for name, unit in path.ranking(groups) if name == group.name]
+        assert ranked[:4] == order.flip(0)[:4].tolist()
 
 
 def dead_units(model):

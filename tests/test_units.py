@@ -13,7 +13,7 @@ from unit_models import linears_of, masked, random_path
 
 from tinycomp.edits import Plan, Replace, Slice
 from tinycomp.hf import edit_
-from tinycomp.methods._slicing import slice_edits, slice_units
+from tinycomp.methods._slicing import slice_edits, slice_units, without_dead_heads
 from tinycomp.models import UnitPath, unit_groups
 from tinycomp.planning import after_edits
 from tinycomp.surgery import apply_
@@ -61,6 +61,32 @@ def test_empty_groups(family: str, empty: str, tiny: Callable[..., Any]) -> None
         expected = output(model, family)
     sliced(model, groups, kept)
     torch.testing.assert_close(output(model, family), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["head", "layer"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert", "vit", "marian", "t5"])
+def test_heads_without_values_lose_their_queries_and_keys(family: str, whole: bool, tiny: Callable[..., Any]) -> None:
+    model = tiny(family)
+    groups = unit_groups(model)
+    kept = random_path(groups).kept(groups, 0.7, round_to=1)
+    heads = {}
+    for group in (g for g in groups if g.kind == "v"):
+        heads[group.name] = group.heads if whole else 1
+        kept[group.name] = kept[group.name][kept[group.name] >= heads[group.name] * group.count // group.heads]
+    left = without_dead_heads(groups, kept)
+    with masked(model, groups, kept):
+        expected = output(model, family)
+    planned = after_edits(model, slice_edits(groups, left))
+    result = sliced(model, groups, left)
+    torch.testing.assert_close(output(model, family), expected, rtol=1e-5, atol=1e-5)
+    for group in (g for g in groups if g.kind == "qk"):
+        of_head, dead = group.count // group.heads, heads[group.name.removesuffix("qk") + "v"]
+        assert left[group.name].tolist() == [u for u in kept[group.name].tolist() if u >= dead * of_head]
+        (rows,) = {r["rows"] for r in result.records if r["path"] == group.members[1].path} or {None}
+        if group.members[0].path != group.members[1].path:  # the keys of one head, none of a query head that is gone
+            assert rows == len(left[group.name]) * group.members[1].features.shape[1]
+    stored = {t.data_ptr(): t for n, t in model.state_dict().items() if n not in model._keys_to_ignore_on_save}
+    assert planned["bytes"] == sum(t.nbytes for t in stored.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "vit", "marian"])

@@ -30,7 +30,7 @@ from tinycomp import ops
 
 CACHE = Path(os.environ["TRITON_CACHE_DIR"])
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURE = sys.argv[1]
+ARCHITECTURE, DTYPE, HOW_MANY = sys.argv[1:]
 AMD = ARCHITECTURE.startswith("gfx")
 
 
@@ -65,19 +65,18 @@ def measure(kernel: Any) -> dict[str, Any]:
         registers, spilled = number.values()
         matrix = text.count("v_mfma")
     else:
-        ptx = CACHE / f"{kernel.hash}.ptx"
-        ptx.write_text(kernel.asm["ptx"])
-        arch = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
-        tool = BIN / ("ptxas-blackwell" if int(ARCHITECTURE) >= 100 else "ptxas")
-        done = subprocess.run([tool, "-v", f"-arch={arch}", ptx, "-o", "/dev/null"], capture_output=True, text=True)
-        registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
-        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()))
+        cubin = CACHE / f"{kernel.hash}.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [BIN / "cuobjdump", "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        # What is spilled, and any array that is not in registers, lies on the stack.
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", kernel.asm["ptx"]))
     return {"registers": registers, "spill_bytes": spilled, "matrix_instructions": matrix}
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Shapes of a layer with 2048 inputs: decode and 64 rows of prefill."""
+def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Shapes of a layer with 2048 inputs, decode and 64 rows of prefill; with `every`, each way to write an output."""
     k, n, rank = 2048, 2048, 512
 
     def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -86,22 +85,21 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     i32, u8, i8 = torch.int32, torch.uint8, torch.int8
     for m in (1, 64):
         x, order = t(m, k), t(n, dtype=i32)
-        yield "lowrank_linear", (x, t(rank, k), t(n, rank), None, t(n))
+        int4 = (t(rank, k // 2, dtype=u8), t(rank, k // 128), t(n, rank // 2, dtype=u8), t(n, rank // 128))
         yield "lowrank_linear", (x, t(rank, k), t(n - rank, rank), order, None)
-        yield "cur_linear", (x, t(rank, k), t(rank, rank), t(n, rank), None)
-        yield "sliced_linear", (x, t(n, k), None, k // 2, n // 2)
-        for axis in (0, 1):
-            centroids = t(64, k) if axis == 0 else t(n, 64)
-            yield "swsc_linear", (x, centroids, t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, axis)
+        yield "swsc_linear", (x, t(n, 64), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, 1)
         yield "quant_linear", (x, t(n, k, dtype=i8), t(n, 1), None, None, 8, 0)
         yield "quant_linear", (x, t(n, k // 2, dtype=u8), t(n, k // 128), t(n, k // 128), None, 4, 128)
-        yield (
-            "quant_lowrank_linear",
-            (
-                *(x, t(rank, k // 2, dtype=u8), t(rank, k // 128), t(n, rank // 2, dtype=u8), t(n, rank // 128)),
-                *(None, None, None, None, 4, 128),
-            ),
-        )
+        if every or m == 1:
+            yield "lowrank_linears", (x, *(t(rank, k), t(n - rank, rank), order, None) * 2)
+            yield "quant_lowrank_linears", (x, *(*int4, None, None, None, None) * 3, 4, 128)
+        if every:
+            yield "lowrank_linear", (x, t(rank, k), t(n, rank), None, t(n))
+            yield "swsc_linear", (x, t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, 0)
+        if every or m == 1:
+            yield "cur_linear", (x, t(rank, k), t(rank, rank), t(n, rank), None)
+            yield "sliced_linear", (x, t(n, k), None, k // 2, n // 2)
+            yield "quant_lowrank_linear", (x, *int4, None, None, None, None, 4, 128)
         offsets = t(n + 1, dtype=i32)
         yield "masked_linear", (x, t(n * k // 2), t(n, k // 8, dtype=u8), offsets, None, None, n, "bitmask", 0)
         yield "masked_linear", (x, t(n, k // 2), t(n, k // 8, dtype=u8), None, None, None, n, "2:4", 0)
@@ -115,7 +113,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "select_pivots", (t(n, 64), 2, "qr")
     yield "select_pivots", (t(n, 64), 2, "lu")
     state = [torch.empty(n) for _ in range(5)]
-    yield "split_bregman_step_", (*state[:3], t(n, dtype=i32), *state[3:], 1, 0.1)
+    state.insert(3, t(n, dtype=i32))
+    yield "split_bregman_step_", (*state, 2, 0.1)
+    adam = (2, 0.1, 1.0, 1.0, 1.0, 0.9, False, True, torch.empty(n), 0.99, 1e-8)
+    yield "split_bregman_step_", (*state[:2], None, *state[3:], *adam, 16, t(n // 8, dtype=u8))
 
 
 def main() -> None:
@@ -132,14 +133,13 @@ def main() -> None:
 
     JITFunction.run = compile_only
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
-    for dtype in (getattr(torch, word) for word in sys.argv[2:]):
-        for name, args in calls(dtype):
-            getattr(torch.ops.tinycomp_triton, name)(*args)
-            for kernel_name, kernel in found.values():
-                row = {"op": name, "kernel": kernel_name, "dtype": str(dtype).removeprefix("torch.")}
-                row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
-                print(json.dumps(row | measured(kernel)), flush=True)
-            found.clear()
+    for name, args in calls(getattr(torch, DTYPE), HOW_MANY == "every"):
+        getattr(torch.ops.tinycomp_triton, name)(*args)
+        for kernel_name, kernel in found.values():
+            row = {"op": name, "kernel": kernel_name, "dtype": DTYPE}
+            row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
+            print(json.dumps(row | measured(kernel)), flush=True)
+        found.clear()
 
 
 if __name__ == "__main__":

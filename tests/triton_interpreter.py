@@ -88,13 +88,19 @@ def main(names: list[str]) -> None:
     from tolerance import assert_close
 
     from tinycomp import ops
+    from tinycomp.kernels_dump import _cases
     from tinycomp.ops import _registry
+    from tinycomp.ops._registry import Sample
 
     repair()
     for name in names or sorted(op for op, backend in _registry._LAUNCHERS if backend == "triton"):
         op = ops.OPS[name]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for sample in op.samples(dtype):
+            # Also the calls that kernels_dump writes down, in one dtype.
+            dumped = torch.float32 if name == "split_bregman_step_" else torch.bfloat16
+            shapes = _cases.DEFAULTS[name] if dtype == dumped else []
+            calls = [Sample(f"dump-{i}", _cases.make(name, dtype, 0, shape)) for i, shape in enumerate(shapes)]
+            for sample in (*op.samples(dtype), *calls):
                 row = {"op": name, "dtype": str(dtype).removeprefix("torch."), "sample": sample.id}
                 row["why_not"] = _registry.why_not(op, "triton", sample.args)
                 if row["why_not"] is None:

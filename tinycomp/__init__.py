@@ -42,6 +42,7 @@ _LAZY = {
     "Rounding": "tinycomp.methods",
     "StrategicFusion": "tinycomp.methods",
     "SPP": "tinycomp.methods",
+    "SPPMask": "tinycomp.methods",
     "Auto": "tinycomp.methods",
 }
 
@@ -71,6 +72,7 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "Rounding",
     "StrategicFusion",
     "SPP",
+    "SPPMask",
     "Auto",
 ]
 

@@ -109,63 +109,88 @@ TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, con
 template <class V>
 constexpr int kPanelRows = 2 * V::width;
 constexpr int64_t kPanelColumns = 512;
+// Entries between a load of a row that is transposed and the prefetch that goes with it: so many rows at once are more
+// than the processor follows.
+constexpr int64_t kPanelAhead = 64;
 
-// Rows beyond n are zero in the panel.
-template <class V, class T>
+// `lines` lines of a matrix, those beyond n as zeros, transposed: panel[c * lines + i].
+template <class V, int lines, class T>
 TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_t cols, float* panel) {
-  for (int64_t first = 0; first < kPanelRows<V>; first += V::width)
+  for (int64_t first = 0; first < lines; first += V::width)
     for (int64_t c = 0; c < cols; c += V::width) {
       typename V::Vec v[V::width];
       const int64_t left = cols - c;
       for (int r = 0; r < V::width; ++r) {
         const T* from = reinterpret_cast<const T*>(w + (first + r) * stride) + c;
+        __builtin_prefetch(from + kPanelAhead);
         v[r] = first + r >= n ? V::zero() : left < V::width ? V::load_first(from, left) : V::load(from);
       }
       V::transpose(v);
-      for (int r = 0; r < V::width && r < left; ++r) V::store(panel + (c + r) * kPanelRows<V> + first, v[r]);
+      for (int r = 0; r < V::width && r < left; ++r) V::store(panel + (c + r) * lines + first, v[r]);
     }
 }
 
-template <class V, int J>
+// J inputs against the rows of a panel of P vectors. Unrolled entirely: accumulators that a loop indexes would be kept
+// in memory.
+template <class V, int J, int P>
 TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x, int64_t ldx, float* out, int64_t ldo,
                                 int64_t n, bool add) {
-  typename V::Vec acc[J][2];
-  for (int j = 0; j < J; ++j) acc[j][0] = acc[j][1] = V::zero();
+  constexpr int lines = P * V::width;
+  typename V::Vec acc[J][P];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) acc[j][p] = V::zero();
+  for (int j = 0; j < J; ++j)
+    for (int p = 0; p < P; ++p) __builtin_prefetch(out + j * ldo + p * V::width, 1);
   for (int64_t c = 0; c < cols; ++c) {
-    const auto low = V::load(panel + c * kPanelRows<V>), high = V::load(panel + c * kPanelRows<V> + V::width);
+    typename V::Vec w[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) w[p] = V::load(panel + c * lines + p * V::width);
+#pragma GCC unroll 16
     for (int j = 0; j < J; ++j) {
       const auto input = V::set1(x[j * ldx + c]);
-      acc[j][0] = V::fma(low, input, acc[j][0]);
-      acc[j][1] = V::fma(high, input, acc[j][1]);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[j][p] = V::fma(w[p], input, acc[j][p]);
     }
   }
-  alignas(64) float some[kPanelRows<V>];
+  alignas(64) float some[lines];
+#pragma GCC unroll 16
   for (int j = 0; j < J; ++j) {
     float* to = out + j * ldo;
-    if (n < kPanelRows<V>) {
-      V::store(some, acc[j][0]), V::store(some + V::width, acc[j][1]);
-      for (int64_t i = 0; i < n; ++i) to[i] = add ? to[i] + some[i] : some[i];
-      continue;
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      if (n == lines)
+        V::store(to + p * V::width, add ? V::add(V::load(to + p * V::width), acc[j][p]) : acc[j][p]);
+      else
+        V::store(some + p * V::width, acc[j][p]);
     }
-    V::store(to, add ? V::add(V::load(to), acc[j][0]) : acc[j][0]);
-    V::store(to + V::width, add ? V::add(V::load(to + V::width), acc[j][1]) : acc[j][1]);
+    if (n < lines)
+      for (int64_t i = 0; i < n; ++i) to[i] = add ? to[i] + some[i] : some[i];
   }
 }
 
-template <class V, int... J>
+template <class V, int P, int... J>
 constexpr auto panel_tiles(std::integer_sequence<int, J...>) {
-  return std::array{panel_tile<V, J + 1>...};
+  return std::array{panel_tile<V, J + 1, P>...};
 }
 
 template <class V, class T>
 TINYCOMP_TARGET void dot_panels(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                                 int64_t m, float* out, int64_t ldo) {
-  static constexpr auto tiles = panel_tiles<V>(std::make_integer_sequence<int, V::panel_inputs>());
+  using Takes = std::make_integer_sequence<int, V::panel_inputs>;
+  static constexpr auto whole = panel_tiles<V, 2>(Takes()), half = panel_tiles<V, 1>(Takes());
   alignas(64) float panel[kPanelColumns * kPanelRows<V>];
-  for (int64_t c = 0; c < cols; c += kPanelColumns)
+  // Equal shares of the columns: a short last one would cost as many passes over the results.
+  const int64_t shares = (cols + kPanelColumns - 1) / kPanelColumns, unit = V::width;
+  const int64_t share = ((cols + shares - 1) / shares + unit - 1) / unit * unit;
+  for (int64_t c = 0; c < cols; c += share)
     for (int64_t i = 0; i < rows; i += kPanelRows<V>) {
-      const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(kPanelColumns, cols - c);
-      fill_panel<V, T>(w + i * stride + c * sizeof(T), stride, n, depth, panel);
+      const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(share, cols - c);
+      const char* from = w + i * stride + c * sizeof(T);
+      const auto& tiles = n > V::width ? whole : half;
+      n > V::width ? fill_panel<V, kPanelRows<V>, T>(from, stride, n, depth, panel)
+                   : fill_panel<V, V::width, T>(from, stride, n, depth, panel);
       for (int64_t j = 0, take; j < m; j += take) {
         const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
         take = (left + passes - 1) / passes;

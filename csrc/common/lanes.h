@@ -9,17 +9,17 @@
 
 namespace tinycomp {
 
-constexpr int kLanes = 16;
+constexpr int kSumLanes = 16;
 
 // term(0) + ... + term(n - 1), in an order that depends on n alone.
 template <class A, class Term>
 A lane_sum(int64_t n, const Term& term) {
-  A lanes[kLanes] = {};
+  A lanes[kSumLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  for (; i < n; ++i) lanes[i % kLanes] += term(i);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int l = 0; l < kSumLanes; ++l) lanes[l] += term(i + l);
+  for (; i < n; ++i) lanes[i % kSumLanes] += term(i);
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   return lanes[0];
 }

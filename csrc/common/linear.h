@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "lanes.h"
 #include "parallel.h"
 #include "register.h"
 
@@ -60,6 +61,13 @@ inline Tensor as_matrix(const Tensor& x) {
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t shape[] = {columns == 0 ? 0 : x.numel() / columns, columns};
   return torch::stable::reshape(x, {shape, 2});
+}
+
+// Product of the leading dimensions.
+inline int64_t row_count(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
@@ -137,15 +145,14 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
   return values;
 }
 
-// An int32 permutation of range(size).
-inline std::vector<int32_t> permutation(const Tensor& t, int64_t size, const char* name) {
+// The inverse of an int32 permutation of range(size).
+inline std::vector<int32_t> inverse_permutation(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": dtype does not fit");
-  std::vector<int32_t> values = indices(t, size, size, name);
-  thread_local std::vector<char> seen;
-  seen.assign(size, 0);
-  for (const int32_t value : values) seen[value] = 1;
-  STD_TORCH_CHECK(std::count(seen.begin(), seen.end(), char{1}) == size, name, ": an index is repeated");
-  return values;
+  const std::vector<int32_t> order = indices(t, size, size, name);
+  std::vector<int32_t> from(size, -1);
+  for (int64_t i = 0; i < size; ++i) from[order[i]] = static_cast<int32_t>(i);
+  STD_TORCH_CHECK(std::count(from.begin(), from.end(), -1) == 0, name, ": an index is repeated");
+  return from;
 }
 
 // Floats for the length of a call, kept by the thread for the next one unless they are many.
@@ -184,41 +191,46 @@ enum {
   kMaskSlot
 };
 
-// The rows of an input in float32, adjacent. Narrow ones are widened by `prepare`, the first stage of a call.
+// Floats between rows of `cols` that many-input kernels read together: not a multiple of 2 KiB, where rows would share
+// the same few places of the nearest cache.
+inline int64_t row_distance(int64_t cols, int64_t rows) {
+  return rows >= kPanelInputs && cols % 512 == 0 ? cols + 16 : cols;
+}
+
+// The rows of an input in float32. Narrow ones are widened by `prepare`, the first stage of a call, and those that
+// `apart` allows to be `stride` > cols floats apart are copied there.
 class Inputs {
  public:
   template <class T>
-  Inputs(const Tensor& x, T)
+  Inputs(const Tensor& x, T, bool apart = false)
       : tensor_(x.is_contiguous() ? x : torch::stable::contiguous(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
-        rows(cols == 0 ? rows_of(x) : x.numel() / cols),
+        rows(row_count(x)),
+        stride(apart ? row_distance(cols, rows) : cols),
         type_(dot_type<T>),
         width_(sizeof(T)),
-        wide_(kInputSlot, type_ == Type::f32 ? 0 : rows * cols) {}
+        as_they_are_(type_ == Type::f32 && stride == cols),
+        wide_(kInputSlot, as_they_are_ ? 0 : rows * stride) {}
 
-  const float* data() const { return type_ == Type::f32 ? reinterpret_cast<const float*>(from_) : wide_.data(); }
-  Stage stage() const { return {type_ == Type::f32 ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
+  const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : wide_.data(); }
+  Stage stage() const { return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
   void prepare(int64_t first, int64_t last) const {
-    widen(type_, from_ + first * cols * width_, wide_.data() + first * cols, (last - first) * cols);
+    for (int64_t j = first; j < last; ++j) widen(type_, from_ + j * cols * width_, wide_.data() + j * stride, cols);
   }
 
  private:
   static constexpr int64_t one = 1;
-  static int64_t rows_of(const Tensor& x) {
-    int64_t rows = 1;
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-    return rows;
-  }
   Tensor tensor_;
   const char* from_;
 
  public:
-  const int64_t cols, rows;
+  const int64_t cols, rows, stride;
 
  private:
   Type type_;
   int64_t width_;
+  bool as_they_are_;
   Scratch wide_;
 };
 
@@ -238,11 +250,39 @@ inline double weight_estimate(const Weight& w, int64_t m) {
   return microseconds(static_cast<double>(w.rows) * w.stride, static_cast<double>(w.rows) * w.cols * m);
 }
 
-// out[j * ldo + i] for each of m inputs and each weight row i in [first, last); inputs are `w.cols` floats apart.
-inline void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, float* out, int64_t ldo) {
+// Products on the way from one weight to the next: m rows in float32, `apart` as inputs are.
+class Middle {
+ public:
+  Middle(int slot, int64_t m, int64_t cols, bool apart = true)
+      : stride(apart ? row_distance(cols, m) : cols), memory_(slot, m * stride) {}
+  float* row(int64_t j) const { return memory_.data() + j * stride; }
+  const int64_t stride;
+
+ private:
+  Scratch memory_;
+};
+
+// out[j * ldo + i] for each of m inputs, `ldx` floats apart, and each weight row i in [first, last).
+inline void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last, float* out,
+                     int64_t ldo) {
   for (int64_t j = 0; j < m; j += kInputsAtOnce)
-    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * w.cols, w.cols,
+    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * ldx, ldx,
         std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo);
+}
+
+// to[i] = line[from[i]] + bias[i], all of them; no bias if that is empty.
+template <class A>
+void gather(const A* __restrict line, const std::vector<int32_t>& from, const std::vector<A>& bias, A* __restrict to) {
+  const int64_t n = static_cast<int64_t>(from.size());
+  const int32_t* __restrict at = from.data();
+  const A* __restrict shift = bias.data();
+  const bool shifted = !bias.empty();
+  vectorised([&] {
+    if (shifted)
+      for (int64_t i = 0; i < n; ++i) to[i] = line[at[i]] + shift[i];
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = line[at[i]];
+  });
 }
 
 // Results of a layer: rows of `cols` values of type T, and what is added to each.
@@ -258,42 +298,58 @@ struct Output {
       for (int64_t c = 0; c < n; ++c) values[c] += bias[i + c];
     narrow(dot_type<T>, values, data + j * cols + i, n);
   }
-  // Rows [first, last) whose result i, from `kept` for i < rank and then from `rest`, belongs at column order[i]. A
-  // thread does whole rows: threads that wrote between one another's columns would fight over cache lines.
-  void place(int64_t first, int64_t last, const std::vector<int32_t>& order, const float* kept, int64_t rank,
-             const float* rest) const {
+  // Rows [first, last) whose result i is entry from[i] of a line. A thread does whole rows: threads that wrote between
+  // one another's columns would fight over cache lines.
+  void place(int64_t first, int64_t last, const std::vector<int32_t>& from, const Middle& lines) const {
+    const Scratch wide(kResultSlot, std::is_same_v<T, float> ? 0 : cols);
     for (int64_t j = first; j < last; ++j) {
-      scatter(j, order.data(), kept + j * rank, rank);
-      scatter(j, order.data() + rank, rest + j * (cols - rank), cols - rank);
+      for (int64_t c = 0; j + 1 < last && c < cols; c += 16) __builtin_prefetch(lines.row(j + 1) + c);
+      if constexpr (std::is_same_v<T, float>) {
+        gather(lines.row(j), from, bias, data + j * cols);
+      } else {
+        gather(lines.row(j), from, bias, wide.data());
+        narrow(dot_type<T>, wide.data(), data + j * cols, cols);
+      }
     }
   }
   Stage place_stage(int64_t m) const { return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))}; }
-
- private:
-  void scatter(int64_t j, const int32_t* order, const float* values, int64_t n) const {
-    T* row = data + j * cols;
-    for (int64_t c = 0; c < n; ++c)
-      row[order[c]] = static_cast<T>(bias.empty() ? values[c] : values[c] + bias[order[c]]);
-  }
 };
 
 // store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).
 template <class Store>
-void dot_rows(const Weight& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last,
+              const Store& store) {
   const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
   for (int64_t start = 0; start < m; start += kInputsAtOnce) {
     const int64_t inputs = std::min(kInputsAtOnce, m - start);
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
-      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * w.cols, w.cols, inputs, out.data(), kBatch);
+      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * ldx, ldx, inputs, out.data(), kBatch);
       for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
     }
   }
 }
 
-// x wᵀ through torch, outside any gradient graph.
+// Whether products go through torch: all in double, and in float32 those of so many inputs that its library, which
+// arranges both operands in memory first, is the faster one.
+constexpr int64_t kTorchInputs = 256;
+template <class T>
+constexpr bool may_use_torch = std::is_same_v<T, double> || std::is_same_v<T, float>;
+template <class T>
+bool uses_torch(int64_t rows) {
+  return std::is_same_v<T, double> || (std::is_same_v<T, float> && rows >= kTorchInputs);
+}
+
+// x wᵀ through torch, outside any gradient graph; into `out`, where there is one.
 inline Tensor gemm(const Tensor& x, const Tensor& w) {
   return torch::stable::matmul(detach(x), torch::stable::transpose(detach(w), 0, 1));
+}
+inline void gemm(const Tensor& x, const Tensor& w, const Tensor& out) {
+  const Tensor columns = torch::stable::transpose(detach(w), 0, 1);
+  StableIValue stack[] = {torch::stable::detail::from(detach(x)), torch::stable::detail::from(columns),
+                          torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // body(j) for the rows of a result, over threads.
@@ -305,28 +361,37 @@ void parallel_rows(int64_t rows, int64_t cols, Body body) {
   });
 }
 
-// Results of a low-rank layer in double from its two products, z (m, rank) and rest (m, others).
-inline void place(const Tensor& z, const Tensor& rest, const std::vector<int32_t>& order,
-                  const std::vector<double>& bias, double* y) {
-  const Tensor first = torch::stable::contiguous(z), second = torch::stable::contiguous(rest);
-  const double *kept = static_cast<const double*>(first.const_data_ptr()),
-               *other = static_cast<const double*>(second.const_data_ptr());
-  const int64_t rank = z.size(1), others = rest.size(1), skipped = order.empty() ? 0 : rank, n = skipped + others;
-  parallel_rows(z.size(0), n, [&](int64_t j) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = order.empty() ? i : order[i];
-      const double value = i < skipped ? kept[j * rank + i] : other[j * others + i - skipped];
-      y[j * n + at] = bias.empty() ? value : value + bias[at];
-    }
-  });
-}
-
 // y += bias by rows of a contiguous matrix.
-inline void add_bias(double* y, int64_t rows, int64_t cols, const std::vector<double>& bias) {
+template <class T>
+void add_bias(T* y, int64_t rows, int64_t cols, const std::vector<T>& bias) {
   if (bias.empty()) return;
   parallel_rows(rows, cols, [&](int64_t j) {
     for (int64_t i = 0; i < cols; ++i) y[j * cols + i] += bias[i];
   });
+}
+
+// A low-rank layer through torch: first(z) and second(z, rest) write products, of m inputs and of z, into tensors. y is
+// [z rest] with result i taken from entry from[i], or `rest` alone where `from` is empty, plus the bias.
+template <class T, class First, class Second>
+void low_rank_through_torch(const Tensor& y, int64_t m, int64_t rank, const std::vector<int32_t>& from,
+                            const std::vector<T>& bias, const First& first, const Second& second) {
+  const int64_t n = y.size(y.dim() - 1), shape[] = {m, n};
+  T* to = static_cast<T*>(y.mutable_data_ptr());
+  if (from.empty()) {
+    const Tensor z = empty(y, {m, rank}, scalar_type<T>);
+    first(z);
+    second(z, torch::stable::view(y, {shape, 2}));
+    return add_bias<T>(to, m, n, bias);
+  }
+  // Kept memory: that of a new tensor would be mapped page by page in every call.
+  const Scratch memory(kMiddleSlot, m * n * static_cast<int64_t>(sizeof(T) / sizeof(float)));
+  const int64_t distances[] = {n, 1};
+  Tensor lines = torch::stable::from_blob(memory.data(), {shape, 2}, {distances, 2}, y.device(), scalar_type<T>);
+  const Tensor z = torch::stable::narrow(lines, 1, 0, rank);
+  first(z);
+  second(z, torch::stable::narrow(lines, 1, rank, n - rank));
+  const T* line = static_cast<const T*>(lines.const_data_ptr());
+  parallel_rows(m, n, [&](int64_t j) { gather(line + j * n, from, bias, to + j * n); });
 }
 
 }  // namespace tinycomp

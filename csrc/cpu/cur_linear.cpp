@@ -7,18 +7,18 @@ namespace {
 template <class T>
 void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, const Output<T>& y) {
   const int64_t m = x.rows;
-  const Scratch middle(kMiddleSlot, m * r.rows), linked(kLinkSlot, m * u.rows);
+  const Middle middle(kMiddleSlot, m, r.rows), linked(kLinkSlot, m, u.rows);
   const Stage stages[] = {x.stage(), row_stage(r, m), row_stage(u, m), row_stage(c, m)};
   const double estimate = weight_estimate(r, m) + weight_estimate(u, m) + weight_estimate(c, m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      dot_rows(r, x.data(), m, first, last, middle.data(), r.rows);
+      dot_rows(r, x.data(), x.stride, m, first, last, middle.row(0), middle.stride);
     } else if (stage == 2) {
-      dot_rows(u, middle.data(), m, first, last, linked.data(), u.rows);
+      dot_rows(u, middle.row(0), middle.stride, m, first, last, linked.row(0), linked.stride);
     } else {
-      dot_rows(c, linked.data(), m, first, last,
+      dot_rows(c, linked.row(0), linked.stride, m, first, last,
                [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
     }
   });
@@ -34,15 +34,19 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
     const Weight columns(c, dot_type<T>, scalar_type<T>, link.rows, "cur_linear: c");
     const auto shift = entries<T>(bias, columns.rows, "cur_linear: bias");
     const std::vector<int64_t> shape = shape_with_last(x, columns.rows);
-    if constexpr (std::is_same_v<T, double>) {
-      const Tensor inputs = as_matrix(x), y = torch::stable::contiguous(gemm(gemm(gemm(inputs, r), u), c));
-      add_bias(static_cast<T*>(y.mutable_data_ptr()), inputs.size(0), columns.rows, shift);
-      return torch::stable::view(y, {shape.data(), shape.size()});
-    } else {
-      const Tensor y = empty(x, shape, scalar_type<T>);
-      stream<T>(Inputs(x, zero), rows, link, columns, {static_cast<T*>(y.mutable_data_ptr()), columns.rows, shift});
-      return y;
+    if constexpr (may_use_torch<T>) {
+      if (uses_torch<T>(row_count(x))) {
+        const Tensor inputs = as_matrix(x), y = torch::stable::contiguous(gemm(gemm(gemm(inputs, r), u), c));
+        add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), inputs.size(0), columns.rows, shift);
+        return torch::stable::view(y, {shape.data(), shape.size()});
+      }
     }
+    const Tensor y = empty(x, shape, scalar_type<T>);
+    if constexpr (!std::is_same_v<T, double>) {
+      T* out = static_cast<T*>(y.mutable_data_ptr());
+      stream<T>(Inputs(x, zero, true), rows, link, columns, {out, columns.rows, shift});
+    }
+    return y;
   });
 }
 

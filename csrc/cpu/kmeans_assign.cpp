@@ -10,13 +10,13 @@ namespace {
 // Place of the least norms[c] - 2 products[c], the first among equals.
 template <class A>
 int32_t nearest(const A* __restrict norms, const A* __restrict products, int64_t k) {
-  A least[kLanes];
-  int32_t place[kLanes];
-  std::fill_n(least, kLanes, std::numeric_limits<A>::infinity());
-  std::fill_n(place, kLanes, 0);
+  A least[kSumLanes];
+  int32_t place[kSumLanes];
+  std::fill_n(least, kSumLanes, std::numeric_limits<A>::infinity());
+  std::fill_n(place, kSumLanes, 0);
   int64_t c = 0;
-  for (; c + kLanes <= k; c += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
+  for (; c + kSumLanes <= k; c += kSumLanes)
+    for (int l = 0; l < kSumLanes; ++l) {
       const A score = norms[c + l] - 2 * products[c + l];
       place[l] = score < least[l] ? static_cast<int32_t>(c + l) : place[l];
       least[l] = score < least[l] ? score : least[l];
@@ -26,7 +26,7 @@ int32_t nearest(const A* __restrict norms, const A* __restrict products, int64_t
     if (score < least[l]) least[l] = score, place[l] = static_cast<int32_t>(c);
   }
   int best = 0;
-  for (int l = 1; l < kLanes; ++l)
+  for (int l = 1; l < kSumLanes; ++l)
     if (least[l] < least[best] || (least[l] == least[best] && place[l] < place[best])) best = l;
   return place[best];
 }

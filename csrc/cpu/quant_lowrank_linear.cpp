@@ -6,13 +6,13 @@ namespace tinycomp {
 namespace {
 
 template <class T>
-void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, const std::vector<int32_t>& order,
+void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, const std::vector<int32_t>& from,
             const Output<T>& y) {
   const int64_t m = wide.rows, rank = r.rows;
-  const bool pivoted = !order.empty();
-  const Scratch middle(kMiddleSlot, m * rank), others(kLinkSlot, pivoted ? m * t.rows : 0);
-  float *z = middle.data(), *rest = others.data();
-  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z, m, kMiddleLevelSlot);
+  const bool pivoted = !from.empty();
+  // The second weight reads the middle without gaps; `lines` is the middle and the other results, to be put in order.
+  const Middle z(kMiddleSlot, m, rank, false), lines(kLinkSlot, pivoted ? m : 0, y.cols);
+  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z.row(0), m, kMiddleLevelSlot);
   const Stage stages[] = {wide.stage(), x.stage(), r.stage(), inner.stage(), t.stage(), y.place_stage(pivoted ? m : 0)};
   run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
@@ -21,16 +21,17 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
       x.prepare(first, last);
     } else if (stage == 2) {
       x.dot_rows(first, last, [&](int64_t j, int64_t i, const float* values, int64_t n) {
-        std::copy_n(values, n, z + j * rank + i);
+        std::copy_n(values, n, z.row(j) + i);
+        if (pivoted) std::copy_n(values, n, lines.row(j) + i);
       });
     } else if (stage == 3) {
       inner.prepare(first, last);
     } else if (stage == 5) {
-      y.place(first, last, order, z, rank, rest);
+      y.place(first, last, from, lines);
     } else {
       inner.dot_rows(first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
         if (pivoted)
-          std::copy_n(values, n, rest + j * t.rows + i);
+          std::copy_n(values, n, lines.row(j) + rank + i);
         else
           y.store(j, i, values, n);
       });
@@ -49,18 +50,19 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
   const RoundedWeight rest(t, t_scales, t_zeros, rows.rows, bits, group_size, activation_bits,
                            "quant_lowrank_linear: t");
   const int64_t out_features = rest.rows + (order ? rows.rows : 0);
-  const auto to = order ? permutation(*order, out_features, "quant_lowrank_linear: order") : std::vector<int32_t>{};
+  const auto from =
+      order ? inverse_permutation(*order, out_features, "quant_lowrank_linear: order") : std::vector<int32_t>{};
   return with_float_type(x.scalar_type(), "quant_lowrank_linear", [&](auto zero) {
     using T = decltype(zero);
     const auto shift = entries<T>(bias, out_features, "quant_lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (std::is_same_v<T, double>) {
-      const Tensor z = gemm(rows.inputs(as_matrix(x)), rows.dense(x));
-      place(z, gemm(rest.inputs(z), rest.dense(x)), to, shift, out);
-    } else {
-      stream<T>(Inputs(x, zero), rows, rest, to, {out, out_features, shift});
-    }
+    if constexpr (std::is_same_v<T, double>)
+      low_rank_through_torch<T>(
+          y, row_count(x), rows.rows, from, shift,
+          [&](const Tensor& z) { gemm(rows.inputs(as_matrix(x)), rows.dense(x), z); },
+          [&](const Tensor& z, const Tensor& out) { gemm(rest.inputs(z), rest.dense(x), out); });
+    else
+      stream<T>(Inputs(x, zero), rows, rest, from, {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     return y;
   });
 }

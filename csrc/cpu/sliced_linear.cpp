@@ -21,25 +21,28 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     const auto shift = entries<T>(bias, w.size(0), "sliced_linear: bias");
     const Tensor cut = in_features < x.size(x.dim() - 1) ? prefix(x, x.dim() - 1, in_features) : x;
     const std::vector<int64_t> shape = shape_with_last(x, out_features);
-    if constexpr (std::is_same_v<T, double>) {
-      const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
-      const Tensor y = torch::stable::contiguous(gemm(as_matrix(cut), part));
-      add_bias(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
-      return torch::stable::view(y, {shape.data(), shape.size()});
-    } else {
-      const Tensor result = empty(x, shape, scalar_type<T>);
+    if constexpr (may_use_torch<T>) {
+      if (uses_torch<T>(row_count(x))) {
+        const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
+        const Tensor y = torch::stable::contiguous(gemm(as_matrix(cut), part));
+        add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
+        return torch::stable::view(y, {shape.data(), shape.size()});
+      }
+    }
+    const Tensor result = empty(x, shape, scalar_type<T>);
+    if constexpr (!std::is_same_v<T, double>) {
       const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), out_features, shift};
-      const Inputs inputs(cut, zero);
+      const Inputs inputs(cut, zero, true);
       const Stage stages[] = {inputs.stage(), row_stage(corner, inputs.rows)};
       run_stages(stages, weight_estimate(corner, inputs.rows), [&](int stage, int64_t first, int64_t last) {
         if (stage == 0)
           inputs.prepare(first, last);
         else
-          dot_rows(corner, inputs.data(), inputs.rows, first, last,
+          dot_rows(corner, inputs.data(), inputs.stride, inputs.rows, first, last,
                    [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
       });
-      return result;
     }
+    return result;
   });
 }
 

@@ -23,18 +23,19 @@ struct Layer {
 template <class T>
 void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
-  const Scratch shared(kMiddleSlot, m * k), low(kLowSlot, m * rank);
+  const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank);
   const Stage readers{k + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
   const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a, m).chunk : kBatch}};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      if (first < k) dot_rows(layer.centroids, x.data(), m, first, std::min(last, k), shared.data(), k);
-      if (last > k) dot_rows(layer.b, x.data(), m, std::max(first, k) - k, last - k, low.data(), rank);
+      if (first < k)
+        dot_rows(layer.centroids, x.data(), x.stride, m, first, std::min(last, k), shared.row(0), shared.stride);
+      if (last > k) dot_rows(layer.b, x.data(), x.stride, m, std::max(first, k) - k, last - k, low.row(0), low.stride);
     } else {
-      dot_rows(layer.a, low.data(), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
-        const float* z = shared.data() + j * k;
+      dot_rows(layer.a, low.row(0), low.stride, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
+        const float* z = shared.row(j);
         for (int64_t c = 0; c < n; ++c) values[c] += layer.scale(i + c) * z[layer.labels[i + c]];
         y.store(j, i, values, n);
       });
@@ -46,40 +47,42 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
 template <class T>
 void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
-  const Scratch sums(kMiddleSlot, m * k), low(kLowSlot, m * rank), shared(kLinkSlot, m * n);
+  const Middle sums(kMiddleSlot, m, k), low(kLowSlot, m, rank), shared(kLinkSlot, m, n);
   const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b, m), row_stage(layer.centroids, m)};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
       for (int64_t j = first; j < last; ++j) {
-        float* to = std::fill_n(sums.data() + j * k, k, 0.0f) - k;
-        for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * x.data()[j * x.cols + i];
+        float* to = std::fill_n(sums.row(j), k, 0.0f) - k;
+        for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * x.data()[j * x.stride + i];
       }
     } else if (stage == 2) {
-      dot_rows(layer.b, x.data(), m, first, last, low.data(), rank);
+      dot_rows(layer.b, x.data(), x.stride, m, first, last, low.row(0), low.stride);
     } else {
-      dot_rows(layer.centroids, sums.data(), m, first, last, shared.data(), n);
-      dot_rows(layer.a, low.data(), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t count) {
-        for (int64_t c = 0; c < count; ++c) values[c] += shared.data()[j * n + i + c];
-        y.store(j, i, values, count);
-      });
+      dot_rows(layer.centroids, sums.row(0), sums.stride, m, first, last, shared.row(0), shared.stride);
+      dot_rows(layer.a, low.row(0), low.stride, m, first, last,
+               [&](int64_t j, int64_t i, float* values, int64_t count) {
+                 for (int64_t c = 0; c < count; ++c) values[c] += shared.row(j)[i + c];
+                 y.store(j, i, values, count);
+               });
     }
   });
 }
 
-void through_torch(const Layer<double>& layer, const Tensor& x, const Tensor& centroids, const Tensor& b,
-                   const Tensor& a, int64_t axis, double* y) {
+template <class T>
+void through_torch(const Layer<T>& layer, const Tensor& x, const Tensor& centroids, const Tensor& b, const Tensor& a,
+                   int64_t axis, T* y) {
   const int64_t m = x.size(0), n = layer.out_features, k = layer.clusters;
   Tensor shared;
   if (axis == 0) {
     shared = gemm(x, centroids);
   } else {
-    const Tensor inputs = torch::stable::contiguous(x), sums = empty(x, {m, k}, scalar_type<double>);
-    const double* from = static_cast<const double*>(inputs.const_data_ptr());
-    double* to = static_cast<double*>(sums.mutable_data_ptr());
+    const Tensor inputs = torch::stable::contiguous(x), sums = empty(x, {m, k}, scalar_type<T>);
+    const T* from = static_cast<const T*>(inputs.const_data_ptr());
+    T* to = static_cast<T*>(sums.mutable_data_ptr());
     parallel_rows(m, layer.in_features, [&](int64_t j) {
-      std::vector<double> total(k, 0);
+      std::vector<T> total(k, 0);
       for (int64_t i = 0; i < layer.in_features; ++i)
         total[layer.labels[i]] += layer.scale(i) * from[j * layer.in_features + i];
       for (int64_t c = 0; c < k; ++c) to[j * k + c] = total[c];
@@ -88,11 +91,10 @@ void through_torch(const Layer<double>& layer, const Tensor& x, const Tensor& ce
   }
   shared = torch::stable::contiguous(shared);
   const Tensor low = torch::stable::contiguous(gemm(gemm(x, b), a));
-  const double *z = static_cast<const double*>(shared.const_data_ptr()),
-               *rest = static_cast<const double*>(low.const_data_ptr());
+  const T *z = static_cast<const T*>(shared.const_data_ptr()), *rest = static_cast<const T*>(low.const_data_ptr());
   parallel_rows(m, n, [&](int64_t j) {
     for (int64_t i = 0; i < n; ++i) {
-      const double value = axis == 0 ? layer.scale(i) * z[j * k + layer.labels[i]] : z[j * n + i];
+      const T value = axis == 0 ? layer.scale(i) * z[j * k + layer.labels[i]] : z[j * n + i];
       y[j * n + i] = value + rest[j * n + i] + layer.shift(i);
     }
   });
@@ -120,10 +122,14 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
     STD_TORCH_CHECK(axis == 0 || layer.centroids.rows == out, "swsc_linear: centroids: shape does not fit");
     const Tensor y = empty(x, shape_with_last(x, out), scalar_type<T>);
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    if constexpr (std::is_same_v<T, double>) {
-      through_torch(layer, as_matrix(x), centroids, b, a, axis, to);
-    } else {
-      const Inputs inputs(x, zero);
+    if constexpr (may_use_torch<T>) {
+      if (uses_torch<T>(row_count(x))) {
+        through_torch(layer, as_matrix(x), centroids, b, a, axis, to);
+        return y;
+      }
+    }
+    if constexpr (!std::is_same_v<T, double>) {
+      const Inputs inputs(x, zero, true);
       const Output<T> results{to, out, layer.bias};
       axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+
 #include "../common/register.h"
 #include "decode.cuh"
 #if !defined(TINYCOMP_EMULATION)
@@ -20,9 +22,11 @@ using torch::headeronly::ScalarType;
 using Stream = void*;
 // Resident blocks of the emulated device; a test lowers it to reach the configurations of small grids.
 inline int emulated_processors = 108;
+inline bool emulated_wgmma = false;
 struct Device {
   Stream stream = nullptr;
   int processors = emulated_processors;
+  bool wgmma = emulated_wgmma;
   explicit Device(const Tensor&) {}
   unsigned* counters() const;
   void check_launch() const {}
@@ -35,11 +39,19 @@ struct Device {
   torch::stable::accelerator::DeviceGuard guard;
   Stream stream = nullptr;
   int processors = 0;
+  bool wgmma = false;  // see product_wgmma.cu
   explicit Device(const Tensor& t) : index(t.get_device_index()), guard(t.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<Stream>(current);
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+    static const char* wanted = std::getenv("TINYCOMP_WGMMA");
+    if (wanted && wanted[0] == '1') {
+      int major = 0, minor = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+      wgmma = major == 9 && minor == 0;
+    }
   }
   // Zeros for `run_stages`, left at zero by it; no other launch that may run at the same time gets the same ones.
   unsigned* counters() const;

@@ -10,6 +10,12 @@
 #define TINYCOMP_OUTPUT_NAMES(o)                                                \
   {o##_y,    o##_y_stride,    o##_kept,   o##_kept_stride, o##_order, o##_bias, \
    o##_base, o##_base_stride, o##_labels, o##_label_bytes, o##_scales}
+// One layer of a group: its two factors, where z = x rᵀ is kept, its order, bias and outputs; see GroupLayer.
+#define TINYCOMP_LAYER(l, T)                                                                            \
+  TINYCOMP_WEIGHT(l##_r), TINYCOMP_WEIGHT(l##_t), T *l##_z, int64_t l##_z_stride, const int *l##_order, \
+      const T *l##_bias, T *l##_y
+#define TINYCOMP_LAYER_NAMES(l) \
+  {TINYCOMP_WEIGHT_NAMES(l##_r), TINYCOMP_WEIGHT_NAMES(l##_t), l##_z, l##_z_stride, l##_order, l##_bias, l##_y}
 #define TINYCOMP_INPUT(T) const T *x_data, int64_t x_stride, int x_vector
 #define TINYCOMP_INPUT_NAMES {x_data, x_stride, x_vector != 0}
 
@@ -84,6 +90,44 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       decode_rows<T, kTiles>(first, x, inputs, item * 8 * kTiles, out_first);
     else
       decode_rows<T, kTiles>(second, out_first.next(), inputs, item * 8 * kTiles, out_second);
+  });
+}
+
+// A low-rank layer among those that share an input: t (r x), with an order both factors' products are outputs. A layer
+// that is not there has no rows.
+template <class T>
+struct GroupLayer {
+  Storage r, t;
+  T* z;
+  int64_t z_stride;
+  const int* order;
+  const T* bias;
+  T* y;
+};
+
+// All r of a group, then all t. The layer of an item is picked by value: parameters cannot be indexed.
+template <class T, class W, int kTiles>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    group_decode(TINYCOMP_INPUT(T), TINYCOMP_LAYER(a, T), TINYCOMP_LAYER(b, T), TINYCOMP_LAYER(c, T), int64_t y_stride,
+                 unsigned* counters, int inputs) {
+  const GroupLayer<T> a TINYCOMP_LAYER_NAMES(a), b TINYCOMP_LAYER_NAMES(b), c TINYCOMP_LAYER_NAMES(c);
+  const Matrix<T> x TINYCOMP_INPUT_NAMES;
+  const int a_r = items<T, kTiles>(a.r.rows), b_r = items<T, kTiles>(b.r.rows), c_r = items<T, kTiles>(c.r.rows),
+            a_t = items<T, kTiles>(a.t.rows), b_t = items<T, kTiles>(b.t.rows), c_t = items<T, kTiles>(c.t.rows);
+  run_stages<2>(counters, {a_r + b_r + c_r, a_t + b_t + c_t}, [&](int stage, int item) {
+    const int in_a = stage ? a_t : a_r, in_b = stage ? b_t : b_r;
+    const int which = (item >= in_a) + (item >= in_a + in_b);
+    item -= which == 0 ? 0 : which == 1 ? in_a : in_a + in_b;
+    const GroupLayer<T> layer = which == 0 ? a : which == 1 ? b : c;
+    if (stage == 0)
+      decode_rows<T, kTiles>(W{layer.r}, x, inputs, item * 8 * kTiles,
+                             Output<T>{layer.order ? layer.y : nullptr, y_stride, layer.z, layer.z_stride, layer.order,
+                                       layer.bias, nullptr, 0, nullptr, 0, nullptr});
+    else
+      decode_rows<T, kTiles>(
+          W{layer.t}, Matrix<T>{layer.z, layer.z_stride, true}, inputs, item * 8 * kTiles,
+          Output<T>{layer.y, y_stride, nullptr, 0, layer.order ? layer.order + layer.r.rows : nullptr, layer.bias,
+                    nullptr, 0, nullptr, 0, nullptr});
   });
 }
 

@@ -41,7 +41,12 @@ def load(sources: Path = ROOT / "csrc", only: tuple[str, ...] = (), flags: tuple
 
 
 def configure(
-    library: ctypes.CDLL, order: str = "forward", seed: int = 1, lazy_copies: bool = True, processors: int = 108
+    library: ctypes.CDLL,
+    order: str = "forward",
+    seed: int = 1,
+    lazy_copies: bool = True,
+    processors: int = 108,
+    wgmma: bool = False,
 ) -> None:
-    """How threads take turns, when asynchronous copies land, and how large the device is."""
-    library.tinycomp_emulate(ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors)
+    """How threads take turns, when asynchronous copies land, how large the device is, whether it runs sm_90a code."""
+    library.tinycomp_emulate(ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors, wgmma)

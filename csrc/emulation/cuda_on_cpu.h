@@ -31,6 +31,7 @@
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #undef __constant__
 #define __global__
 #define __device__
@@ -38,11 +39,12 @@
 #define __constant__ static
 #define __shared__ static thread_local
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace emulation {
 
-enum State : uint8_t { kReady, kAtBarrier, kInWarp, kDone };
+enum State : uint8_t { kReady, kAtBarrier, kInWarp, kWaiting, kDone };
 // Greedy orders run a warp as far as it goes before the next one starts; the others advance all warps together.
 enum Order : int { kForward, kReverse, kRandom, kGreedy, kGreedyReverse, kGreedyRandom, kOrders };
 struct Options {
@@ -56,6 +58,18 @@ struct Copy {
   const void* from;
   int bytes, zeros;
 };
+// A barrier in shared memory that a thread arms with bytes to come; it flips its phase when the last of them land.
+struct MemoryBarrier {
+  bool armed = false;
+  int64_t bytes = 0;
+  unsigned phase = 0;
+  std::vector<std::function<void()>> copies;
+  void land() {
+    for (const auto& copy : copies) copy();
+    copies.clear();
+    if (armed && bytes == 0) armed = false, ++phase;
+  }
+};
 struct Thread {
   void* stack_pointer;
   char* stack;
@@ -67,6 +81,8 @@ struct Thread {
   Collective collective;
   std::vector<Copy> pending;
   std::vector<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> products;
+  std::vector<std::vector<std::function<void()>>> product_groups;
 };
 struct Launch {  // what the tests and the kernel dump read back
   const void* kernel;
@@ -80,6 +96,7 @@ struct Context {
   Thread* current = nullptr;
   void* host_stack_pointer = nullptr;
   unsigned char* dynamic_shared = nullptr;
+  std::map<const void*, MemoryBarrier> barriers;
   std::function<void()>* body = nullptr;
   const void* host_stack = nullptr;
   size_t host_stack_size = 0;
@@ -149,6 +166,8 @@ inline void fiber_entry() {
     (*context.body)();
     if (!context.current->pending.empty() || !context.current->groups.empty())
       thread_error() = "a thread exited with asynchronous copies in flight";
+    if (!context.current->products.empty() || !context.current->product_groups.empty())
+      thread_error() = "a thread exited with products in flight";
   } catch (const std::exception& error) {
     thread_error() = error.what();
   }
@@ -160,6 +179,12 @@ inline void fiber_entry() {
 inline void barrier(int site) {
   context.current->site = site;
   context.current->state = kAtBarrier;
+  leave_fiber();
+}
+
+// Until no other thread of the block can go on without it.
+inline void wait_for_others() {
+  context.current->state = kWaiting;
   leave_fiber();
 }
 
@@ -207,6 +232,7 @@ class Block {
       bool progress = options.order >= kGreedy ? greedy_round() : even_round();
       if (!thread_error().empty()) fail(std::exchange(thread_error(), ""));
       progress |= release_barrier();
+      progress = progress ? (woken_ = 0, true) : wake();
       if (!progress) fail(deadlock());
     }
   }
@@ -214,6 +240,13 @@ class Block {
  private:
   int left() const {
     return std::count_if(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state != kDone; });
+  }
+
+  bool wake() {
+    bool any = false;
+    for (Thread& t : threads_)
+      if (t.state == kWaiting) t.state = kReady, any = true;
+    return any && ++woken_ < 3;
   }
 
   bool advance(int i) {
@@ -297,7 +330,7 @@ class Block {
   }
 
   std::vector<Thread> threads_;
-  int warps_;
+  int warps_, woken_ = 0;
   std::mt19937 random_;
   std::vector<int> order_, warp_order_;
 };
@@ -305,7 +338,8 @@ class Block {
 template <class A>
 std::pair<char, uint64_t> described(A value) {
   uint64_t bits = 0;
-  memcpy(&bits, &value, sizeof value);
+  if (sizeof value > sizeof bits) fail("a tensor map cannot be written down");
+  memcpy(&bits, &value, std::min(sizeof value, sizeof bits));
   return {std::is_pointer_v<A> ? 'p' : std::is_floating_point_v<A> ? 'f' : sizeof(A) == 8 ? 'l' : 'i', bits};
 }
 
@@ -329,6 +363,7 @@ void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, P... 
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         context.block_index = {x, y, z};
+        context.barriers.clear();
         memset(shared.get(), 0xFF, shared_bytes);
         Block(threads, {block.x, block.y, block.z}, static_cast<char*>(stacks)).run();
       }
@@ -336,8 +371,8 @@ void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, P... 
 
 template <class P>
 P from_bits(uint64_t bits) {
-  P value;
-  memcpy(&value, &bits, sizeof value);
+  P value{};
+  memcpy(&value, &bits, std::min(sizeof value, sizeof bits));
   return value;
 }
 template <class... P, size_t... I>
@@ -381,6 +416,22 @@ T shuffle(unsigned mask, T value, int source, int site) {
   memcpy(&value, &s.value, sizeof value);
   return value;
 }
+struct Vote {
+  bool set;
+  unsigned ballot;
+};
+inline void ballot_of_warp(void** lanes, unsigned mask) {
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) ballot |= unsigned(static_cast<Vote*>(lanes[i])->set) << i;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) static_cast<Vote*>(lanes[i])->ballot = ballot;
+}
+inline unsigned ballot(unsigned mask, bool set, int site) {
+  Vote vote{set, 0};
+  collective(mask, &vote, ballot_of_warp, site);
+  return vote.ballot;
+}
 inline int lane() { return context.current->lane; }
 
 }  // namespace emulation
@@ -393,6 +444,7 @@ inline int lane() { return context.current->lane; }
 #define __syncwarp() emulation::collective(~0u, nullptr, nullptr, __LINE__)
 #define __shfl_xor_sync(mask, v, offset) emulation::shuffle(mask, v, emulation::lane() ^ (offset), __LINE__)
 #define __shfl_sync(mask, v, source) emulation::shuffle(mask, v, (source) & 31, __LINE__)
+#define __ballot_sync(mask, set) emulation::ballot(mask, set, __LINE__)
 #define __popc(v) __builtin_popcount(v)
 #define __popcll(v) __builtin_popcountll(v)
 

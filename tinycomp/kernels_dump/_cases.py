@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,25 @@ def _quant_lowrank_linear(
     return x, r.qweight, r.scales, t.qweight, t.scales, order, r.zeros, t.zeros, bias, bits, group_size, 0
 
 
+def _group(layers: list[list[int]], single: Callable[..., Args]) -> Args:
+    """Tensors of three layers without their x: `layers` holds [out_features, rank, pivoted] of two or three."""
+    found = [single(out_features=n, rank=rank, pivoted=bool(pivoted)) for n, rank, pivoted in layers]
+    tensors = tuple(v for args in found for v in args[1:] if not isinstance(v, int))
+    return tensors + (None,) * ((3 - len(layers)) * (len(tensors) // len(layers)))
+
+
+def _lowrank_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]]) -> Args:
+    single = functools.partial(_lowrank_linear, draw, 1, in_features)
+    return draw.inputs(inputs, in_features), *_group(layers, single)
+
+
+def _quant_lowrank_linears(
+    draw: Draw, inputs: int, in_features: int, layers: list[list[int]], bits: int, group_size: int
+) -> Args:
+    single = functools.partial(_quant_lowrank_linear, draw, 1, in_features, bits=bits, group_size=group_size)
+    return draw.inputs(inputs, in_features), *_group(layers, single), bits, group_size, 0
+
+
 def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int, format: str, value_bits: int) -> Args:
     scores = draw(out_features, in_features, dtype=torch.float32)
     if format == "2:4":
@@ -118,13 +138,28 @@ def _sample_without_replacement(draw: Draw, count: int) -> Args:
     return p, count, int(torch.randint(2**62, (), generator=draw.generator))
 
 
-def _split_bregman_step_(draw: Draw, count: int, momentum: bool, coupled: bool) -> Args:
-    state = draw(count), 2 * draw(count), draw(count), torch.full((count,), -1, dtype=torch.int32), draw(count)
-    return *state, draw(count) if momentum else None, 3, 0.1, 2.0, 10.0, 0.5, 0.9, coupled, not coupled
+def _split_bregman_step_(
+    draw: Draw,
+    count: int,
+    momentum: bool,
+    coupled: bool,
+    adam: bool = False,
+    gamma: bool = True,
+    group_size: int = 0,
+    support: bool = False,
+) -> Args:
+    state = draw(count), 2 * draw(count), draw(count) if gamma else None, torch.full((count,), -1, dtype=torch.int32)
+    direction = draw(count), draw(count) if momentum or adam else None
+    second = draw(count).abs() if adam else None
+    bits = torch.full((-(-count // 8),), 255, dtype=torch.uint8) if support else None
+    numbers = 3, 0.1, 2.0, 10.0, 0.5, 0.9, coupled, not coupled
+    return *state, *direction, *numbers, second, 0.99, 1e-6, group_size, bits
 
 
 _MAKERS: dict[str, Callable[..., Args]] = {
     "lowrank_linear": _lowrank_linear,
+    "lowrank_linears": _lowrank_linears,
+    "quant_lowrank_linears": _quant_lowrank_linears,
     "cur_linear": _cur_linear,
     "sliced_linear": _sliced_linear,
     "swsc_linear": _swsc_linear,
@@ -178,6 +213,23 @@ def _layers(*variants: dict[str, Any], layers: tuple[dict[str, int], ...] = _LAY
 
 DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "lowrank_linear": _layers({"rank": 40, "pivoted": True}, {"rank": 7, "pivoted": False}),
+    "lowrank_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [[192, 40, 1], [64, 16, 1], [64, 24, 0]]},
+        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 1], [257, 7, 0]]},
+        {"inputs": 7, "in_features": 128, "layers": [[96, 40, 1], [96, 32, 1]], "processors": 1},
+        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 0], [64, 16, 1]]},
+    ],
+    "quant_lowrank_linears": [
+        {
+            "inputs": 1,
+            "in_features": 256,
+            "layers": [[192, 64, 1], [64, 32, 1], [64, 32, 0]],
+            "bits": 4,
+            "group_size": 32,
+        },
+        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 1], [257, 7, 0]], "bits": 8, "group_size": 0},
+        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 0], [64, 16, 1]], "bits": 4, "group_size": 10},
+    ],
     "cur_linear": _layers({"rank": 33}),
     "sliced_linear": _layers({"whole": [272, 264]}),
     "swsc_linear": _layers(
@@ -203,5 +255,10 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "kmeans_update": [{"points": 129, "clusters": 7, "columns": 133}],
     "select_pivots": [{"rows": 41, "columns": 33, "k": 7, "method": method} for method in ("qr", "lu")],
     "sample_without_replacement": [{"count": 300}],
-    "split_bregman_step_": [{"count": 1100, "momentum": c, "coupled": c} for c in (True, False)],
+    "split_bregman_step_": [
+        {"count": 1100, "momentum": True, "coupled": True},
+        {"count": 1100, "momentum": False, "coupled": False},
+        {"count": 1099, "momentum": True, "coupled": False, "adam": True, "gamma": False, "support": True},
+        {"count": 1100, "momentum": False, "coupled": True, "gamma": False, "support": True, "group_size": 11},
+    ],
 }

@@ -13,11 +13,11 @@ from tinycomp.ops.quant_linear import check_activation_bits, dequantize
 
 
 class QuantSWSCLinear(ChannelSharing):
-    """`SWSCLinear` whose centroids and factors are int8 with one scale per row: one `ops.quant_linear` for the
-    centroids, one `ops.quant_lowrank_linear` for the correction.
+    """`SWSCLinear` whose centroids and factors are rounded: one `ops.quant_linear` for the centroids, one
+    `ops.quant_lowrank_linear` for the correction.
 
-    Buffers centroids, b and a are int8 in the shapes of `SWSCLinear`'s weights, beside them centroids_scales, b_scales
-    and a_scales (rows, 1); gains (`scales`) keep the layer's dtype.
+    Buffers centroids, b and a are the levels of `SWSCLinear`'s weights, beside them centroids_scales, b_scales and
+    a_scales (rows, groups), with 4 bits also their zeros; gains (`scales`) keep the layer's dtype.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -28,6 +28,8 @@ class QuantSWSCLinear(ChannelSharing):
         bias: whether a bias is added.
         scaled: whether each channel has a gain.
         activation_bits: 0, or 8 to round inputs by row and group.
+        bits: 8, symmetric, or 4, packed and with zeros.
+        group_size: inputs per scale, even; 0 for the whole row.
         device: where the tensors are.
         dtype: dtype of scales, gains and bias.
     """
@@ -38,6 +40,9 @@ class QuantSWSCLinear(ChannelSharing):
     b_scales: Tensor
     a: Tensor
     a_scales: Tensor
+    centroids_zeros: Tensor | None
+    b_zeros: Tensor | None
+    a_zeros: Tensor | None
 
     def __init__(
         self,
@@ -49,24 +54,37 @@ class QuantSWSCLinear(ChannelSharing):
         bias: bool = True,
         scaled: bool = False,
         activation_bits: int = 0,
+        bits: int = 8,
+        group_size: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(in_features, out_features, clusters, rank, axis, bias, scaled, device, dtype)
         check_activation_bits("QuantSWSCLinear", activation_bits)
-        self.activation_bits = activation_bits
-        shapes = {"centroids": (out_features, clusters) if axis else (clusters, in_features)}
+        if bits not in (4, 8) or group_size < 0 or group_size % 2:
+            got = f"bits {bits!r}, group_size {group_size}"
+            raise ValueError(f"QuantSWSCLinear: {got}, allowed 4 or 8 and an even number from 0; change it")
+        self.activation_bits, self.bits, self.group_size = activation_bits, bits, group_size
+        self._shapes = {"centroids": (out_features, clusters) if axis else (clusters, in_features)}
         if rank:
-            shapes |= {"b": (rank, in_features), "a": (out_features, rank)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8, device=device))
-            self.register_buffer(f"{name}_scales", torch.ones(shape[0], 1, device=device, dtype=dtype))
+            self._shapes |= {"b": (rank, in_features), "a": (out_features, rank)}
+        for name, (rows, columns) in self._shapes.items():
+            groups = -(-columns // group_size) if group_size else 1
+            stored, integer = (columns, torch.int8) if bits == 8 else (-(-columns // 2), torch.uint8)
+            self.register_buffer(name, torch.zeros(rows, stored, dtype=integer, device=device))
+            self.register_buffer(f"{name}_scales", torch.ones(rows, groups, device=device, dtype=dtype))
+            zeros = torch.zeros(rows, groups, device=device, dtype=dtype) if bits == 4 else None
+            self.register_buffer(f"{name}_zeros", zeros)
 
     @property
     def stored_numbers(self) -> int:
-        """Rounded centroids and factors, their scales, and gains; labels and bias are not counted."""
+        """Rounded centroids and factors, their scales and zeros, and gains; labels and bias are not counted.
+
+        Two 4-bit numbers that share a byte count as two.
+        """
         tensors = [*self.named_parameters(), *self.named_buffers()]
-        return sum(t.numel() for name, t in tensors if name not in ("bias", "labels"))
+        others = sum(t.numel() for name, t in tensors if name not in ("bias", "labels", *self._shapes))
+        return others + sum(rows * columns for rows, columns in self._shapes.values())
 
     def forward(self, x: Tensor) -> Tensor:
         labels = self.labels.long()
@@ -78,12 +96,16 @@ class QuantSWSCLinear(ChannelSharing):
             y = self._shared(x.new_zeros(*x.shape[:-1], self.clusters).index_add(-1, labels, gained))
         if self.rank:
             y = y + ops.quant_lowrank_linear(
-                x, self.b, self.b_scales, self.a, self.a_scales, activation_bits=self.activation_bits
+                *(x, self.b, self.b_scales, self.a, self.a_scales, None, self.b_zeros, self.a_zeros, None),
+                *(self.bits, self.group_size, self.activation_bits),
             )
         return y if self.bias is None else y + self.bias
 
     def _shared(self, x: Tensor) -> Tensor:
-        return ops.quant_linear(x, self.centroids, self.centroids_scales, activation_bits=self.activation_bits)
+        return ops.quant_linear(
+            *(x, self.centroids, self.centroids_scales, self.centroids_zeros, None),
+            *(self.bits, self.group_size, self.activation_bits),
+        )
 
     def dense_weight(self) -> Tensor:
         dtype = self.centroids_scales.dtype
@@ -95,10 +117,12 @@ class QuantSWSCLinear(ChannelSharing):
         children = {"centroids": exact.centroids, "b": exact.b, "a": exact.a}
         for name, child in children.items():
             if child is not None:
-                q, scales = getattr(self, name), getattr(self, f"{name}_scales")
-                child.weight = nn.Parameter(dequantize(q, scales, None, q.shape[1]).to(dtype))
+                q, scales, zeros = (getattr(self, name + part) for part in ("", "_scales", "_zeros"))
+                columns = self._shapes[name][1]
+                child.weight = nn.Parameter(dequantize(q, scales, zeros, columns, self.bits, self.group_size).to(dtype))
         exact.labels, exact.scales = self.labels, self.scales
         return exact.dense_weight().detach()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation_bits={self.activation_bits}"
+        more = f"bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
+        return f"{super().extra_repr()}, {more}"

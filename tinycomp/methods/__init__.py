@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from tinycomp.methods import auto, cur, magnitude, random, ria, rounding, spp, strategic_fusion, svd, swsc, wanda, width
+from tinycomp.methods import (
+    auto,
+    cur,
+    magnitude,
+    random,
+    ria,
+    rounding,
+    spp,
+    spp_mask,
+    strategic_fusion,
+    svd,
+    swsc,
+    wanda,
+    width,
+)
 from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result, Unit
 from tinycomp.methods.auto import Auto
 from tinycomp.methods.cur import CUR
@@ -11,6 +25,7 @@ from tinycomp.methods.random import Random
 from tinycomp.methods.ria import RIA
 from tinycomp.methods.rounding import Rounding
 from tinycomp.methods.spp import SPP
+from tinycomp.methods.spp_mask import SPPMask
 from tinycomp.methods.strategic_fusion import StrategicFusion
 from tinycomp.methods.svd import SVD
 from tinycomp.methods.swsc import SWSC
@@ -29,10 +44,17 @@ METHODS: dict[str, Method] = {
     "Rounding": rounding.METHOD,
     "StrategicFusion": strategic_fusion.METHOD,
     "SPP": spp.METHOD,
+    "SPPMask": spp_mask.METHOD,
     "Auto": auto.METHOD,
 }
 # The same scores as masks on single matrices instead of whole feed-forward units.
-_MASKED = {"Wanda": wanda.MASKED, "RIA": ria.MASKED, "Magnitude": magnitude.MASKED, "Random": random.MASKED}
+_MASKED = {
+    "Wanda": wanda.MASKED,
+    "RIA": ria.MASKED,
+    "SPPMask": spp_mask.MASKED,
+    "Magnitude": magnitude.MASKED,
+    "Random": random.MASKED,
+}
 
 
 def method_of(config: MethodConfig) -> Method:
@@ -65,6 +87,7 @@ __all__ = [
     "Random",
     "Result",
     "Rounding",
+    "SPPMask",
     "StrategicFusion",
     "Unit",
     "Wanda",

@@ -155,7 +155,7 @@ def spread_errors(
     assert scales is not None
     shift = torch.zeros_like(scales) if zeros is None else zeros - 8
     low, high = (-127, 127) if bits == 8 else (-8, 7)
-    left = weight.float().T.contiguous()
+    left = weight.T.float().clone(memory_format=torch.contiguous_format)  # changed below, never the caller's
     q = torch.empty_like(left)
     for start in range(0, n, FEEDBACK_BLOCK):
         stop = min(start + FEEDBACK_BLOCK, n)

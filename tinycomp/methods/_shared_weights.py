@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinycomp import linalg, ops
 from tinycomp.methods._kmeans import Clusters, Lloyd, cluster, descend_labels, means
-from tinycomp.methods._rounding import rounded
+from tinycomp.methods._rounding import default_group, feedback, rounded, rounded_bits, spread_errors
 
 REFINE_STEPS = 5
 
@@ -36,15 +36,17 @@ def stored_bits(
 ) -> int:
     """Bits on disk: numbers in the matrix's own dtype, labels as uint8 up to 256 clusters and int32 above.
 
-    With 8 factor bits centroids and factors are int8, and each of their rows has a scale in the matrix's own dtype.
+    With 8 factor bits centroids and factors are int8, and each of their rows has a scale in the matrix's own dtype;
+    with 4 two share a byte, and each group has a scale and a zero.
     """
-    channels, rows = (m, k) if axis == 0 else (n, m)
+    channels = m if axis == 0 else n
     labels = channels * (8 if k <= 256 else 32)
     gains = channels * number_bits if scaled else 0
-    numbers = stored_numbers(m, n, k, r, axis=axis) - channels
     if factor_bits == 16:
-        return numbers * number_bits + gains + labels
-    return numbers * factor_bits + (rows + (r + m if r else 0)) * number_bits + gains + labels
+        return (stored_numbers(m, n, k, r, axis=axis) - channels) * number_bits + gains + labels
+    shapes = [(k, n) if axis == 0 else (m, k), *([(r, n), (m, r)] if r else [])]
+    group = default_group(factor_bits)
+    return sum(rounded_bits(*shape, factor_bits, group, number_bits) for shape in shapes) + gains + labels
 
 
 def average_bits(m: int, n: int, k: int, r: int, *, axis: int = 0, scaled: bool = False) -> float:
@@ -141,16 +143,52 @@ class Factors:
         rows = rows if self.scales is None else self.scales[:, None] * rows
         return (rows if self.axis == 0 else rows.T) + self.a @ self.b
 
-    def rounded(self, dtype: torch.dtype) -> tuple[Factors, dict[str, Tensor]]:
-        """What int8 centroids and factors with scales in `dtype` stand for, and their tensors by name."""
-        packed: dict[str, Tensor] = {}
+    def rounded(
+        self, dtype: torch.dtype, bits: int = 8, inputs: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Factors, dict[str, Tensor]]:
+        """What centroids and factors in `bits` with scales in `dtype` stand for, and their tensors by name.
+
+        Args:
+            dtype: of scales and zeros.
+            bits: 8 by row, or 4 by group.
+            inputs: second moment (n, n) of the inputs and its `feedback`; then the errors of each input are spread over
+                the later ones.
+        """
+        group, packed = default_group(bits), {}
         exact: dict[str, Any] = {}
         for name in ("centroids", "b", "a"):
-            q = rounded(getattr(self, name).to(dtype), 8, 0)
-            packed |= {name: q.qweight, f"{name}_scales": q.scales}
-            exact[name] = ops.dequantize(*q, q.qweight.shape[1])
+            factor = exact[name] = getattr(self, name)
+            if not factor.numel():
+                continue
+            moment, upper = self._seen_by(name, exact.get("b"), inputs)
+            importance = moment.diagonal().clamp_min(0.0) if bits == 4 and moment is not None else None
+            q = rounded(factor.to(dtype), bits, group, importance)
+            if moment is not None and upper is not None:
+                q = spread_errors(factor, q, bits, group, upper, moment)
+            tensors = {name: q.qweight, f"{name}_scales": q.scales, f"{name}_zeros": q.zeros}
+            packed |= {key: tensor for key, tensor in tensors.items() if tensor is not None}
+            exact[name] = ops.dequantize(*q, factor.shape[1], bits, group)
         scales = None if self.scales is None else self.scales.to(dtype)
         return replace(self, **exact, scales=scales), packed
+
+    def _seen_by(
+        self, name: str, b: Tensor | None, inputs: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Second moment of the inputs of centroids, b or a (after the rounded b), and its `feedback`."""
+        if inputs is None:
+            return None, None
+        gram, _ = inputs
+        if name == "b" or (name == "centroids" and self.axis == 0):
+            return inputs
+        if name == "a":
+            assert b is not None
+            moment = b @ gram @ b.T
+        else:
+            shares = torch.zeros(self.centroids.shape[1], len(self.labels)).to(gram)
+            gains = torch.ones(len(self.labels)).to(gram) if self.scales is None else self.scales.to(gram)
+            shares[self.labels.long(), torch.arange(len(self.labels))] = gains
+            moment = shares @ gram @ shares.T
+        return moment, feedback(moment)
 
     def to(self, dtype: torch.dtype) -> Factors:
         scales = None if self.scales is None else self.scales.to(dtype)

@@ -121,6 +121,25 @@ def cuts_of(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str
     return cuts
 
 
+def without_dead_heads(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The kept units, less the queries and keys of key/value heads that keep no values.
+
+    Such a head adds nothing to the sublayer whatever it attends to, so its rows of q and k go as well, those of every
+    query head that shares it. The model's outputs are the same.
+    """
+    left = dict(kept)
+    values = {g.name.removesuffix(".v"): g for g in groups if g.kind == "v" and g.name in kept}
+    for group in groups:
+        of_values = values.get(group.name.removesuffix(".qk"))
+        if group.kind != "qk" or of_values is None or group.name not in kept:
+            continue
+        alive = torch.zeros(group.heads, dtype=torch.bool)
+        alive[kept[of_values.name] // (of_values.count // of_values.heads)] = True
+        units = kept[group.name]
+        left[group.name] = units[alive[units // (group.count // group.heads)]]
+    return left
+
+
 def slice_edits(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list[Edit]:
     """The edits of `slice_units`, from shapes alone: what a plan needs."""
     return [edit for cut in cuts_of(groups, kept).values() for edit in cut.edits()]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinycomp.calib import collect
 from tinycomp.methods._base import Linear, Method, MethodConfig, Result
-from tinycomp.methods._slicing import cuts_of, slice_units
+from tinycomp.methods._slicing import cuts_of, slice_units, without_dead_heads
 from tinycomp.models import ModelSpec, UnitGroup, UnitPath, unit_groups
 from tinycomp.train.path_search import PathSearch, search_path
 
@@ -84,6 +84,8 @@ def kept_units(
 ) -> dict[str, Tensor]:
     """Group name -> units that stay at the config's ratio; `uniform` overrides its allocation.
 
+    Heads without values lose their queries and keys, too, so the size may end below the ratio.
+
     Raises:
         ValueError: no ratio, or a path of another model.
     """
@@ -94,7 +96,7 @@ def kept_units(
         raise ValueError(f"SPP: got cost {config.cost}, allowed one for every kind of unit; add {', '.join(missing)}")
     uniform = config.allocation == "uniform" if uniform is None else uniform
     cost = None if config.cost == "unit" else config.cost
-    return path.kept(groups, config.ratio, config.round_to, uniform, cost)
+    return without_dead_heads(groups, path.kept(groups, config.ratio, config.round_to, uniform, cost))
 
 
 def choose(

@@ -26,6 +26,7 @@ makes that plain k-means: see `_shared_weights.cluster_step`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from tinycomp.methods._base import Linear, Method, MethodConfig, Option, Result,
 from tinycomp.methods._kmeans import Clusters, Lloyd
 from tinycomp.methods._low_rank import with_rounding
 from tinycomp.methods._options import dense_option, require_finite, size_grid
+from tinycomp.methods._rounding import default_group, feedback
 from tinycomp.methods._shared_weights import (
     Factors,
     Metric,
@@ -68,9 +70,9 @@ class SWSC(MethodConfig):
         rank: of the correction; 0 for none. None: what the budget leaves.
         bits: budget in average bits per weight of each compressed matrix, labels and scales counted, instead of
             `ratio`. Preset "paper": 16-bit numbers, labels not counted, as in its nominal figures; 2 unless given.
-        factor_bits: 16 keeps centroids and factors in the model's dtype, 8 rounds them by row; part of the predicted
-            loss, and of `bits` as a budget. There is no 4-bit form.
-        activation_bits: 8 also rounds the layer's inputs as it runs; with factor_bits=8 only.
+        factor_bits: 16 keeps centroids and factors in the model's dtype, 8 rounds them by row, 4 by groups of 64; part
+            of the predicted loss, and of `bits` as a budget.
+        activation_bits: 8 also rounds the layer's inputs as it runs; with rounded factors only.
         iterations: alternating refinements after the first pass.
         scaled: one more number per channel, its gain against the centroid (closed form).
         weighted: minimise the predicted loss; otherwise the plain squared error, and no data is needed.
@@ -85,7 +87,7 @@ class SWSC(MethodConfig):
     clusters: int | None = Field(default=None, ge=1)
     rank: int | None = Field(default=None, ge=0)
     bits: float | None = Field(default=None, gt=0.0)
-    factor_bits: Literal[16, 8] = 16
+    factor_bits: Literal[16, 8, 4] = 16
     activation_bits: Literal[0, 8] = 0
     iterations: int = Field(default=2, ge=0)
     scaled: bool = False
@@ -109,7 +111,7 @@ class SWSC(MethodConfig):
         if self.rank is not None and self.clusters is None:
             raise ValueError(f"SWSC: got rank={self.rank} without clusters; give both, or neither and a ratio or bits")
         if self.activation_bits and self.factor_bits == 16:
-            raise ValueError("activation_bits: got 8 with factor_bits=16, allowed with 8; set factor_bits=8")
+            raise ValueError("activation_bits: got 8 with factor_bits=16, allowed with 8 or 4; set factor_bits=8")
         budgets = [name for name in ("ratio", "bits", "rank") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(
@@ -175,7 +177,7 @@ def options(unit: Unit, config: SWSC) -> list[Option]:
         bits = stored_bits(m, n, k, r, number_bits=number_bits, **config.stored)
         found[k, r] = Option(size, bits, 0.5 * float(tails[k][r]), {"clusters": k, "rank": r})
     offered = list(found.values())
-    if config.factor_bits == 8:
+    if config.factor_bits != 16:
         offered = with_rounding(offered, lambda o: fitting.rounding_loss(o.choice["clusters"], o.choice["rank"]))
     return offered + ([] if config.fixed else [dense_option(unit)])
 
@@ -217,9 +219,18 @@ class _Fitting:
         )
 
     def rounding_loss(self, k: int, r: int) -> float:
-        """Predicted loss of int8 after a single pass; unweighted |W' - W''|_F^2 / 2, as the options' losses."""
+        """Predicted loss of rounding after a single pass; unweighted |W' - W''|_F^2 / 2, as the options' losses."""
         factors, _ = self.factors(k, r, 0)
-        return self.lost(factors.dense() - factors.rounded(self.linear.dtype)[0].dense())
+        return self.lost(factors.dense() - self.rounded(factors)[0].dense())
+
+    def rounded(self, factors: Factors) -> tuple[Factors, dict[str, Tensor]]:
+        return factors.rounded(self.linear.dtype, self.config.factor_bits, self.inputs)
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor] | None:
+        """Second moment of the inputs and its feedback, where the fit is weighted and has one."""
+        gram = self.linear.gram if self.config.weighted else None
+        return None if gram is None else (gram.float(), feedback(gram.float()))
 
     def lost(self, error: Tensor) -> float:
         """What an error (m, n) costs in the metric of the fit."""
@@ -261,15 +272,13 @@ def candidates(m: int, n: int, number_bits: int, config: SWSC) -> list[list[tupl
         return stored_bits(m, n, k, r, number_bits=number_bits, **config.stored)
 
     def largest(k: int, budget: float) -> int:
-        """Rank that k clusters leave room for, -1 for none; only the first rank costs more, where it has scales."""
-        if cost(k, 1) > budget:
-            return 0 if cost(k, 0) <= budget else -1
-        return 1 + int((budget - cost(k, 1)) // (cost(k, 2) - cost(k, 1)))
+        """Rank that k clusters leave room for, -1 for none."""
+        return bisect_right(range(min(m, n) + 1), budget, key=lambda r: cost(k, r)) - 1
 
     out = []
     for fraction in size_grid(config.ratio, SIZES) if config.bits is None else (config.bits,):
         ranks = {k: largest(k, fraction * m * n) for k in ladder}
-        pairs = [(k, min(r, m, n)) for k, r in ranks.items() if r >= 0]
+        pairs = [(k, r) for k, r in ranks.items() if r >= 0]
         out += [pairs] if pairs else []
     if not out:
         raise ValueError(
@@ -291,9 +300,9 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
         stored = exact.to(linear.dtype)
         tensors = {"centroids.weight": stored.centroids, "a.weight": stored.a, "b.weight": stored.b}
     else:
-        stored, tensors = exact.rounded(linear.dtype)
+        stored, tensors = fitting.rounded(exact)
         error = linear.weight - exact.dense()
-        extra = {"bits": 8, "truncation_loss": linear.predicted_loss(error)}
+        extra = {"bits": config.factor_bits, "truncation_loss": linear.predicted_loss(error)}
         extra["rounding_loss"] = linear.predicted_loss(exact.dense() - stored.dense())
     if r == 0:
         tensors = {name: t for name, t in tensors.items() if name[0] not in "ab"}
@@ -315,8 +324,9 @@ def build(unit: Unit, choice: dict[str, Any], config: SWSC) -> Result:
         **extra,
     )
     kwargs = {"in_features": n, "out_features": m, "clusters": k, "rank": r, "bias": linear.bias is not None}
-    if config.factor_bits == 8:
-        kwargs["activation_bits"] = config.activation_bits
+    if config.factor_bits != 16:
+        kwargs |= {"activation_bits": config.activation_bits, "bits": config.factor_bits}
+        kwargs["group_size"] = default_group(config.factor_bits)
     layer = "SWSCLinear" if config.factor_bits == 16 else "QuantSWSCLinear"
     edit = Replace(linear.path, layer=layer, kwargs=kwargs | config.layout)
     return Result([edit], {f"{linear.path}.{name}": t.contiguous() for name, t in tensors.items()}, [row])

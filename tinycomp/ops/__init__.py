@@ -9,10 +9,12 @@ from tinycomp.ops.gram_accumulate_ import gram_accumulate_
 from tinycomp.ops.kmeans_assign import kmeans_assign
 from tinycomp.ops.kmeans_update import kmeans_update
 from tinycomp.ops.lowrank_linear import lowrank_linear
+from tinycomp.ops.lowrank_linears import lowrank_linears
 from tinycomp.ops.masked_formats import Packed, pack_masked, unpack_masked
 from tinycomp.ops.masked_linear import masked_linear
 from tinycomp.ops.quant_linear import Quantized, dequantize, pack_int4, quant_linear, quantize, unpack_int4
 from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
+from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
 from tinycomp.ops.sliced_linear import sliced_linear
@@ -33,11 +35,13 @@ __all__ = [
     "kmeans_assign",
     "kmeans_update",
     "lowrank_linear",
+    "lowrank_linears",
     "masked_linear",
     "pack_int4",
     "pack_masked",
     "quant_linear",
     "quant_lowrank_linear",
+    "quant_lowrank_linears",
     "quantize",
     "register",
     "sample_without_replacement",

@@ -15,7 +15,12 @@ from torch import Tensor
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions of the scales of rounded weights.
-_SCALES = {"quant_linear": (2, 3), "quant_lowrank_linear": (2, 4, 6, 7), "masked_linear": (4,)}
+_SCALES = {
+    "quant_linear": (2, 3),
+    "quant_lowrank_linear": (2, 4, 6, 7),
+    "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
+    "masked_linear": (4,),
+}
 
 # Why the Triton launchers are not registered, in brackets; empty where they are.
 no_triton = ""
@@ -63,13 +68,9 @@ def _data(name: str, args: tuple[Any, ...]) -> Tensor:
 
 
 def _lacks(name: str, args: tuple[Any, ...]) -> str | None:
-    """What neither GPU backend has: rounded activations (they multiply in the dtype of x), later forms of the step."""
-    if name in ("quant_linear", "quant_lowrank_linear") and args[-1] != 0:
+    """What neither GPU backend has: rounded activations (they multiply in the dtype of x)."""
+    if name in ("quant_linear", "quant_lowrank_linear", "quant_lowrank_linears") and args[-1] != 0:
         return f"the GPU kernels of {name} do not round activations, got activation_bits {args[-1]}"
-    if name == "split_bregman_step_":
-        later = args[14:]  # second, beta2, eps, group_size, support
-        if args[2] is None or (later and (later[0] is not None or later[3] or later[4] is not None)):
-            return f"the GPU kernels of {name} need gamma, and have no second, group_size or support"
     return None
 
 

@@ -86,6 +86,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("1row", make((1,), 64, 48, 16, 16))
     yield Sample("odd", make((2, 3), 33, 41, 7, 9, bias=False))
     yield Sample("many-rows", make((70,), 100, 90, 33, 31))
+    yield Sample("hundreds-of-rows", make((260,), 33, 41, 7, 9))
+    yield Sample("2KiB-rows", make((20,), 512, 40, 7, 9))
     yield Sample("0rows", make((0,), 33, 41, 7, 7))
     yield Sample("vector", make((), 33, 41, 7, 7))
     base = make((5,), 33, 41, 7, 9)

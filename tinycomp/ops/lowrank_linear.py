@@ -105,6 +105,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("rank-is-out", make((2,), 33, 7, 7, True))
     yield Sample("plain-many-rows", make((70,), 100, 90, 33, False))
     yield Sample("pivoted-many-rows", make((70,), 100, 90, 33, True))
+    yield Sample("pivoted-hundreds-of-rows", make((260,), 33, 41, 7, True))
+    yield Sample("2KiB-rows", make((20,), 512, 40, 12, True))
     yield Sample("0rows", make((0,), 33, 41, 7, True))
     yield Sample("vector", make((), 33, 41, 7, True))
     base = make((5,), 33, 41, 7, True)

@@ -82,6 +82,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("whole", (draw(1, 64), draw(48, 64), draw(48), 64, 48))
     yield Sample("odd", (draw(2, 3, 33), draw(48, 64), None, 33, 41))
     yield Sample("narrower-than-x", (draw(5, 41), draw(48, 41), draw(48), 33, 7))
+    yield Sample("2KiB-rows", (draw(20, 512), draw(48, 520), draw(48), 512, 41))
+    yield Sample("hundreds-of-rows", (draw(260, 41), draw(48, 41), draw(48), 33, 7))
     yield Sample("0rows", (draw(0, 33), draw(48, 64), draw(48), 33, 41))
     yield Sample("transposed", (transposed(draw(5, 33)), transposed(draw(48, 64)), draw(48), 33, 41))
     yield Sample("sliced", (sliced(draw(5, 33)), sliced(draw(48, 64)), sliced(draw(48)), 33, 41))

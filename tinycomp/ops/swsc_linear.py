@@ -179,6 +179,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"axis{axis}-odd", make((2, 3), 33, 41, 11, 7, axis, False, torch.int32))
         yield Sample(f"axis{axis}-rank0", make((3,), 33, 41, 11, 0, axis, True, torch.int64))
         yield Sample(f"axis{axis}-many-rows", make((70,), 100, 90, 17, 7, axis, True, torch.int32))
+        yield Sample(f"axis{axis}-hundreds-of-rows", make((260,), 33, 41, 11, 7, axis, True, torch.int32))
+        yield Sample(f"axis{axis}-2KiB-rows", make((20,), 512, 40, 11, 7, axis, True, torch.int32))
         yield Sample(f"axis{axis}-0rows", make((0,), 33, 41, 11, 7, axis, True, torch.int32))
         base = make((5,), 33, 41, 11, 7, axis, True, torch.int32)
         yield Sample(f"axis{axis}-transposed", tuple(transposed(v) if isinstance(v, Tensor) else v for v in base))

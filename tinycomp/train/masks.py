@@ -5,7 +5,7 @@ The weights ask for no gradient while masks are attached, so that a backward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,38 @@ from tinycomp.train.losses import Batch, Task
 from tinycomp.train.samples import logits_of, model_inputs, task_of
 
 
+class Refit:
+    """The weight that reads masked inputs, refit to the mask: smooth between the dense weight and the refit sliced one.
+
+    With R the correlation of the inputs, W in units of their RMS, and D = diag(m):
+
+        W(m) = W R D (I + D (R - I) D)^-1 D
+
+    It minimises E|W x - W' z|² for z_j = m_j x_j + sqrt(1 - m_j²) noise of the input's own energy. Where every m is
+    zero or one that is the least-squares refit on the inputs that stay; a removed input that others can stand in for
+    is missed little.
+
+    Args:
+        weight: (out, in).
+        gram: (in, in), second moment of the input.
+        damping: added to the diagonal of R.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, damping: float = 1e-3):
+        gram = gram.float()
+        self.rms = gram.diagonal().clamp(min=0).sqrt()
+        self.rms = self.rms.masked_fill(self.rms == 0, 1.0)
+        correlation = gram / self.rms[:, None] / self.rms
+        self.diagonal = torch.full_like(self.rms, 1 + damping)
+        self.others = correlation - torch.diag(correlation.diagonal())
+        self.cross = (weight.detach().float() * self.rms) @ (self.others + torch.diag(self.diagonal))
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        """(in,) -> (out, in)."""
+        matrix = torch.diag(self.diagonal * mask.square().clamp(min=1.0)) + mask[:, None] * self.others * mask
+        return torch.linalg.solve(matrix, (self.cross * mask).T).T * (mask / self.rms)
+
+
 class Masks:
     """One mask per unit group, all ones, multiplied into the activations of a frozen model; a context manager.
 
@@ -29,10 +61,15 @@ class Masks:
         groups: its unit groups.
         per_head: every head has its own indices; else index j of all heads of a sublayer shares one number (SPP's
             released form).
+        grams: path -> (in, in) second moment of the input of every linear that reads units: its weight is then refit
+            to the masks, see `Refit`; None leaves the weights as they are.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], per_head: bool = True):
-        self.model, self.groups = model, tuple(groups)
+    def __init__(
+        self, model: nn.Module, groups: Sequence[UnitGroup], per_head: bool = True,
+        grams: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
+        self.model, self.groups, self.grams = model, tuple(groups), grams
         self.device = next(model.parameters()).device
         self.units = [
             torch.arange(g.count) if per_head else torch.arange(g.count) % (g.count // g.heads) for g in groups
@@ -45,7 +82,14 @@ class Masks:
         self._flags = {id(p): p.requires_grad for p in self.model.parameters()}
         self.model.requires_grad_(False)
         self._handles = []
+        self._refitted: list[Any] = []
         for value, units, group in zip(self.values, self.units, self.groups, strict=True):
+            reader = group.members[-1]
+            if self.grams is not None and reader.dim == 1:
+                index = torch.full((reader.shape[1],), len(value))
+                index[reader.features] = units[:, None].expand_as(reader.features)
+                self._refit_at(self.model.get_submodule(reader.path), self.grams[reader.path], value, index)
+                continue
             for path, side, features in group.mask_at:
                 module: Any = self.model.get_submodule(path)
                 width = module.weight.shape[(side == "output") == hasattr(module, "nf")]
@@ -64,7 +108,22 @@ class Masks:
             return module.register_forward_hook(lambda _, __, output: scaled(output))
         return module.register_forward_pre_hook(lambda _, inputs: (scaled(inputs[0]), *inputs[1:]))
 
+    def _refit_at(self, module: Any, gram: Tensor, value: Tensor, index: Tensor) -> None:
+        weight = module.weight.T if hasattr(module, "nf") else module.weight
+        curve, dense, one = Refit(weight, gram.to(self.device)), module.forward, torch.ones(1, device=self.device)
+        index = index.to(self.device)
+
+        def forward(x: Tensor) -> Tensor:
+            if not self.active:
+                return dense(x)
+            return functional.linear(x, curve(torch.cat([value, one])[index]).to(x.dtype), module.bias)
+
+        module.forward = forward
+        self._refitted.append(module)
+
     def __exit__(self, *_: object) -> None:
+        for module in self._refitted:
+            del module.forward
         for handle in self._handles:
             handle.remove()
         for parameter in self.model.parameters():

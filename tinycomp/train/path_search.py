@@ -22,10 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tinycomp.calib import collect
 from tinycomp.calib.loss import no_cache
 from tinycomp.io import fingerprint
 from tinycomp.io.journal import write_atomic
 from tinycomp.io.provenance import model_fingerprint
+from tinycomp.linalg import Elimination
 from tinycomp.models import spec_of
 from tinycomp.models.units import UnitGroup, UnitPath
 from tinycomp.train.bregman import SplitBregman, lipschitz, step_size
@@ -40,6 +42,7 @@ RELEASED = {
 LIPSCHITZ_AT = (1.0, 0.5, 0.25)  # all masks at this: the path starts at one, and the coupling pulls to zero
 CHECKPOINT = "search.safetensors"
 _TAG = "tinycomp_search"
+DAMPING = 1e-4  # of the elimination that a warm start comes from
 ADAM_TRAVEL = 4.0  # steps times lr: with a threshold of 2, a unit whose mask stays at one enters half-way
 
 
@@ -60,6 +63,9 @@ class PathSearch(BaseModel):
         nu: strength of the coupling, large is weak.
         kappa: damping of the sparse twin.
         threshold: lambda; above 1 / kappa, below which units of no importance enter too.
+        compensate: the search sees weights that are refit to the masks (`train.masks.Refit`), as after slicing.
+        warm: where V starts, as a share of the threshold: a unit's place, 0 to 1, in the order in which an elimination
+            with refit would keep the inputs of the linear that reads it; queries and keys, which none reads, at half.
         coupled: the published iteration; False is the released one.
         nonnegative: keep the twin at least 0.
         prox: "unit", or "head": the indices of one head enter together.
@@ -84,6 +90,8 @@ class PathSearch(BaseModel):
     nu: float | None = Field(default=None, gt=0.0)
     kappa: float = Field(default=1.0, gt=0.0)
     threshold: float = Field(default=2.0, ge=0.0)
+    compensate: bool = False
+    warm: float = Field(default=0.0, ge=0.0, le=1.0)
     coupled: bool = True
     nonnegative: bool = False
     prox: Literal["unit", "head"] = "unit"
@@ -123,18 +131,44 @@ def search_path(
     training = model.training
     model.eval()
     try:
-        with no_cache(model), torch.enable_grad(), Masks(model, groups, config.per_head) as masks:
-            return _Search(model, masks, batches, config, folder).run(progress)
+        grams = _grams(model, groups, batches, config.seed) if config.compensate or config.warm else {}
+        start = _places(model, groups, grams) if config.warm else {}
+        seen = grams if config.compensate else None
+        with no_cache(model), torch.enable_grad(), Masks(model, groups, config.per_head, seen) as masks:
+            return _Search(model, masks, batches, config, folder, start).run(progress)
     finally:
         model.train(training)
+
+
+def _grams(model: nn.Module, groups: Sequence[UnitGroup], batches: Sequence[Batch], seed: int) -> dict[str, Tensor]:
+    """Second moments of the inputs of the linears that read units."""
+    paths = list(dict.fromkeys(g.members[-1].path for g in groups if g.members[-1].dim == 1))
+    store = collect(model, spec_of(model), list(batches), frozenset({"gram"}), paths=paths, seed=seed)
+    found = {path: stats.gram for path, stats in store.get(paths).items()}
+    store.close()
+    return found
+
+
+def _places(model: nn.Module, groups: Sequence[UnitGroup], grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Group name -> (count,) place of each unit in (0, 1]: which inputs of its reader an elimination keeps longest."""
+    found = {g.name: torch.full((g.count,), 0.5) for g in groups}
+    for group in (g for g in groups if g.members[-1].dim == 1):
+        reader: Any = model.get_submodule(group.members[-1].path)
+        weight = (reader.weight.T if hasattr(reader, "nf") else reader.weight).detach()
+        places = torch.empty(weight.shape[1])
+        order = Elimination(weight.float().cpu(), grams[group.members[-1].path].cpu(), None, DAMPING).order
+        places[order] = torch.arange(1, len(order) + 1) / len(order)
+        found[group.name] = places[group.members[-1].features].mean(1)
+    return found
 
 
 class _Search:
     """One search under way."""
 
     def __init__(
-        self, model: nn.Module, masks: Masks, batches: Sequence[Batch], config: PathSearch, folder: Path | None
-    ):
+        self, model: nn.Module, masks: Masks, batches: Sequence[Batch], config: PathSearch, folder: Path | None,
+        start: dict[str, Tensor],
+    ):  # fmt: skip
         self.model, self.masks, self.config, self.folder = model, masks, config, folder
         rows = [row for batch in batches for row in _rows(batch, config.length)]
         if not rows:
@@ -149,6 +183,12 @@ class _Search:
             nu=1.0 if config.coupled else config.nu or 1.0, kick=config.kick,
             groups=masks.head_numbers() if config.prox == "head" else None,
         )  # fmt: skip
+        if start:
+            parts = [
+                torch.zeros(len(v)).index_add_(0, u, start[g.name]) / u.bincount()
+                for v, u, g in zip(masks.values, masks.units, masks.groups, strict=True)
+            ]
+            self.optimiser.dual.copy_(config.warm * config.threshold * torch.cat(parts))
         sizes = [(len(v), g.count * g.parameters_per_unit) for v, g in zip(masks.values, masks.groups, strict=True)]
         self.share = torch.cat([torch.full((n,), float(p) / n) for n, p in sizes]) / sum(p for _, p in sizes)
         self.curve: list[dict[str, Any]] = []

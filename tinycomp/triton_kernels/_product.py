@@ -35,7 +35,7 @@ def load_weight(
 
 
 @triton.jit
-def product_kernel(
+def product_tile(
     x_ptr,
     x_stride,
     w_ptr,
@@ -53,10 +53,10 @@ def product_kernel(
     base_stride,
     labels_ptr,
     label_scales_ptr,
+    tile,
     inputs,
     rows,
     columns,
-    bucket,
     BITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -64,7 +64,7 @@ def product_kernel(
 ):
     """One (BM, BN) tile of x wᵀ. With `kept_ptr`, the product goes there as well, unordered and without bias."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    n = tile.to(tl.int64) * BN + tl.arange(0, BN)
     sums = tl.zeros((BM, BN), tl.float32)
     for start in range(0, columns, BK):
         k = start + tl.arange(0, BK)
@@ -92,6 +92,63 @@ def product_kernel(
         sums += tl.load(bias_ptr + at, mask=n < rows, other=0.0).to(tl.float32)[None, :]
     if y_ptr is not None:
         tl.store(y_ptr + m[:, None] * y_stride + at[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_kernel(
+    x_ptr,
+    x_stride,
+    w_ptr,
+    w_stride,
+    scales_ptr,
+    zeros_ptr,
+    groups,
+    group_size,
+    y_ptr,
+    y_stride,
+    kept_ptr,
+    order_ptr,
+    bias_ptr,
+    base_ptr,
+    base_stride,
+    labels_ptr,
+    label_scales_ptr,
+    inputs,
+    rows,
+    columns,
+    bucket,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    product_tile(
+        x_ptr,
+        x_stride,
+        w_ptr,
+        w_stride,
+        scales_ptr,
+        zeros_ptr,
+        groups,
+        group_size,
+        y_ptr,
+        y_stride,
+        kept_ptr,
+        order_ptr,
+        bias_ptr,
+        base_ptr,
+        base_stride,
+        labels_ptr,
+        label_scales_ptr,
+        tl.program_id(1),
+        inputs,
+        rows,
+        columns,
+        BITS,
+        BM,
+        BN,
+        BK,
+    )
 
 
 # `bucket` is the power of two above the number of inputs: one search serves all batch sizes in it.

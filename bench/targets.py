@@ -1,0 +1,245 @@
+"""The speed targets of the CPU kernels, each measured beside its peer, as one table; and the scaling to more threads.
+
+    python bench/targets.py [--peers DIR] [--quick] [--cpu-time] [--filter TEXT]      one thread, 4096 x 4096
+    python bench/targets.py --scaling [--threads 2] [--quick]                         memory-bound rows, wall clock
+
+`ratio` is the peer's time over ours in one interleaved run, `limit` the same with ours at the measured ceilings of this
+machine, `structure` bytes of the dense weight over ours and `kernel` what remains of the speed-up over dense torch.
+A target above its limit cannot be met here. `--scaling` also reads plain memory with one and several threads: no
+row can scale better. Rows are appended to bench/results/targets.jsonl as they finish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE)]
+
+from cases import Case, low_rank, masked, other, shared  # noqa: E402
+from cases import dense as dense_cases  # noqa: E402
+from ops import Bench, commit, copies_of, rounds  # noqa: E402
+
+from tinycomp import ops  # noqa: E402
+from tinycomp.eval.machine import load_average, machine  # noqa: E402
+from tinycomp.eval.timing import time_interleaved  # noqa: E402
+
+RESULTS = HERE / "results" / "targets.jsonl"
+SIZE = 4096
+
+
+class Target(NamedTuple):
+    """A row of the table: what is held against which peers (the fastest of them counts), and the wanted ratio."""
+
+    name: str
+    case: str  # end of the key of a case
+    peers: tuple[str, ...]
+    ratio: float
+
+
+BF16, CSR = "bfloat16", ("torch csr fp32", "scipy csr fp32", "torch bsr fp32")
+SHARED = ("torch composite", "torch fp32 composite")
+TARGETS = (
+    Target("CUR d/8 bf16, M=1", f"lowrank_linear/d/8/4096x4096/M1/{BF16}", ("torch folded",), 2.0),
+    Target("CUR d/8 bf16, M=8", f"lowrank_linear/d/8/4096x4096/M8/{BF16}", ("torch folded",), 3.0),
+    Target("CUR d/8 bf16, M=32", f"lowrank_linear/d/8/4096x4096/M32/{BF16}", ("torch fp32 folded",), 1.9),
+    Target("CUR d/8 bf16, M=128", f"lowrank_linear/d/8/4096x4096/M128/{BF16}", ("torch fp32 folded",), 1.2),
+    Target(
+        "CUR d/8 int8 against dense int4, M=1",
+        f"quant_lowrank_linear/d/8 pivoted int8/4096x4096/M1/{BF16}",
+        ("openvino int4",),
+        2.5,
+    ),
+    Target("SWSC n/16+r32 bf16, M=1", f"swsc_linear/n/16+r32/4096x4096/M1/{BF16}", SHARED, 2.4),
+    Target("SWSC n/16+r32 bf16, M=8", f"swsc_linear/n/16+r32/4096x4096/M8/{BF16}", SHARED[:1], 4.0),
+    Target("SWSC n/16+r32 bf16, M=32", f"swsc_linear/n/16+r32/4096x4096/M32/{BF16}", SHARED[1:], 2.3),
+    Target(
+        "SWSC n/16+r32 bf16 against dense int4, M=1",
+        f"swsc_linear/n/16+r32/4096x4096/M1/{BF16}",
+        ("openvino int4",),
+        4.5,
+    ),
+    Target("mask 50 %, bf16, M=1", f"masked_linear/bitmask 50%/4096x4096/M1/{BF16}", CSR, 2.0),
+    Target("mask 75 %, bf16, M=1", f"masked_linear/bitmask 75%/4096x4096/M1/{BF16}", CSR, 1.9),
+    Target("mask 90 %, bf16, M=1", f"masked_linear/index 90%/4096x4096/M1/{BF16}", CSR, 2.6),
+    Target("mask 75 %, bf16, M=32", f"masked_linear/bitmask 75%/4096x4096/M32/{BF16}", CSR, 1.8),
+    Target("mask 90 %, bf16, M=32", f"masked_linear/index 90%/4096x4096/M32/{BF16}", CSR, 2.0),
+    Target("2:4 bf16 against dense torch bf16, M=1", f"masked_linear/2:4 50%/4096x4096/M1/{BF16}", ("dense",), 3.2),
+    Target("block 32, 90 %, M=128", f"masked_linear/block32 90%/4096x4096/M128/{BF16}", ("torch bsr fp32",), 2.5),
+    Target(
+        "k-means assignment 4096 x 4096, k 256",
+        "kmeans_assign//4096x4096 k256/M0/float32",
+        ("torch gemm", "scikit-learn"),
+        1.4,
+    ),
+    Target("Bregman step, twin stored", "split_bregman_step_//16M/M0/float32", ("torch.compile",), 1.18),
+    Target(
+        "Bregman step, twin computed", "split_bregman_step_//16M no gamma, bits/M0/float32", ("torch.compile",), 1.55
+    ),
+    Target("column norms, share of the stream rate", "column_norms//4096x4096/M0/float32", (), 0.85),
+)
+NOT_HERE = (
+    "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): needs AVX512-FP16",
+    "DeepSparse: does not install, CSR of torch and scipy stands in",
+    "selection and k-means to equal inertia: bench/selection.py",
+)
+
+
+def all_cases() -> dict[str, Case]:
+    """Cases by key; arguments are made when a case runs."""
+    made: list[Case] = []
+    for m in (1, 8, 32, 128):
+        for family in (shared, masked):
+            made += family(SIZE, SIZE, m, torch.bfloat16)
+        made += low_rank(SIZE, SIZE, m, torch.bfloat16, 8)
+    return {case.key: case for case in [*made, *other()]}
+
+
+def measured(bench: Bench, target: Target, case: Case) -> dict[str, Any]:
+    """One row; `ratio` is missing where no peer ran."""
+    case.peers = {name: make for name, make in case.peers.items() if name in target.peers}
+    bench.peers.wanted = frozenset(target.peers)
+    row = bench.row(case) | {"target": target._asdict(), "load_average": load_average()}
+    if "time_us" not in row:
+        return row
+    if not target.peers:
+        return row | {"peer": "stream", "ratio": row["percent"] / 100, "limit": 1.0}
+    times = {name: us for name, us in row["others_us"].items() if name in target.peers}
+    if not times:
+        return row
+    peer = min(times, key=lambda name: times[name])
+    return row | {"peer": peer, "ratio": times[peer] / row["time_us"], "limit": times[peer] / row["limit_us"]}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if "ratio" not in row:
+        return row.get("fault", "peer is not installed")
+    wanted = row["target"]["ratio"]
+    text = "met" if row["ratio"] >= wanted else "above the limit" if wanted > row["limit"] else "missed"
+    return text + (f" | FAULT {row['fault']}" if "fault" in row else "")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = "| | ours, us (p20..p80) | % of ceiling | peer | ratio | target | limit | structure x kernel | |"
+    lines = [head, "|" + "---|" * 9]
+    for row in rows:
+        cells = [row["target"]["name"], "", "", "", "", f"{row['target']['ratio']:.2f}", "", "", verdict(row)]
+        if "time_us" in row:
+            cells[1] = f"{row['time_us']:.0f} ({row['p20_us']:.0f}..{row['p80_us']:.0f})"
+            cells[2] = f"{row['percent']:.0f}"
+        if "ratio" in row:
+            cells[3], cells[4], cells[6] = row["peer"], f"{row['ratio']:.2f}", f"{row['limit']:.2f}"
+        if "structure" in row:
+            cells[7] = f"{row['structure']:.2f} x {row['kernel']:.2f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def keep(row: dict[str, Any], about: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row | about) + "\n")
+
+
+def compare(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    bench = Bench(options)
+    about = {
+        "machine": machine(limits=False),
+        "commit": commit(),
+        "peaks": bench.peaks,
+        "versions": bench.peers.versions,
+    }
+    limits = ", ".join(f"{name} {value:.1f}" for name, value in bench.peaks.items())
+    print(
+        f"{about['machine']['cpu']}, one thread, load {load_average():.2f}; GB/s and G operations/s: {limits}",
+        flush=True,
+    )
+    found, rows = all_cases(), []
+    for target in TARGETS:
+        if options.filter and options.filter not in target.name:
+            continue
+        rows.append(measured(bench, target, found[target.case]))
+        print(f"{target.name}: {verdict(rows[-1])}, load {rows[-1].get('load_average', 0):.2f}", flush=True)
+        keep(rows[-1], about)
+    print("\n" + table(rows))
+    print("\nNot in the table: " + "; ".join(NOT_HERE))
+
+
+def memory_bound() -> Iterator[Case]:
+    """One input each: what a second thread can help with is reading weights."""
+    yield from low_rank(SIZE, SIZE, 1, torch.bfloat16, 8)
+    yield from shared(SIZE, SIZE, 1, torch.bfloat16)
+    yield from dense_cases(SIZE, SIZE, 1, torch.bfloat16)
+    yield from low_rank(1536, 576, 1, torch.float32, 2)
+    yield from dense_cases(1536, 576, 1, torch.float32)
+
+
+def with_threads(count: int, call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        torch.set_num_threads(count)
+        call()
+
+    return run
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """Time with one thread over time with several, beside the same for a plain read of memory."""
+    big = torch.ones((64 if options.quick else 256) << 18)
+    grid = big.view(-1, 4096)
+    vector = torch.ones(4096)
+    reads: dict[str, Callable[[], object]] = {"sum": big.sum, "mv": lambda: grid @ vector}
+    cold = (100 if options.quick else 260) << 20
+    repeats, many = (3 if options.quick else 11), options.threads
+
+    def gain(call: Callable[[], object]) -> tuple[float, float, float]:
+        timed = time_interleaved({str(n): with_threads(n, call) for n in (1, many)}, repeats, 2, time.perf_counter)
+        return timed["1"].median, timed[str(many)].median, timed["1"].median / timed[str(many)].median
+
+    plain = {name: gain(call) for name, call in reads.items()}
+    best = max(plain.values(), key=lambda found: big.nbytes / found[1])
+    about = {"machine": machine(limits=False), "commit": commit(), "threads": many}
+    rates = ", ".join(f"{n} {big.nbytes / s / 1e9:.1f} GB/s" for n, s in ((1, best[0]), (many, best[1])))
+    print(f"{about['machine']['cpu']}, load {load_average():.2f}; plain read with {rates}: {best[2]:.2f}x")
+    print("| | bytes | 1 thread, us | GB/s | several, us | GB/s | gain | of the plain read's | |\n" + "|" + "---|" * 9)
+    for case in memory_bound():
+        if options.filter and options.filter not in case.key:
+            continue
+        args, op = case.make(), getattr(ops, case.op)
+        copies = copies_of(args, case.weights, cold)
+        one, several, ratio = gain(rounds([lambda a=a, op=op: op(*a) for a in copies]))
+        us = [1e6 * seconds / len(copies) for seconds in (one, several)]
+        speeds = [case.weights / t / 1e3 for t in us]
+        text = f"| {case.op} {case.label} {case.shape} {case.dtype} | {case.weights} | {us[0]:.1f} | {speeds[0]:.1f} "
+        text += f"| {us[1]:.1f} | {speeds[1]:.1f} | {ratio:.2f} | {ratio / best[2]:.2f} "
+        print(text + f"| {'met' if ratio >= 1.8 else 'missed'} 1.80, load {load_average():.2f} |", flush=True)
+        row = {"key": case.key, "scaling": ratio, "time_us": us, "plain_read": best[2], "load_average": load_average()}
+        keep(row, about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repeats, less cold memory: whether it works")
+    parser.add_argument("--peers", type=Path, help="environment of requirements-peers.txt")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
+    parser.add_argument("--filter", help="only rows whose name holds this text")
+    parser.add_argument("--scaling", action="store_true", help="one thread against several, instead of the table")
+    parser.add_argument("--threads", type=int, default=2, help="for --scaling")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if options.scaling:
+        return scaling(options)
+    options.threads = 1
+    compare(options)
+
+
+if __name__ == "__main__":
+    main()

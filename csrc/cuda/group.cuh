@@ -1,0 +1,77 @@
+// Launches of a group of low-rank layers that read the same input.
+#pragma once
+
+#include "linear_host.cuh"
+
+#define TINYCOMP_PASS_LAYER(l) \
+  TINYCOMP_PASS_WEIGHT(l.r), TINYCOMP_PASS_WEIGHT(l.t), l.z, l.z_stride, l.order, l.bias, l.y
+
+namespace tinycomp::cuda {
+
+constexpr int kGroupLayers = 3;
+
+// The layers of a call, with the tensors that hold what their pointers point to.
+template <class T>
+struct Group {
+  GroupLayer<T> layers[kGroupLayers] = {};
+  std::vector<Tensor> held;
+  int64_t features = 0;
+
+  void add(int at, const Tensor& x, int inputs, const Storage& r, const Storage& t, const std::optional<Tensor>& order,
+           const std::optional<Tensor>& bias) {
+    const int64_t rows = t.rows + (order ? r.rows : 0);
+    const Vector<int> places(order, ScalarType::Int, rows, "order");
+    const Vector<T> shift(bias, scalar_type<T>, rows, "bias");
+    const Between<T> z(x, inputs, r.rows);
+    layers[at] = {r, t, z.data, z.stride, places.data, shift.data, nullptr};
+    held.push_back(z.tensor);
+    for (const auto& tensor : {places.tensor, shift.tensor})
+      if (tensor) held.push_back(*tensor);
+    features += rows;
+  }
+};
+
+// One launch for few inputs, two for each layer otherwise.
+template <class T, class W>
+Tensor run_group(const Device& device, const Tensor& x, const Rows<T>& inputs, Group<T>& group) {
+  const Tensor y = empty(x, shape_with_last(x, group.features), scalar_type<T>);
+  T* out = static_cast<T*>(y.mutable_data_ptr());
+  int64_t ranks = 0, rows = 0;
+  int longest = 0;
+  for (GroupLayer<T>& l : group.layers) {
+    l.y = out;
+    out += l.t.rows + (l.order ? l.r.rows : 0);
+    ranks += l.r.rows, rows += l.t.rows, longest = l.r.rows > longest ? l.r.rows : longest;
+  }
+  if (inputs.rows == 0 || group.features == 0) return y;
+  const Config config =
+      pick_config({{inputs.rows, inputs.columns, ranks}, {inputs.rows, longest, rows}}, device.processors);
+  if (!config.decode) {
+    for (const GroupLayer<T>& l : group.layers) {
+      const Output<T> p{l.order ? l.y : nullptr, group.features, l.z, l.z_stride, l.order, l.bias};
+      const Output<T> q{l.y, group.features, nullptr, 0, l.order ? l.order + l.r.rows : nullptr, l.bias};
+      product<T, W>(device, inputs.matrix(), inputs.rows, l.r, p);
+      product<T, W>(device, p.next(), inputs.rows, l.t, q);
+    }
+    return y;
+  }
+  const auto launch = [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    const auto& [a, b, c] = group.layers;
+    TINYCOMP_LAUNCH((group_decode<T, W, kTiles>), dim3(config.blocks), dim3(kDecodeThreads),
+                    decode_shared_bytes<kTiles>, device.stream, TINYCOMP_PASS_INPUT(inputs.matrix()),
+                    TINYCOMP_PASS_LAYER(a), TINYCOMP_PASS_LAYER(b), TINYCOMP_PASS_LAYER(c), group.features,
+                    device.counters(), inputs.rows);
+    device.check_launch();
+  };
+  // In float32, two tiles and the layer that was picked take more registers than two blocks have.
+  if constexpr (W::kCopies && sizeof(T) == 2)
+    if (config.row_tiles == 2) {
+      launch(std::integral_constant<int, 2>{});
+      return y;
+    }
+  launch(std::integral_constant<int, 1>{});
+  return y;
+}
+
+}  // namespace tinycomp::cuda

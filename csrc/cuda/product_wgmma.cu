@@ -1,0 +1,112 @@
+// product_tiles for sm_90a: tensor copies (TMA) into four stages, products of warp groups (wgmma) out of them.
+//
+// Two warp groups make a tile of 128 inputs by 128 rows of the weight; a thread that waits for nothing else starts the
+// copies. Its arithmetic is executed by the emulation, its machine code has been inspected, and it has run on no GPU:
+// it is off unless TINYCOMP_WGMMA=1 asks for it on a GPU of compute capability 9.0.
+#include "linear.cuh"
+#include "ptx_sm90.cuh"
+
+namespace tinycomp::cuda {
+
+struct WgmmaTile {
+  static constexpr int kM = 128, kN = 128, kWarpsM = 8, kWarpsN = 1, kThreads = 256, kStages = 4, kColumns = 64;
+  static constexpr int kOperandBytes = 128 * 128, kStageBytes = 2 * kOperandBytes;
+  static constexpr size_t kSharedBytes = size_t(kStages) * kStageBytes;
+};
+
+template <class T>
+__global__ void __launch_bounds__(WgmmaTile::kThreads)
+    product_wgmma(const __grid_constant__ ptx::TensorMap x_map, const __grid_constant__ ptx::TensorMap w_map,
+                  TINYCOMP_OUTPUT(o, T), int inputs, int rows, int columns) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(TINYCOMP_EMULATION)
+  using Tile = WgmmaTile;
+  TINYCOMP_SHARED_MEMORY(char, unaligned);
+  __shared__ uint64_t full[Tile::kStages];
+  char* shared = unaligned + (-ptx::shared_address(unaligned) & 1023);
+  const Output<T> out TINYCOMP_OUTPUT_NAMES(o);
+  const int first_input = blockIdx.x * Tile::kM, first_row = blockIdx.y * Tile::kN;
+  const int steps = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const auto load = [&](int step) {
+    if (threadIdx.x != 0 || step >= steps) return;
+    char* at = shared + step % Tile::kStages * Tile::kStageBytes;
+    uint64_t* barrier = &full[step % Tile::kStages];
+    ptx::expect_bytes(barrier, Tile::kStageBytes);
+    ptx::copy_box(at, x_map, step * Tile::kColumns, first_input, barrier);
+    ptx::copy_box(at + Tile::kOperandBytes, w_map, step * Tile::kColumns, first_row, barrier);
+  };
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Tile::kStages; ++s) ptx::barrier_init(&full[s]);
+    ptx::fence_async();
+  }
+  __syncthreads();
+  for (int s = 0; s < Tile::kStages; ++s) load(s);
+  float sums[1][16][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    const unsigned at = ptx::shared_address(shared) + step % Tile::kStages * Tile::kStageBytes;
+    ptx::wait_barrier(&full[step % Tile::kStages], step / Tile::kStages & 1);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Tile::kColumns / 16; ++k)
+      ptx::wgmma(T{}, sums[0], ptx::operand(at + threadIdx.x / 128 * Tile::kOperandBytes / 2 + 32 * k),
+                 ptx::operand(at + Tile::kOperandBytes + 32 * k));
+    ptx::wgmma_commit();
+    // Everybody's products of the step before are done: its stage is free.
+    ptx::wgmma_wait<1>();
+    __syncthreads();
+    if (step > 0) load(step - 1 + Tile::kStages);
+  }
+  ptx::wgmma_wait<0>();
+  __syncthreads();
+  store_tile<Tile>(sums, reinterpret_cast<float*>(shared), first_input, first_row, inputs, rows, out);
+#endif
+}
+
+}  // namespace tinycomp::cuda
+
+#if defined(TINYCOMP_TORCH)
+#include "linear_host.cuh"
+
+namespace tinycomp::cuda {
+
+// A matrix in boxes of 128 rows by 64 columns, rows of 16-bit numbers at 16-byte strides.
+template <class T>
+ptx::TensorMap boxes(const void* data, int64_t rows, int64_t columns, int64_t stride) {
+#if defined(TINYCOMP_EMULATION)
+  return {data, columns, rows, stride * int64_t{sizeof(T)}, WgmmaTile::kColumns, 128, sizeof(T)};
+#else
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    STD_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
+    STD_TORCH_CHECK(status == cudaDriverEntryPointSuccess, "tinycomp: the driver has no tensor maps; update it");
+    return reinterpret_cast<Encode>(found);
+  }();
+  ptx::TensorMap map;
+  const auto type = std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
+  const cuuint32_t box[2] = {WgmmaTile::kColumns, 128}, steps[2] = {1, 1};
+  const CUresult done =
+      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(done == CUDA_SUCCESS, "tinycomp: a tensor map was refused, code ", static_cast<int>(done));
+  return map;
+#endif
+}
+
+template <class T>
+void launch_wgmma(const Device& device, const Matrix<T>& x, const Storage& w, const Output<T>& o, int inputs) {
+  constexpr size_t kBytes = WgmmaTile::kSharedBytes + 1024;  // what aligning to 1024 may skip
+  allow_shared_memory(product_wgmma<T>, kBytes);
+  TINYCOMP_LAUNCH(product_wgmma<T>, dim3(ceil_div(inputs, WgmmaTile::kM), ceil_div(w.rows, WgmmaTile::kN)),
+                  dim3(WgmmaTile::kThreads), kBytes, device.stream, boxes<T>(x.data, inputs, w.columns, x.stride),
+                  boxes<T>(w.data, w.rows, w.columns, w.stride), TINYCOMP_PASS_OUTPUT(o), inputs, w.rows, w.columns);
+  device.check_launch();
+}
+template void launch_wgmma<bf16>(const Device&, const Matrix<bf16>&, const Storage&, const Output<bf16>&, int);
+template void launch_wgmma<f16>(const Device&, const Matrix<f16>&, const Storage&, const Output<f16>&, int);
+
+}  // namespace tinycomp::cuda
+#endif
