@@ -284,8 +284,7 @@ def decoder(seed: int) -> dict[str, Any]:
     orders |= {name: baseline(name, search.depth)[:most] for name in ("every-other", "top")}
     orders |= {f"random {i}": baseline("random", search.depth, 100 * seed + i)[:most] for i in range(3)}
     for kind in ("ridge", "forest"):
-        fused = FusionModel.fit(rows, kind, seed)  # type: ignore[arg-type]
-        orders[f"fusion {kind} in-set"] = search.by_fusion(fused, most)
+        orders[f"fusion {kind} in-set"] = search.by_fusion(FusionModel.fit(rows, kind, seed), most)  # type: ignore
     found: dict[str, Any] = {}
     done: dict[tuple[int, ...], float] = {}
     for name, order in orders.items():
