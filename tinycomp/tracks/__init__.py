@@ -38,6 +38,7 @@ from tinycomp.targets import find_targets, shapes, unit_specs
 from tinycomp.tracks.rows import Entry, Task, causal_task, entries, probe_task
 
 JOURNAL = "tracks.journal.jsonl"
+OF_A_TASK = ("name", "qualities", "examples", "protocol", "hash", "ratios")  # in the results
 
 
 class _Run:
@@ -234,9 +235,7 @@ def run_tracks(
                 continue
             bars.update(f"load {name}", 1, 1)
             rows += _Run(task, seeds, folder / JOURNAL, bars).run()
-        tasks.append(
-            {key: getattr(task, key) for key in ("name", "qualities", "examples", "protocol", "hash", "ratios")}
-        )
+        tasks.append({key: getattr(task, key) for key in OF_A_TASK})
     if not tasks:
         raise RuntimeError("tracks: no model to run:\n" + "\n".join(notes))
     results = {
