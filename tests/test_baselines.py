@@ -44,7 +44,7 @@ def ffn_unit(hidden: int = 16, width: int = 40, *, gated: bool = True, dtype: to
 
 def pruner(name: str, **fields: Any) -> tuple[Method, Any]:
     module = PRUNERS[name]
-    config = getattr(module, name)(**fields)
+    config = getattr(module, name)(**{"structured": True, **fields})
     return (module.METHOD if config.structured else module.MASKED), config
 
 

@@ -32,7 +32,8 @@ def _settings(settings: Sequence[str], name: str, names: Sequence[str]) -> dict[
         if dot and owner.lower() not in names:
             raise UsageError(f"--set: {setting!r} names the method {owner!r}, but --method gives {', '.join(names)}")
         if not dot or owner.lower() == name:
-            out[(field if dot else key).replace("-", "_")] = yaml.safe_load(value)
+            text = ":" in value and value.replace(":", "").isdigit()  # YAML reads 2:4 as a number of base 60
+            out[(field if dot else key).replace("-", "_")] = value if text else yaml.safe_load(value)
     return out
 
 
