@@ -13,6 +13,7 @@ import transformers
 from tiny_folder import write_folder
 from torch import Tensor, nn
 
+from tinycomp import ops
 from tinycomp.data import calibration_text
 
 
@@ -196,3 +197,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "speech.txt"
     path.write_text(calibration_text()[0][:4000])
     return path
+
+
+@pytest.fixture(params=("cpu", "torch"))
+def backend(request: pytest.FixtureRequest) -> Any:
+    """A test that takes it runs on the native library, where it has the op, and on the reference."""
+    if request.param == "cpu" and not any(r["available"] for r in ops.status() if r["backend"] == "cpu"):
+        pytest.skip("the native library is not built")
+    if request.param == "torch":
+        with ops.use_backend("torch"):
+            yield request.param
+    else:
+        yield request.param

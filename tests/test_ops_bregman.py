@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from tinycomp import ops
-
-BACKENDS = ("cpu", "torch")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    """Each test of this file runs on the native library, where it has the op, and on the reference."""
-    if request.param == "cpu" and not any(r["available"] for r in ops.status() if r["backend"] == "cpu"):
-        pytest.skip("the native library is not built")
-    if request.param == "torch":
-        with ops.use_backend("torch"):
-            yield request.param
-    else:
-        yield request.param
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_split_bregman_step_by_hand() -> None:

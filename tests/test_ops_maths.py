@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from matrices import normal
 from tolerance import assert_close
 from torch import Tensor
 
@@ -16,25 +15,6 @@ from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
 from tinycomp.ops.masked_formats import FORMATS
 from tinycomp.ops.sample_without_replacement import _minus_log, _philox
-
-BACKENDS = ("cpu", "torch")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    """Each test of this file runs on the native library, where it has the op, and on the reference."""
-    if request.param == "cpu" and not any(r["available"] for r in ops.status() if r["backend"] == "cpu"):
-        pytest.skip("the native library is not built")
-    if request.param == "torch":
-        with ops.use_backend("torch"):
-            yield request.param
-    else:
-        yield request.param
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- low rank
 
