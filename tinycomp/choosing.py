@@ -122,7 +122,7 @@ def _only_rounding_where_it_fits(
     """Int8 rounding alone, where the budget has room for every target in it.
 
     Its loss is next to nothing and it is fitted to nothing. The others minimise the very loss they are compared by, so
-    that at int8's own bytes they look better than they are: on SmolLM2 they cost 0.9 % of perplexity (three seeds), int8 0.5 %.
+    that at int8's own bytes they look better than they are: on SmolLM2 they cost 0.9 % of perplexity, int8 0.5 %.
     """
     rounding = [f for f in families if f[0].name == "Rounding" and getattr(f[1], "bits", None) in (8, None)]
     paths = {p for u in units if u.kind == "linear" for p in u.paths}
