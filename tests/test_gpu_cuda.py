@@ -190,6 +190,7 @@ def python(script: str, *words: str, **environment: str) -> subprocess.Completed
         env=os.environ | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
+        timeout=1500,
     )
 
 

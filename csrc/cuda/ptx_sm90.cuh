@@ -114,9 +114,9 @@ inline void copy_box(void* to, const TensorMap& map, int column, int row, uint64
 }
 inline void wait_barrier(uint64_t* barrier, unsigned parity) {
   auto& b = emulation::context.barriers.at(barrier);
-  while ((b.phase & 1) == parity) {
+  for (bool again = false; (b.phase & 1) == parity; again = true) {
     b.land();
-    if ((b.phase & 1) == parity) emulation::wait_for_others();
+    if ((b.phase & 1) == parity) emulation::wait_for_others(again);
   }
 }
 inline void wgmma_fence() {}

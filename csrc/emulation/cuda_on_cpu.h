@@ -76,6 +76,7 @@ struct Thread {
   uint3 index;
   int lane, site;
   State state;
+  bool stuck = false;  // it waits again for what it was woken to look at
   unsigned mask;
   void* argument;
   Collective collective;
@@ -182,9 +183,10 @@ inline void barrier(int site) {
   leave_fiber();
 }
 
-// Until no other thread of the block can go on without it.
-inline void wait_for_others() {
+// Until no other thread of the block can go on without it; `again`: nothing has happened since it last waited.
+inline void wait_for_others(bool again) {
   context.current->state = kWaiting;
+  context.current->stuck = again;
   leave_fiber();
 }
 
@@ -252,7 +254,7 @@ class Block {
   bool advance(int i) {
     if (threads_[i].state != kReady) return false;
     enter_fiber(threads_[i]);
-    return true;
+    return threads_[i].state != kWaiting || !threads_[i].stuck;
   }
 
   bool even_round() {
@@ -316,17 +318,18 @@ class Block {
   }
 
   std::string deadlock() const {
-    int barriers = 0, warps = 0, done = 0;
+    int barriers = 0, warps = 0, done = 0, memory = 0;
     std::vector<int> sites;
     for (const Thread& t : threads_) {
       barriers += t.state == kAtBarrier, warps += t.state == kInWarp, done += t.state == kDone;
+      memory += t.state == kReady;  // woken, and stuck again
       if (t.state == kAtBarrier) sites.push_back(t.site);
     }
     std::sort(sites.begin(), sites.end());
     const auto different = std::unique(sites.begin(), sites.end()) - sites.begin();
     return "deadlock: " + std::to_string(barriers) + " threads at " + std::to_string(different) +
-           " different barriers, " + std::to_string(warps) + " in warp collectives, " + std::to_string(done) +
-           " exited";
+           " different barriers, " + std::to_string(warps) + " in warp collectives, " + std::to_string(memory) +
+           " at barriers in memory, " + std::to_string(done) + " exited";
   }
 
   std::vector<Thread> threads_;
