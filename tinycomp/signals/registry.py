@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import rankdata
 
 Family = Literal["activation", "information", "gradient", "weight", "attention", "similarity", "probe", "input"]
 # What one sample costs, in forward passes of that sample; "weights" and "input" read no data.
@@ -118,6 +117,8 @@ def price(column: str, depth: int) -> float:
 
 def rank_correlations(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Spearman's correlation of every two columns over the blocks, turned so that large means keep; 0 if constant."""
+    from scipy.stats import rankdata  # takes most of a second to import
+
     names = [c for c in columns() if c in values]
     ranks = {}
     for name in names:
