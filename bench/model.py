@@ -1,10 +1,12 @@
 """SmolLM2 as a whole: prefill and decode of dense and compressed forms, perplexity beside speed.
 
-    python bench/model.py [--quick] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
+    python bench/model.py [--quick] [--compile] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
-head on our dense kernel, and with factors and head in int8 and int4, inputs rounded to 8 bits. All models run
-interleaved in this process. Lines are appended to bench/results/model.jsonl.
+head on our dense kernel, and with factors and head in int8 and int4, inputs rounded to 8 bits. "No linear layers" is
+the model whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with
+torch.compile and a static cache, a minute or two per model. All models run interleaved in this process. Lines are
+appended to bench/results/model.jsonl.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import StaticCache
 
 import tinycomp as tc
 from tinycomp.eval.machine import machine
 from tinycomp.eval.quality import DEFAULT, perplexity
 from tinycomp.eval.size import size_of
 from tinycomp.eval.speed import speed_of
+from tinycomp.eval.timing import time_interleaved
 from tinycomp.io.load import default_model, load_model
 from tinycomp.layers import DenseLinear, LowRankLinear, QuantLinear, QuantLowRankLinear
 
@@ -60,6 +64,35 @@ def own_head(model: nn.Module) -> nn.Module:
     return replaced(model, lambda name, module: DenseLinear.from_linear(module) if name.endswith("lm_head") else None)
 
 
+class Free(nn.Module):
+    """A linear layer that costs no more than its output."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.out_features = linear.weight, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def compiled_decode(models: dict[str, nn.Module], steps: int, repeats: int) -> dict[str, float]:
+    """Decoded tokens/s of each model compiled whole, one step with a static cache behind 128 tokens."""
+
+    def stepper(model: Any) -> Any:
+        cache = StaticCache(config=model.config, max_cache_len=256)
+        model(input_ids=torch.zeros(1, 128, dtype=torch.int64), past_key_values=cache)
+
+        def step(ids: Tensor, position: Tensor) -> Tensor:
+            return model(input_ids=ids, past_key_values=cache, position_ids=position).logits
+
+        fast, token = torch.compile(step, dynamic=False), torch.tensor([[5]])
+        return lambda: [fast(token, torch.tensor([[128]])) for _ in range(steps)]
+
+    torch._dynamo.config.recompile_limit = 4 * len(models)
+    found = time_interleaved({name: stepper(model) for name, model in models.items()}, repeats, warmup=2)
+    return {name: timing.rate(steps).median for name, timing in found.items()}
+
+
 def torch_int8(model: nn.Module) -> nn.Module | None:
     """torch's dynamic int8, where this release still has it."""
     quantization = getattr(torch.ao, "quantization", None)
@@ -74,6 +107,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
     dense, tokenizer = load_model(options.model or default_model(), torch.float32)
     half = copy.deepcopy(dense).bfloat16()
     found = {"dense float32": dense, "dense bfloat16": half}
+    found["no linear layers"] = replaced(copy.deepcopy(half), lambda name, module: Free(module))
     int8 = torch_int8(dense)
     if int8 is not None:
         found["dense int8, torch"] = int8
@@ -93,6 +127,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one ratio, little calibration and evaluation text")
+    parser.add_argument("--compile", action="store_true", help="decode compiled, too")
     parser.add_argument("--ratio", type=float, nargs="+")
     parser.add_argument("--model", help="default: SmolLM2-135M")
     parser.add_argument("--threads", type=int, default=2)
@@ -104,6 +139,10 @@ def main() -> None:
     protocol = DEFAULT.shortened(1024) if options.quick else DEFAULT
     with torch.no_grad():
         speeds = speed_of(found, 128, 16 if options.quick else 64, 3 if options.quick else 9)
+        compiled: dict[str, float] = {}
+        if options.compile:
+            able = {name: model for name, model in found.items() if name != "dense int8, torch"}
+            compiled = compiled_decode(able, 8, 7)
         quality = {name: perplexity(model, tokenizer, protocol).perplexity for name, model in found.items()}
     base = speeds["dense bfloat16"]
     about = machine()
@@ -120,6 +159,7 @@ def main() -> None:
             "decode_tokens_s": speed.decode.median,
             "decode_vs_dense_bfloat16": speed.decode.median / base.decode.median,
             "prefill_vs_dense_bfloat16": speed.prefill.median / base.prefill.median,
+            "compiled_decode_tokens_s": compiled.get(name),
             "speed": speed.to_dict(),
             "machine": about,
         }
@@ -127,6 +167,8 @@ def main() -> None:
         text = f"{name:24} ppl {row['perplexity']:8.2f} | {row['bytes_memory'] / 1e6:7.1f} MB"
         text += f" | prefill {row['prefill_tokens_s']:8.1f} t/s {row['prefill_vs_dense_bfloat16']:5.2f}x"
         text += f" | decode {row['decode_tokens_s']:7.1f} t/s {row['decode_vs_dense_bfloat16']:5.2f}x dense bfloat16"
+        if name in compiled:
+            text += f" | compiled {compiled[name]:7.1f} t/s {compiled[name] / compiled['dense bfloat16']:5.2f}x"
         print(json.dumps(row) if options.json else text, flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
