@@ -36,10 +36,15 @@ def drain_fallbacks() -> list[str]:
     return taken
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor infinity."""
+    # One sum sees any NaN or infinity and is ten times cheaper than isfinite; only a sum that overflows needs that.
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError naming the tensor when it holds NaN or infinity."""
-    # One sum sees any NaN or infinity and is ten times cheaper than isfinite; only a sum that overflows needs that.
-    if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name}: got {bad} NaN or infinite of {tensor.numel()} values, allowed finite values only; "

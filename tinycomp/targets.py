@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
-from tinycomp.linalg import made_anew
+from tinycomp.linalg import is_finite, made_anew
 from tinycomp.methods import Linear, MethodConfig, Unit
 from tinycomp.models import BlockSpec, ModelSpec
 
@@ -150,7 +149,7 @@ def check_finite(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise ValueError naming the first targeted weight that holds NaN or infinity, before any work."""
     for path in paths:
         weight = model.get_submodule(path).weight
-        if not weight.is_meta and not torch.isfinite(weight).all():  # type: ignore[union-attr, operator, arg-type]
+        if not weight.is_meta and not is_finite(weight):  # type: ignore[union-attr, operator, arg-type]
             raise ValueError(
                 f"{path}.weight: got NaN or infinite values, allowed finite ones only; repair or reload the checkpoint"
             )
