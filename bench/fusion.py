@@ -42,9 +42,9 @@ from tinycomp.edits import Edit, Plan
 from tinycomp.eval.quality import DEFAULT, perplexity
 from tinycomp.eval.size import size_of
 from tinycomp.io import default_model
-from tinycomp.methods.strategic_fusion import COLLECTED
+from tinycomp.methods.strategic_fusion import FUSED
 from tinycomp.signals import FusionModel, Search, Transition, baseline, drops, quality, training_rows
-from tinycomp.signals.registry import rank, rank_correlations
+from tinycomp.signals.registry import rank_correlations
 from tinycomp.surgery import apply_
 
 SETS = {
@@ -106,7 +106,8 @@ class PrefixSearch(Search):
             apply_(shorter, Plan(edits), {})
             return shorter
 
-        super().__init__(edited, shared, signals, judge, gradient_samples=8, seed=seed, recompute=recompute)
+        options: dict[str, Any] = {"gradient_samples": 8, "seed": seed, "recompute": recompute, "probe": bool(signals)}
+        super().__init__(edited, shared, signals, judge, **options)
         self.kept: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         self.measuring = False
         if recompute:
@@ -162,6 +163,11 @@ def fine_tune_(model: Any, batches: list[dict[str, Tensor]], seed: int) -> None:
     model.eval()
 
 
+def without_probe(t: Transition) -> Transition:
+    """What the regressor sees when "skip_loss", the one signal that takes more than a pass, is left out."""
+    return dataclasses.replace(t, features={c: v for c, v in t.features.items() if c != "skip_loss"})
+
+
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != "labels"}
 
@@ -191,7 +197,7 @@ class Classifier:
         for search in (self.search, self.validation, self.test):
             search.every()
         self.depth = self.search.depth
-        self.transitions = self.search.transitions(name, self.depth - 1, COLLECTED, random_orders=3)
+        self.transitions = self.search.transitions(name, self.depth - 1, FUSED, random_orders=3)
 
     def halved(self) -> list[Transition]:
         """The transitions as the first half of the fit samples gives them (nested mode)."""
@@ -208,13 +214,15 @@ class Classifier:
     def strategies(self, everything: list[Transition]) -> dict[str, list[list[int]]]:
         """Per strategy the removed blocks at 1, 2, ... removals."""
         most = self.depth - 1
-        orders = {c: self.search.by_signal(c, most) for c in (*COLLECTED, "skip_loss")}
+        orders = {c: self.search.by_signal(c, most) for c in FUSED}
         orders |= {name: baseline(name, self.depth)[:most] for name in ("every-other", "top")}
         orders |= {f"random {i}": baseline("random", self.depth, 100 * self.seed + i)[:most] for i in range(3)}
         for kind in ("ridge", "forest"):
             for mode in ("in-set", "leave-one-out", "nested"):
                 rows = self.halved() if mode == "nested" else training_rows(everything, mode, self.name)  # type: ignore
                 fused = FusionModel.fit(rows, kind, self.seed)  # type: ignore[arg-type]
+                unprobed = FusionModel.fit([without_probe(t) for t in rows], kind, self.seed)  # type: ignore[arg-type]
+                orders[f"fusion {kind} {mode}, one pass"] = self.search.by_fusion(unprobed, most)
                 orders[f"fusion {kind} {mode}"] = self.search.by_fusion(fused, most)
                 if mode == "in-set":
                     orders[f"fusion {kind} {mode} beam"] = self.search.by_fusion(fused, most, beam=4)
@@ -279,16 +287,17 @@ def decoder(seed: int) -> dict[str, Any]:
     made = text_batches(None, tokenizer, num_calibration_samples=15, max_seq_length=128, batch_size=12, seed=seed)
     search = PrefixSearch(model, made[:1], made[1:], seed)
     most, protocol = max(DECODER_COUNTS), DEFAULT.shortened(512)
-    columns = [c for c in COLLECTED if c in search.table(()).values]
+    columns = [c for c in FUSED if c in search.table(()).values]
     rows = search.transitions("speeches", most, columns, random_orders=3)
     single = {c: search.by_signal(c, most) for c in columns}
     best = max(single, key=lambda c: search.quality(single[c]).score)
     orders = {f"best single ({best})": single[best], "block_influence": single["block_influence"]}
-    orders["skip_loss once"] = rank({"skip_loss": search.skip_losses()}, "skip_loss")[:most]
     orders |= {name: baseline(name, search.depth)[:most] for name in ("every-other", "top")}
     orders |= {f"random {i}": baseline("random", search.depth, 100 * seed + i)[:most] for i in range(3)}
     for kind in ("ridge", "forest"):
-        orders[f"fusion {kind} in-set"] = search.by_fusion(FusionModel.fit(rows, kind, seed), most)  # type: ignore
+        for name, chosen in (("", rows), (", one pass", [without_probe(t) for t in rows])):
+            fused = FusionModel.fit(chosen, kind, seed)  # type: ignore[arg-type]
+            orders[f"fusion {kind} in-set{name}"] = search.by_fusion(fused, most)
     found: dict[str, Any] = {}
     done: dict[tuple[int, ...], float] = {}
     for name, order in orders.items():

@@ -71,6 +71,18 @@ def test_an_identity_block_is_the_first_choice_where_that_is_meaningful(family):
     assert search.skip_losses()[2] == pytest.approx(search.quality(()).loss, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_probing_gives_the_losses_of_the_shorter_models(family):
+    model = build(family)
+    data = LABELLED if family == "bert" else DATA
+    whole = quality(model, data).loss
+    search = search_on(model, data[2:] * 2, probe=True, recompute=False)  # signals and quality on the same data
+    values = search.table(()).values["skip_loss"]
+    assert values == pytest.approx(search.skip_losses(), rel=1e-5)
+    assert quality(model, data).loss == whole  # all blocks run again
+    assert search.by_signal("skip_loss", 2) == [int(i) for i in np.argsort(values)[:2]]
+
+
 def test_one_pass_gives_the_twelve_and_leaves_the_model_alone():
     model = build("llama")
     calls: list[int] = []

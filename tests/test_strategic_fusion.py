@@ -131,7 +131,9 @@ def test_recovery_heals_a_shortened_model_towards_the_block_that_is_gone():
 def test_plan_prices_the_signals_apart():
     notes = tc.plan(build("llama"), tc.StrategicFusion(drop=2), progress=False)["notes"]
     assert any("3 passes (one forward, one backward) over 16 samples" in n for n in notes)
-    assert any("skip_loss (4 passes a removal)" in n for n in notes)
+    assert "skip_loss: 4 passes over all samples, once" in notes
+    paper = tc.plan(build("llama"), tc.StrategicFusion(drop=2, preset="paper"), progress=False)["notes"]
+    assert "skip_loss: not among them" in paper
     notes = tc.plan(build("llama").config, tc.StrategicFusion(drop=2, search="exhaustive"), progress=False)["notes"]
     assert notes == ["exhaustive search: 10 passes over the judging samples"]
 

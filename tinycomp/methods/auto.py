@@ -126,7 +126,10 @@ def weights(
     if config.fusion is None:
         return {}
     fused = FusionModel.load(config.fusion)
-    table = collect_signals(model, spec, batches()[:SIGNAL_BATCHES], gradient_samples=GRADIENTS, seed=config.seed)
+    table = collect_signals(
+        model, spec, batches()[:SIGNAL_BATCHES], gradient_samples=GRADIENTS, seed=config.seed,
+        probe="skip_loss" in fused.columns,
+    )  # fmt: skip
     kinds = {m.name: EDITS.get(m.name.split()[0], "") for m, _ in families(config)}
     found = fused.weights(list(kinds.values()), 1 - (config.ratio or 0.0), table)
     return {name: found[kind] for name, kind in kinds.items()}

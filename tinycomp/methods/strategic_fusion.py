@@ -27,8 +27,8 @@ from tinycomp.signals.registry import columns, price, rank_correlations, signal_
 from tinycomp.signals.search import BASELINES
 
 Batch = dict[str, Tensor]
-PROBED = ("skip_loss", "entry_time")
 COLLECTED = tuple(c for c in columns() if signal_of(c).needs not in ("probe", "input"))
+FUSED = (*COLLECTED, "skip_loss")
 
 
 class StrategicFusion(MethodConfig):
@@ -148,9 +148,12 @@ def _search(
         blocks = [block.path for block in the_stack(spec).blocks]
         times = block_entry_times(UnitPath.load(config.path), unit_groups(model, spec), blocks)
     inputs = {"entry_time": times} if times else {}
+    stored = None if config.fusion is None else FusionModel.load(config.fusion).columns
+    fuses = config.strategy == "fusion" and config.search != "exhaustive" and config.preset != "paper"
     return Search(
         edited, model, rows[:half], rows[half : half + config.judge_samples], seed=config.seed, inputs=inputs,
         gradient_samples=config.gradient_samples, recompute=config.recompute or config.preset == "paper",
+        probe=fuses and (stored is None or "skip_loss" in stored),
     )  # fmt: skip
 
 
@@ -160,7 +163,7 @@ def _fused(search: Search, config: StrategicFusion, count: int, progress: Any) -
     if config.fusion is not None:
         fused = FusionModel.load(config.fusion)
     else:
-        wanted = TWELVE if config.preset == "paper" else [*COLLECTED, *search.inputs]
+        wanted = TWELVE if config.preset == "paper" else [*FUSED, *search.inputs]
         names = [c for c in wanted if c in table.values]
         rows = search.transitions("calibration", count, names, config.random_orders, progress=progress)
         fused = FusionModel.fit(rows, config.regressor, config.seed)
@@ -204,12 +207,14 @@ def costs(config: StrategicFusion, depth: int) -> list[str]:
     samples = config.gradient_samples
     if config.strategy != "fusion":
         return [f"{config.strategy}: {price(config.strategy, depth):g} passes over the samples; all others come along"]
-    orders = 0 if config.fusion else len(COLLECTED) + config.random_orders
-    times = f"up to {1 + orders * count} times" if config.recompute or config.preset == "paper" else "once"
+    paper = config.preset == "paper"
+    orders = 0 if config.fusion else len(TWELVE if paper else FUSED) + config.random_orders
+    times = f"up to {1 + orders * count} times" if config.recompute or paper else "once"
     return [
         f"signals: 3 passes (one forward, one backward) over {samples} samples, 1 over the others, {times}",
+        "skip_loss: not among them" if paper else f"skip_loss: {dear:g} passes over all samples, {times}",
         f"regressor: up to {orders * count} removals measured, one pass over {config.judge_samples} samples each",
-        f"not among them: skip_loss ({dear:g} passes a removal), entry_time (read from entry_times)",
+        "entry_time: read from entry_times",
     ]
 
 

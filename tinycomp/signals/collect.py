@@ -1,4 +1,4 @@
-"""One calibration pass that records every signal which needs no probing: forward, attention, backward, weights."""
+"""Every signal of every block: forward, attention, backward and weights in one calibration pass; probing on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 from tinycomp.calib.loss import no_cache
 from tinycomp.models import ModelSpec, Stack
 from tinycomp.signals import estimators
-from tinycomp.signals.quality import Batch, losses, rows_of
+from tinycomp.signals.quality import Batch, losses, quality, rows_of
 
 POINTS = 384  # tokens (or pooled samples) that the information and CKA estimators look at
 Weights = dict[str, dict[str, float]]
@@ -59,9 +59,9 @@ def the_stack(spec: ModelSpec) -> Stack:
 
 def collect_signals(
     model: nn.Module, spec: ModelSpec, batches: Sequence[Batch], *, gradient_samples: int = 32, seed: int = 0,
-    weights: Weights | None = None,
+    weights: Weights | None = None, probe: bool = False,
 ) -> SignalTable:  # fmt: skip
-    """Every signal but "skip_loss" and "entry_time", of every block, in one pass.
+    """Every signal but "entry_time", of every block; all but "skip_loss" in one pass.
 
     The first `gradient_samples` samples run one by one, forward and backward (the Fisher signal is a mean over
     samples); the others run in their batches, forward only.
@@ -73,6 +73,7 @@ def collect_signals(
         gradient_samples: samples that run backward.
         seed: of the points that the estimators look at.
         weights: results of the weight signals by block identity, kept for calls on the same blocks.
+        probe: "skip_loss" as well: one more forward pass over all batches per block.
     """
     stack = the_stack(spec)
     table = SignalTable()
@@ -101,9 +102,26 @@ def collect_signals(
     table.values |= gradients.values() | watch.values(clock)
     with clock("weights"):
         table.values |= _weight_signals(model, stack, seed, {} if weights is None else weights)
+    if probe:
+        with clock("skip_loss"):
+            table.values["skip_loss"] = [_loss_without(model, block.path, batches) for block in stack.blocks]
     if "attention_weight" not in table.values:
         table.notes.append(f"{type(model).__name__} returns no attention maps: no attention signals")
     return table
+
+
+def _loss_without(model: nn.Module, path: str, batches: Sequence[Batch]) -> float:
+    """Loss while the block at `path` gives back its input."""
+
+    def give_back(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    handle = model.get_submodule(path).register_forward_hook(give_back, with_kwargs=True)
+    try:
+        return quality(model, batches).loss
+    finally:
+        handle.remove()
 
 
 class _Clock:

@@ -59,19 +59,19 @@ class Search:
         seed: of estimators and random orders.
         inputs: signals from elsewhere, one value per block of the whole model ("entry_time").
         recompute: signals of the shortened model after every removal; otherwise those of the whole model stay.
-        progress: called with (description, done, total).
+        probe: "skip_loss" is among the signals.
     """
 
     def __init__(
         self, edited: Callable[[list[Edit]], nn.Module], model: nn.Module, signal_batches: Sequence[Batch],
         judge_batches: Sequence[Batch], *, gradient_samples: int = 32, seed: int = 0,
-        inputs: Mapping[str, Sequence[float]] | None = None, recompute: bool = True,
+        inputs: Mapping[str, Sequence[float]] | None = None, recompute: bool = True, probe: bool = False,
     ):  # fmt: skip
         self.edited, self.model, self.spec = edited, model, spec_of(model)
         self.depth = len(the_stack(self.spec).blocks)
         self.signal_batches, self.judge_batches = signal_batches, judge_batches
         self.gradient_samples, self.seed, self.recompute = gradient_samples, seed, recompute
-        self.inputs = inputs or {}
+        self.inputs, self.probe = inputs or {}, probe
         self.seconds: dict[str, float] = {}
         self._qualities: dict[Removed, Quality] = {}
         self._tables: dict[Removed, SignalTable] = {}
@@ -100,7 +100,7 @@ class Search:
         model = self.without(key)
         found = collect_signals(
             model, spec_of(model), self.signal_batches, gradient_samples=self.gradient_samples, seed=self.seed,
-            weights=self._weights,
+            weights=self._weights, probe=self.probe,
         )  # fmt: skip
         for name, values in self.inputs.items():
             signal_of(name)
@@ -114,14 +114,15 @@ class Search:
         return SignalTable({c: [v[i] for i in self.left(key)] for c, v in whole.values.items()}, {}, whole.notes)
 
     def skip_losses(self, removed: Sequence[int] = ()) -> list[float]:
-        """The loss without each of the blocks still there: the dear signal "skip_loss"."""
+        """The loss on the judging data without each of the blocks still there."""
         return [self.quality([*removed, i]).loss for i in self.left(removed)]
 
     def by_signal(self, column: str, count: int) -> list[int]:
         """The first `count` blocks to remove by one signal, looked at anew after every removal."""
         order: list[int] = []
         while len(order) < count:
-            values = {column: self.skip_losses(order)} if column == "skip_loss" else self.table(order).values
+            measured = column == "skip_loss" and not self.probe
+            values = {column: self.skip_losses(order)} if measured else self.table(order).values
             if column not in values:
                 raise ValueError(f"strategy: got {column!r}, this model and data give {', '.join(values)}")
             order.append(self.left(order)[rank(values, column)[0]])
