@@ -215,6 +215,9 @@ class Classifier:
         """Per strategy the removed blocks at 1, 2, ... removals."""
         most = self.depth - 1
         orders = {c: self.search.by_signal(c, most) for c in FUSED}
+        self.search.probe = False  # skip_loss measured after every removal, on the samples that judge
+        orders["skip_loss anew"] = self.search.by_signal("skip_loss", most)
+        self.search.probe = True
         orders |= {name: baseline(name, self.depth)[:most] for name in ("every-other", "top")}
         orders |= {f"random {i}": baseline("random", self.depth, 100 * self.seed + i)[:most] for i in range(3)}
         for kind in ("ridge", "forest"):
