@@ -23,7 +23,7 @@ import numpy as np
 from tinycomp.signals.collect import SignalTable
 from tinycomp.signals.registry import signal_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Kind = Literal["ridge", "forest"]
 Mode = Literal["in-set", "leave-one-out", "nested"]
 
@@ -89,6 +89,8 @@ class FusionModel:
         index or -1, threshold, left and right child, value).
     columns: signal columns, in the order of the features; edits: known kinds of edit, which follow them one-hot, and
         the removed fraction comes last.
+    scale, worst: the regressor predicts asinh(change / scale), not below `worst`. A few edits ruin a model and cost a
+        hundred times what the others do; on the change itself, a fit would serve those alone.
     """
 
     kind: Kind
@@ -98,6 +100,8 @@ class FusionModel:
     intercept: float = 0.0
     trees: list[dict[str, list[float]]] = field(default_factory=list)
     rows: int = 0
+    scale: float = 1.0
+    worst: float = -700.0
 
     @classmethod
     def fit(cls, transitions: Sequence[Transition], kind: Kind = "forest", seed: int = 0) -> FusionModel:
@@ -119,7 +123,10 @@ class FusionModel:
         x = np.stack(
             [model._features([t.features.get(c, 0.0) for c in columns], t.kind, t.fraction) for t in transitions]
         )
-        y = np.array([t.after - t.before for t in transitions])
+        change = np.array([t.after - t.before for t in transitions])
+        model.scale = float(np.median(np.abs(change[change != 0]))) if change.any() else 1.0
+        y = np.arcsinh(change / model.scale)
+        model.worst = float(y.min())
         if kind == "ridge":
             ridge = Ridge(alpha=1.0).fit(x, y)
             model.coefficients, model.intercept = [float(c) for c in ridge.coef_], float(ridge.intercept_)
@@ -168,8 +175,10 @@ class FusionModel:
     def predict(self, x: np.ndarray) -> np.ndarray:
         """(n,) for features (n, columns + kinds + 1)."""
         if self.kind == "ridge":
-            return x @ np.array(self.coefficients) + self.intercept
-        return np.mean([_walk(tree, x) for tree in self.trees], axis=0)
+            found = x @ np.array(self.coefficients) + self.intercept
+        else:
+            found = np.mean([_walk(tree, x) for tree in self.trees], axis=0)
+        return self.scale * np.sinh(np.maximum(found, self.worst))
 
     def _features(self, signals: Any, kind: str, removed: float) -> np.ndarray:
         if kind not in self.edits:
