@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,11 @@ def rows(count: int = 60, seed: int = 0, **fields: Any) -> list[Transition]:
     return found
 
 
+def features_and_changes(data: list[Transition]) -> tuple[np.ndarray, np.ndarray]:
+    x = np.array([[t.features["energy"], t.features["flow"], 1.0, 1.0] for t in data])
+    return x, np.array([t.after - t.before for t in data])
+
+
 @pytest.mark.parametrize("kind", ["ridge", "forest"])
 def test_the_stored_regressor_predicts_what_scikit_learn_predicts(kind, tmp_path):
     from sklearn.ensemble import RandomForestRegressor
@@ -182,14 +188,26 @@ def test_the_stored_regressor_predicts_what_scikit_learn_predicts(kind, tmp_path
     model = FusionModel.fit(data, kind, seed=3)
     model.save(tmp_path / "fused.json")
     loaded = FusionModel.load(tmp_path / "fused.json")
-    x = np.array([[t.features["energy"], t.features["flow"], 1.0, 1.0] for t in data])
-    y = np.array([t.after - t.before for t in data])
+    x, y = features_and_changes(data)
     reference = Ridge(1.0) if kind == "ridge" else RandomForestRegressor(n_estimators=100, random_state=3)
-    assert loaded.predict(x) == pytest.approx(reference.fit(x, y).predict(x), abs=1e-12)
-    assert json.loads((tmp_path / "fused.json").read_text())["format_version"] == 1
-    (tmp_path / "fused.json").write_text('{"format_version": 2}')
-    with pytest.raises(ValueError, match=r"no stored regressor \(format_version 2"):
+    scale = np.median(np.abs(y))
+    found = np.maximum(reference.fit(x, np.arcsinh(y / scale)).predict(x), np.arcsinh(y.min() / scale))
+    assert loaded.predict(x) == pytest.approx(scale * np.sinh(found), abs=1e-12)
+    assert json.loads((tmp_path / "fused.json").read_text())["format_version"] == 2
+    (tmp_path / "fused.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match=r"no stored regressor \(format_version 1"):
         FusionModel.load(tmp_path / "fused.json")
+
+
+def test_ruinous_removals_do_not_decide_the_order_of_the_others():
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import Ridge
+
+    data = rows()
+    ruin = [replace(t, features={"energy": -1 - i / 10, "flow": 2.0}, after=-40.0) for i, t in enumerate(data[:3])]
+    x, y = features_and_changes(data)
+    assert spearmanr(FusionModel.fit(data + ruin, "ridge").predict(x), y).statistic > 0.5
+    assert spearmanr(Ridge(1.0).fit(*features_and_changes(data + ruin)).predict(x), y).statistic < 0
 
 
 def test_the_regressor_ranks_other_edits_too():
@@ -214,7 +232,7 @@ def test_the_regressor_ranks_other_edits_too():
 def test_weights_spread_a_budget_and_never_call_a_block_free():
     """A regressor by hand: an edit costs the block's standardised energy, and a drop costs 1 more."""
     table = SignalTable({"energy": [4.0, 2.0, 1.0, 1.0]})
-    fused = FusionModel("ridge", ["energy"], ["drop", "rank"], [-1.0, -1.0, 0.0, 0.0])
+    fused = FusionModel("ridge", ["energy"], ["drop", "rank"], [-1e-6, -1e-6, 0.0, 0.0], scale=1e6)  # as good as linear
     z = table.standardised(["energy"])[:, 0]
     assert np.allclose(fused.score([BlockEdit(b, "rank", 0.5) for b in range(4)], table), -z)
     found = fused.weights(["drop", "rank", "merge"], 0.5, table)
