@@ -246,7 +246,7 @@ class Classifier:
     def recovered(self, strategies: dict[str, list[list[int]]]) -> dict[str, Any]:
         """Test answers before and after recovery, for two students and the unpruned model."""
         chosen = {"control (unpruned)": []} | {
-            name: strategies[name][RECOVERED_AT - 1] for name in ("fusion ridge in-set", "random 0")
+            name: strategies[name][RECOVERED_AT - 1] for name in ("fusion forest in-set", "random 0")
         }
         config = RECIPE.model_copy(update={"seed": self.seed})
         found = {}

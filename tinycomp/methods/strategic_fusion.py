@@ -52,7 +52,7 @@ class StrategicFusion(MethodConfig):
 
     drop: int | None = Field(default=None, ge=1)
     strategy: str = "fusion"
-    regressor: Literal["forest", "ridge"] = "ridge"
+    regressor: Literal["forest", "ridge"] = "forest"
     fusion: str | None = None
     search: Literal["greedy", "beam", "exhaustive"] = "greedy"
     beam: int = Field(default=4, ge=1)
