@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,26 @@ def test_no_batches_and_not_finite_are_refused() -> None:
         model.get_submodule(spec_of(model).blocks[0].linears[-1]).weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="NaN or infinite"):
         collect(model, spec_of(model), text_batches(1), frozenset({"gram"}))
+
+
+@pytest.mark.parametrize("classes", [2, 13, 48])
+def test_labels_come_from_the_models_own_distribution(classes: int) -> None:
+    """The gradient of the loss is softmax less one at the label; labels are as frequent as they are probable."""
+    tokens = 20000
+    row = torch.randn(classes, generator=torch.Generator().manual_seed(0)).mul_(2)
+    row[-1] = -1e9  # never drawn
+    logits = row.expand(1, tokens, classes).clone().requires_grad_(True)
+    loss = fisher_loss(SimpleNamespace(logits=logits), None, 3)
+    loss.backward()
+    assert logits.grad is not None
+    label = (logits.detach().softmax(-1) - logits.grad)[0]
+    assert torch.allclose(label, torch.nn.functional.one_hot(label.argmax(-1), classes).float(), atol=1e-5)
+    drawn = torch.nn.functional.cross_entropy(logits.detach()[0], label.argmax(-1), reduction="sum")
+    assert torch.allclose(loss.detach(), drawn, rtol=1e-4)
+    probabilities = row.softmax(-1)
+    off = (label.mean(0) - probabilities) / (probabilities * (1 - probabilities) / tokens).sqrt().clamp(min=1e-6)
+    assert off.abs().max() < 4.5
+    assert label[:, -1].sum() == pytest.approx(0, abs=1e-3)
 
 
 def test_loss_of_a_model_without_logits_has_a_gradient_per_output() -> None:

@@ -70,7 +70,7 @@ class Demo:
         seeds: calibration draw and every random choice.
         tokens: predictions of the perplexity protocol.
         num_calibration_samples: calibration windows.
-        max_seq_length: tokens of a calibration window.
+        max_seq_length: tokens of a calibration window; half of the windows give gradients too.
         repeats: interleaved rounds of the speed measurement.
         decode_tokens: greedy steps in each of them.
         short: SWSC takes 32 clusters, finds them on a random projection and does not refine: a third of its time.
@@ -137,7 +137,10 @@ class _Run:
                 max_seq_length=self.settings.max_seq_length, seed=seed,
             )  # fmt: skip
             configs = [self.config(*job) for job in self.settings.jobs()]
-            statistics = pipeline.statistics_of(self.dense, configs, windows, seed=seed, progress=False)
+            statistics = pipeline.statistics_of(
+                self.dense, configs, windows, seed=seed, progress=False,
+                gradient_tokens=self.settings.num_calibration_samples * self.settings.max_seq_length // 2,
+            )  # fmt: skip
             self._shared = {seed: {"data": windows, "statistics": statistics}}  # of one seed at a time: they are large
             self.notes.append(
                 f"Calibration statistics, seed {seed}: {time.perf_counter() - start:.0f} s once for all methods, on "

@@ -60,6 +60,16 @@ def damped(gram: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> 
     return s
 
 
+def output_moment(weight: Tensor, gram: Tensor | None, damping: float, remember: Remember = made_anew) -> Tensor:
+    """W S Wᵀ (m, m) in float64 with S damped; methods that pass the same `remember` share it."""
+
+    def make() -> dict[str, Tensor]:
+        w = weight.double()
+        return {"moment": (w if gram is None else w @ damped(gram, damping)) @ w.T}
+
+    return remember(f"output moment {gram is None} {damping}", make)["moment"]
+
+
 def cholesky(gram: Tensor, damping: float, name: str = "gram") -> Tensor:
     """Lower L (float64) with L Lᵀ = damped S; falls back to an eigendecomposition, recorded, when that fails."""
     require_finite(name, gram)
@@ -122,14 +132,16 @@ class Truncation:
         self.near = None if near is None else cholesky(near, max(damping, 1e-6), "gram of the smaller side")
         far_damping = damping if self.by_rows else max(damping, 1e-6)
         key = f"truncation {gram is None} {output_gram is None} {damping}"
-        found = remember(key, lambda: self._spectrum(far, far_damping))
+        found = remember(key, lambda: self._spectrum(far, far_damping, remember))
         self.squares, self.vectors = found["squares"], found["vectors"].double()
 
-    def _spectrum(self, far: Tensor | None, damping: float) -> dict[str, Tensor]:
+    def _spectrum(self, far: Tensor | None, damping: float, remember: Remember) -> dict[str, Tensor]:
         if far is not None:
             require_finite("gram of the larger side", far)
-        x = self.weight if self.by_rows else self.weight.T
-        product = (x if far is None else x @ damped(far, damping)) @ x.T
+        if self.by_rows:
+            product = output_moment(self.weight, far, damping, remember)
+        else:
+            product = output_moment(self.weight.T, far, damping)
         if self.near is not None:
             product = self.near.T @ product @ self.near
         values, vectors = eigh(product)

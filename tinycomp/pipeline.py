@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinycomp import hf, linalg, planning
-from tinycomp.calib import StatsStore, collect
+from tinycomp.calib import GRADIENT_TOKENS, StatsStore, collect
 from tinycomp.compression import Calibration, CompressionReport, Job, shadow_of
 from tinycomp.edits import Plan
 from tinycomp.eval.machine import peak_memory
@@ -115,13 +115,14 @@ def compress(
 def statistics_of(
     model: nn.Module, configs: Sequence[MethodConfig], data: Any = None, *, tokenizer: Any = None,
     num_calibration_samples: int = 48, max_seq_length: int = 512, batch_size: int = 8, seed: int = 0,
-    progress: bool = True,
+    gradient_tokens: int = GRADIENT_TOKENS, progress: bool = True,
 ) -> StatsStore:  # fmt: skip
-    """One calibration pass with everything that `configs` need, for `compress_(statistics=...)`."""
+    """One calibration pass with everything that `configs` need, for `compress_(statistics=...)`; see `collect`."""
     needs = frozenset[str]().union(*(method_of(c).needs(c) for c in configs))
     calibration = Calibration(model, data, tokenizer, num_calibration_samples, max_seq_length, batch_size, seed)
     with Bars(progress) as bars:
-        return collect(model, spec_of(model), calibration.batches(), needs, seed=seed, progress=bars.update)
+        return collect(model, spec_of(model), calibration.batches(), needs, seed=seed, gradient_tokens=gradient_tokens,
+                       progress=bars.update)  # fmt: skip
 
 
 def plan(

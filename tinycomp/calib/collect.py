@@ -19,7 +19,7 @@ from tinycomp.models import BlockSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]
 STATS_BYTES = 2**31  # statistics held in memory at once; more blocks than fit mean more passes
-GRADIENT_TOKENS = 8192  # output gradients are averaged over about this many tokens; a backward pass costs two forward
+GRADIENT_TOKENS = 8192  # a pass with gradients costs three without
 GRADIENT_ROWS = 2  # sequences per backward pass: logits of a large vocabulary dominate its memory
 
 
@@ -101,6 +101,7 @@ def collect(
     *,
     paths: Sequence[str] | None = None,
     seed: int = 0,
+    gradient_tokens: int = GRADIENT_TOKENS,
     progress: Progress = lambda *_: None,
 ) -> StatsStore:
     """Second moments of the linears at `paths` (default: all of the spec's), over every token of `batches`.
@@ -112,6 +113,7 @@ def collect(
         paths: linears to observe.
         needs: any of "gram" and "output_gram".
         seed: of the labels that are sampled for the gradients.
+        gradient_tokens: the output gradients are averaged over about this many tokens, from the first batch on.
         progress: called with (description, done, total).
 
     Raises:
@@ -131,7 +133,7 @@ def collect(
         label = "calibrating" if len(chunks) == 1 else f"calibrating, part {index + 1} of {len(chunks)}"
         try:
             for done, batch in enumerate(batch_list):
-                gradients = "output_gram" in needs and collector.gradient_tokens_seen < GRADIENT_TOKENS
+                gradients = "output_gram" in needs and collector.gradient_tokens_seen < gradient_tokens
                 if outputs is not None:
                     outputs.mask = batch.get("attention_mask")
                 collector.run(batch, gradients, seed + done)

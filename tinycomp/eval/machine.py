@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -105,6 +106,8 @@ def peak_memory() -> Iterator[PeakMemory]:
     """Peak resident memory of a block, blocks may nest; the process's peak so far where the mark cannot be reset."""
     for outer in _open_blocks:  # the reset below would hide from them what they have seen
         outer.bytes = max(outer.bytes, _resident("VmHWM"))
+    with suppress(AttributeError, OSError, TypeError):  # glibc keeps what was freed before, which is not this block's
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     peak = PeakMemory(start_bytes=_resident("VmRSS"))

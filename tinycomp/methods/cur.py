@@ -20,7 +20,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Replace
-from tinycomp.linalg import cholesky, damped, interpolate, pivoted_cholesky, pivoted_interpolation, row_order
+from tinycomp.linalg import (
+    cholesky,
+    interpolate,
+    made_anew,
+    output_moment,
+    pivoted_cholesky,
+    pivoted_interpolation,
+    row_order,
+)
 from tinycomp.methods import _curing
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._low_rank import (
@@ -137,9 +145,11 @@ def _pivoted(linear: Linear, config: CUR) -> dict[str, Tensor]:
     """All rows in pivot order, the scaled rows' Cholesky factor in that order, and the losses of `row_losses`."""
 
     def make() -> dict[str, Tensor]:
-        weight, scale = linear.weight.double(), _row_scale(linear)
-        gram = weight @ damped(_gram(linear), config.damping) @ weight.T * torch.outer(scale, scale)
-        upper, order = pivoted_cholesky(gram, min(weight.shape))
+        m, n = linear.weight.shape
+        share = linear.remember if m <= n else made_anew  # a larger one costs more to keep than to make
+        scale = _row_scale(linear)
+        moment = output_moment(linear.weight, _gram(linear), config.damping, share)
+        upper, order = pivoted_cholesky(moment * torch.outer(scale, scale), min(m, n))
         coefficients = torch.empty(upper.T.shape, dtype=upper.dtype, device=upper.device)
         coefficients[order] = upper.T
         losses = _losses(linear, (coefficients / scale[:, None]).float())
