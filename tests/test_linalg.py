@@ -77,6 +77,27 @@ def test_pivoted_rank_is_the_largest_that_fits(m: int, n: int) -> None:
             assert (rank + 1) * (m + n - rank - 1) > size
 
 
+@pytest.mark.parametrize(("m", "n"), [(9, 5), (5, 9)])
+def test_pivoted_interpolation_is_the_least_squares_one(m: int, n: int) -> None:
+    w, s, _ = problem(m, n)
+    moment = linalg.output_moment(w, s, 0.0)
+    upper, order = linalg.pivoted_cholesky(moment, min(m, n))
+    assert torch.allclose(upper.T @ upper, moment[order][:, order], atol=1e-8)
+    for count in range(1, min(m, n) + 1):
+        t = linalg.pivoted_interpolation(upper, order, count)
+        _, expected, _ = linalg.interpolate(w, order[:count], s, 0.0)
+        assert torch.allclose(t.float(), expected, atol=1e-4)
+
+
+def test_pivoted_interpolation_leaves_rows_beyond_the_numerical_rank_out() -> None:
+    w, s, _ = problem(8, 6)
+    w = w[:, :2] @ w[:2]  # rank 2
+    upper, order = linalg.pivoted_cholesky(linalg.output_moment(w, s, 0.0), 6)
+    t = linalg.pivoted_interpolation(upper, order, 4)
+    assert torch.isfinite(t).all()
+    assert torch.allclose(t @ w[order[:4]], w[order[4:].sort().values], atol=1e-6)
+
+
 def test_interpolation_keeps_pivots_and_solves_the_rest() -> None:
     w, s, _ = problem(7, 5)
     pivots = torch.tensor([4, 0, 2])

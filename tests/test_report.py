@@ -302,7 +302,7 @@ def test_significant(value, written_as):
     assert table.significant(value) == written_as
 
 
-@pytest.mark.parametrize("width", [120, 140])
+@pytest.mark.parametrize("width", [80, 120, 140])
 def test_terminal_table_fits_and_shows_every_number(width):
     results = copy.deepcopy(sample_results())
     results["rows"][1]["name"] = "Magnitude then Rounding to 8 bits"
