@@ -162,12 +162,15 @@ def test_demo_measures_saves_reloads_and_reports(folder, tmp_path, monkeypatch):
     from tinycomp import demo
 
     small = demo.Demo(
-        methods=("svd", "magnitude"), ratios=(0.7,), tokens=512, num_calibration_samples=2, max_seq_length=32, repeats=1
-    )
+        methods=("svd", "magnitude"), ratios=(0.7, 1e-6), tokens=512, num_calibration_samples=2, max_seq_length=32,
+        repeats=1,
+    )  # fmt: skip
     monkeypatch.setattr("tinycomp.data.inputs.calibration_text", lambda: [calibration_text()[0][:4000]])
     results = demo.run_demo(folder, tmp_path / "out", small, quiet=True)
     names = [row["name"] for row in results["rows"]]
     assert names == ["dense", "int8", "svd 0.7", "magnitude 0.7"]
+    refused = [note for note in results["notes"] if ": refused: " in note]
+    assert [note.split(":")[0] for note in refused] == ["svd 1e-06", "magnitude 1e-06"]
     for row in results["rows"]:
         assert row["decode_tokens_s"] > 0
         assert row["perplexity"] > 1

@@ -172,7 +172,7 @@ class _Run:
                 others = {name: load_model(f.name, None)[0] for name, f in folders.items() if name != "dense"}
             models = {"dense": self.dense} | others
             speeds = speed_of(models, decode_tokens=self.settings.decode_tokens, repeats=self.settings.repeats)
-            for row in self.rows[-len(folders) :]:
+            for row in self.rows[len(self.rows) - len(folders) :]:  # none of a group that was refused
                 speed = speeds[row["name"]]
                 row |= self._scaled(speed_fields(speed), speed_fields(speeds["dense"])) | {"flags": list(speed.flags)}
             for folder in folders.values():
