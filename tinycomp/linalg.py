@@ -138,7 +138,7 @@ class Truncation:
     def _spectrum(self, far: Tensor | None, damping: float, remember: Remember) -> dict[str, Tensor]:
         if far is not None:
             require_finite("gram of the larger side", far)
-        if self.by_rows:
+        if self.by_rows:  # of W itself, which other methods want too
             product = output_moment(self.weight, far, damping, remember)
         else:
             product = output_moment(self.weight.T, far, damping)

