@@ -38,7 +38,7 @@ def native_library() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         return {
             "loaded": False,
-            "reason": f"{error}; every op runs on its torch reference. To build it: install a C++ compiler, ninja and "
+            "reason": f"{error}; every op runs on its torch reference. To build it: install a C++ compiler and "
             "pybind11, then run pip install --no-build-isolation -e .",
         }
     return {"loaded": True, "build": module.build_info(), "cpu_features": module.cpu_features()}
