@@ -318,11 +318,14 @@ def test_plan_of_llama_3_1_8b_from_its_config_alone() -> None:
      tc.Rounding(bits=4), tc.CUR(preset="paper"), tc.SVD(rank=8)],
     ids=str,
 )  # fmt: skip
-def test_plan_without_weights_gives_the_bytes_of_the_run(config: Any, tmp_path: Path) -> None:
-    model = FAMILIES["llama"].build()
-    planned = tc.plan(model.config, config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plan_without_weights_gives_the_bytes_of_the_run(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = FAMILIES["llama"].build().to(dtype)
+    dense = stored_bytes(model, tmp_path / "dense")
+    planned = tc.plan(tmp_path / "dense" / "config.json", config)
+    assert planned["bytes_before"] == dense
     tc.compress_(model, config, DATA, progress=False)
-    assert stored_bytes(model, tmp_path) == planned["bytes_after"]
+    assert stored_bytes(model, tmp_path / "out") == planned["bytes_after"]
 
 
 def test_auto_is_dense_int8_where_that_fits_and_mixes_where_it_does_not(tiny: Callable[..., Any]) -> None:

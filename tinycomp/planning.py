@@ -48,8 +48,9 @@ def skeleton_of(source: Any) -> nn.Module:
     if not isinstance(source, PretrainedConfig):
         raise TypeError(f"plan: got {type(source).__name__}, allowed a model, a config, a folder or a config.json")
     cls = model_class(source, name)
+    make = cls.from_config if cls.__name__.startswith("Auto") else cls._from_config
     with torch.device("meta"):
-        return cls.from_config(source) if cls.__name__.startswith("Auto") else cls(source)
+        return make(source, dtype=source.dtype or torch.float32)
 
 
 def from_choices(model: nn.Module, paths: Sequence[str], units: Sequence[UnitSpec], choices: Choices) -> dict[str, Any]:
