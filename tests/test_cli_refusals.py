@@ -183,6 +183,24 @@ def test_interrupt_exits_with_130_and_keeps_the_finished_blocks(text, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [journal.name, "model"]
 
 
+def test_interrupt_that_native_code_turned_into_its_own_error_is_an_interrupt(monkeypatch):
+    def native():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("could not determine the shape") from None
+
+    monkeypatch.setattr("tinycomp.doctor.diagnose", native)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run("doctor")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted; nothing was written\n"
+
+
 # ------------------------------------------------------------------------------------------ damaged files, rivals, disk
 
 

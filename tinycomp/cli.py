@@ -6,26 +6,19 @@ understood and refused because of the model, the data, the environment or the ou
 
 from __future__ import annotations
 
-import errno
-import functools
-import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
 
-from tinycomp.console import cell, emit, err, out, table
+from tinycomp.console import GATE_FAILED, cell, emit, err, guarded, out, table
 from tinycomp.errors import UsageError
 from tinycomp.exporting import elastic, export
 from tinycomp.recovery import recover
 
-USAGE, REFUSED, GATE_FAILED, INTERRUPTED = 2, 3, 4, 130
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 QUICK_START = """\
 tinycomp makes Hugging Face transformers smaller and faster; the result loads like any other model.
   tinycomp plan MODEL --method cur --ratio 0.8            what it would give; no weights needed
@@ -54,41 +47,6 @@ Targets = Annotated[list[str] | None, typer.Option(help="modules to compress: na
 Ignore = Annotated[list[str] | None, typer.Option(help="modules to leave alone, in the same language; repeatable")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE or METHOD.FIELD=VALUE; repeatable")]
 ProtocolName = Annotated[str | None, typer.Option("--protocol", help="ppl/TEXT/CONTEXT/STRIDE/token[/first-TOKENS]")]
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the library's errors into one line on stderr (or JSON) and the exit code of their kind."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        if kwargs.get("as_json"):
-            _silence()
-        try:
-            command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError, but a decision that was made
-            raise
-        except (ValueError, TypeError, RuntimeError, OSError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
-            stopped = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__, error.__context__))
-            code = INTERRUPTED if stopped else USAGE if isinstance(error, UsageError) else REFUSED
-            if os.environ.get("TINYCOMP_DEBUG"):
-                raise
-            message = "interrupted; nothing was written" if stopped else str(error) or type(error).__name__
-            if getattr(error, "errno", None) in DISK_FULL or isinstance(error, SafetensorError):
-                message += "; free space there, or in the folder for temporary files"
-            message = "; ".join([message, *getattr(error, "__notes__", ())])
-            if kwargs.get("as_json"):
-                emit({"error": message, "kind": type(error).__name__, "exit_code": code})
-            err.print(f"error: {message}", markup=False, soft_wrap=True)
-            raise typer.Exit(code) from error
-
-    return run
-
-
-def _silence() -> None:
-    """No progress bars of transformers on stderr: whoever asks for JSON is a program."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 @app.callback(invoke_without_command=True)

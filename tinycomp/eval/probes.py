@@ -107,7 +107,7 @@ def _order(count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def minilm(train: int = 1000, test: int = 1000) -> Probe:
+def minilm(train: int = 3000, test: int = 2000) -> Probe:
     """all-MiniLM-L6-v2: sentiment (positive or not) of movie-review snippets from normalised mean token embeddings.
 
     Raises:
@@ -127,7 +127,7 @@ def minilm(train: int = 1000, test: int = 1000) -> Probe:
 
     return Probe(
         "all-MiniLM-L6-v2",
-        f"probe/movie-snippets/{TEXT_TOKENS}-tokens/train-{train}/test-{test}",
+        f"probe/movie-snippets/{TEXT_TOKENS}-tokens/train-{train}/test-{test}/ridge-loo",
         hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
         AutoModel.from_pretrained(folder).eval(),
         inputs,
@@ -159,7 +159,7 @@ def snippets(name: str, archive: Path | None = None) -> list[tuple[str, float]]:
     return [(row[2], float(row[1])) for row in rows if len(row) == 3]
 
 
-def dinov2(train: int = 500, test: int = 500) -> Probe:
+def dinov2(train: int = 3000, test: int = 2000) -> Probe:
     """DINOv2-small: handwritten digits from the class token.
 
     Raises:
@@ -176,9 +176,9 @@ def dinov2(train: int = 500, test: int = 500) -> Probe:
     images = (images - mean) / deviation
     return Probe(
         "DINOv2-small",
-        f"probe/mnist/{IMAGE_PIXELS}-pixels/train-{train}/test-{test}",
+        f"probe/mnist/{IMAGE_PIXELS}-pixels/train-{train}/test-{test}/ridge-loo",
         hashlib.sha256(content).hexdigest()[:16],
-        _dinov2_backbone(folder / "models" / "vit_s_focus.onnx"),
+        dinov2_backbone(folder / "models" / "vit_s_focus.onnx"),
         [{"pixel_values": image} for image in images.split(1)],
         table[:, -1].long(),
         train,
@@ -186,7 +186,7 @@ def dinov2(train: int = 500, test: int = 500) -> Probe:
     )
 
 
-def _dinov2_backbone(path: Path) -> nn.Module:
+def dinov2_backbone(path: Path) -> nn.Module:
     """Dinov2Model with the weights of an ONNX export, whose linears are nameless transposed MatMul constants."""
     try:
         import onnx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from torch.nn import functional
 from tinycomp.data import evaluation_text, token_ids
 
 FULL_TOKENS = 4096
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of a linear probe, as fractions of the mean diagonal of the covariance
 
 
 @dataclass(frozen=True)
@@ -187,20 +189,18 @@ def _negative_log_likelihood(model: nn.Module, window: Tensor, skip: int) -> flo
     return float(functional.cross_entropy(logits[0, skip:].float(), window[skip + 1 :], reduction="sum"))
 
 
-def linear_probe(
-    features_train: Tensor, labels_train: Tensor, features_test: Tensor, labels_test: Tensor, ridge: float = 0.1
-) -> float:
+def linear_probe(features_train: Tensor, labels_train: Tensor, features_test: Tensor, labels_test: Tensor) -> float:
     """Test accuracy of a linear classifier fitted in closed form.
 
-    argmax of (x - mean) B + prior with B = (Xc' Xc + ridge * mean diagonal * I)^-1 Xc' Yc, Y one-hot: deterministic,
-    so two models differ only by their features.
+    argmax of (x - mean) B + prior with B = (Xc' Xc + ridge * mean diagonal * I)^-1 Xc' Yc, Y one-hot, and the ridge of
+    `RIDGES` that has the least exact leave-one-out squared error on the training part: a fixed one that suits one model
+    flatters another. Deterministic, so two models differ only by their features.
 
     Args:
         features_train: (n, d), any float dtype; solved in fp64.
         labels_train: (n,) integers.
         features_test: (m, d).
         labels_test: (m,).
-        ridge: damping as a fraction of the mean diagonal of the covariance.
 
     Raises:
         ValueError: shapes that do not match, fewer than two classes, NaN or Inf features.
@@ -219,8 +219,16 @@ def linear_probe(
     targets = functional.one_hot(codes, len(classes)).double()
     mean, prior = x.mean(0), targets.mean(0)
     x, targets = x - mean, targets - prior
-    covariance = x.mT @ x
-    covariance.diagonal().add_(max(ridge * float(covariance.diagonal().mean()), torch.finfo(x.dtype).tiny))
-    weight = torch.cholesky_solve(x.mT @ targets, torch.linalg.cholesky(covariance))
+    energy, basis = torch.linalg.eigh(x.mT @ x)
+    energy = energy.clamp(min=0)
+    rotated = x @ basis
+    moment = rotated.mT @ targets
+    best, weight = math.inf, moment
+    for ridge in RIDGES:
+        damped = (energy + max(ridge * float(energy.mean()), torch.finfo(x.dtype).tiny))[:, None]
+        leverage = (rotated.square() @ damped.reciprocal()).add(1 / len(x)).clamp(max=1 - 1e-9)
+        left_out = float(((targets - rotated @ (moment / damped)) / (1 - leverage)).square().sum())
+        if left_out < best:
+            best, weight = left_out, basis @ (moment / damped)
     predicted = classes[((z - mean) @ weight + prior).argmax(1)]
     return float((predicted == labels_test).double().mean())
