@@ -107,7 +107,7 @@ def _order(count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def minilm(train: int = 3000, test: int = 2000) -> Probe:
+def minilm(train: int = 2000, test: int = 1000) -> Probe:
     """all-MiniLM-L6-v2: sentiment (positive or not) of movie-review snippets from normalised mean token embeddings.
 
     Raises:
@@ -159,7 +159,7 @@ def snippets(name: str, archive: Path | None = None) -> list[tuple[str, float]]:
     return [(row[2], float(row[1])) for row in rows if len(row) == 3]
 
 
-def dinov2(train: int = 3000, test: int = 2000) -> Probe:
+def dinov2(train: int = 2000, test: int = 1000) -> Probe:
     """DINOv2-small: handwritten digits from the class token.
 
     Raises:
