@@ -14,8 +14,10 @@ import all_cores
 import pytest
 import torch
 from test_ops import fresh, run
+from tiny_models import tiny_llama
 from tolerance import assert_close
 
+import tinycomp as tc
 from tinycomp import ops
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
@@ -70,6 +72,21 @@ def test_samples(library: ctypes.CDLL, name: str, dtype: torch.dtype, processors
     for sample in ran:
         check(name, sample.args, f"{name} {sample.id}")
     assert len(ran) >= len(samples) / 2
+
+
+@torch.no_grad()
+def test_model_whose_layers_share_their_input(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sublayer's q, k and v, and gate and up, go in one launch each."""
+    model = tiny_llama().eval()
+    tc.compress_(model, tc.SVD(ratio=0.6, weighting="none"), progress=False)
+    calls, call = [], ops.lowrank_linears
+    monkeypatch.setattr(ops, "lowrank_linears", lambda *args: (calls.append(len(args)), call(*args))[1])
+    apart = model(torch.arange(7)[None]).logits
+    assert not calls
+    with ops.use_backend("cuda-emulated"):
+        together = model(torch.arange(7)[None]).logits
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
 def layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, pivoted: bool) -> tuple:

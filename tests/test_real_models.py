@@ -38,7 +38,9 @@ def test_round_trip(make: Callable[[], Any], inputs: dict[str, torch.Tensor], tm
     loaded = getattr(transformers, type(model).__name__.removeprefix("Tinycomp")).from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs)[0], stored)
     assert stored_bytes(tmp_path) == memory_bytes(loaded)
-    assert torch.nn.functional.cosine_similarity(dense.flatten(), stored.flatten(), 0) > 0.5  # weights of its own, damaged
+    assert (
+        torch.nn.functional.cosine_similarity(dense.flatten(), stored.flatten(), 0) > 0.5
+    )  # weights of its own, damaged
 
 
 def test_translator_with_a_decoder_of_its_own_goes_the_way_without_a_row() -> None:

@@ -28,7 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tinycomp.edits import Drop, Edit, Plan, Slice, Tie
-from tinycomp.layers import elastic_layers, set_ratio_
+from tinycomp.layers import elastic_layers, group_, set_ratio_
+from tinycomp.models import spec_of
 from tinycomp.surgery import apply_
 
 QUANT_METHOD = "tinycomp"
@@ -95,6 +96,7 @@ class TinycompQuantizer(HfQuantizer):
                 module.freeze_()  # type: ignore[operator]
         if elastic_layers(model):
             set_ratio_(model, getattr(model.config, "ratio", 1.0))
+        group_(model, spec_of(model).shared_inputs)
         model.is_quantized = False  # type: ignore[assignment]  # `.half()` and training work
         return model
 
@@ -198,6 +200,7 @@ def edit_(model: nn.Module, steps: Sequence[tuple[Plan, dict[str, Tensor]]]) -> 
             undo.append(apply_(model, plan, tensors))
         edits, methods = ([x for plan, _ in steps for x in getattr(plan, name)] for name in ("edits", "methods"))
         attach_(model, Plan(edits, methods))
+        group_(model, spec_of(model).shared_inputs)
     except BaseException:
         for step in reversed(undo):
             step()

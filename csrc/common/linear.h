@@ -285,30 +285,31 @@ void gather(const A* __restrict line, const std::vector<int32_t>& from, const st
   });
 }
 
-// Results of a layer: rows of `cols` values of type T, and what is added to each.
+// Results of a layer: rows of `cols` values of type T, `stride` apart, and what is added to each.
 template <class T>
 struct Output {
   T* data;
   int64_t cols;
   const std::vector<float>& bias;  // empty: none
+  int64_t stride = cols;
 
   // Row j, results i to i + n, from float32 that may be overwritten.
   void store(int64_t j, int64_t i, float* values, int64_t n) const {
     if (!bias.empty())
       for (int64_t c = 0; c < n; ++c) values[c] += bias[i + c];
-    narrow(dot_type<T>, values, data + j * cols + i, n);
+    narrow(dot_type<T>, values, data + j * stride + i, n);
   }
-  // Rows [first, last) whose result i is entry from[i] of a line. A thread does whole rows: threads that wrote between
-  // one another's columns would fight over cache lines.
-  void place(int64_t first, int64_t last, const std::vector<int32_t>& from, const Middle& lines) const {
+  // Rows [first, last) whose result i is entry from[i] of a line from `at` on. A thread does whole rows: threads that
+  // wrote between one another's columns would fight over cache lines.
+  void place(int64_t first, int64_t last, const std::vector<int32_t>& from, const Middle& lines, int64_t at = 0) const {
     const Scratch wide(kResultSlot, std::is_same_v<T, float> ? 0 : cols);
     for (int64_t j = first; j < last; ++j) {
-      for (int64_t c = 0; j + 1 < last && c < cols; c += 16) __builtin_prefetch(lines.row(j + 1) + c);
+      for (int64_t c = 0; j + 1 < last && c < cols; c += 16) __builtin_prefetch(lines.row(j + 1) + at + c);
       if constexpr (std::is_same_v<T, float>) {
-        gather(lines.row(j), from, bias, data + j * cols);
+        gather(lines.row(j) + at, from, bias, data + j * stride);
       } else {
-        gather(lines.row(j), from, bias, wide.data());
-        narrow(dot_type<T>, wide.data(), data + j * cols, cols);
+        gather(lines.row(j) + at, from, bias, wide.data());
+        narrow(dot_type<T>, wide.data(), data + j * stride, cols);
       }
     }
   }

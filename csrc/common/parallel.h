@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
@@ -30,6 +31,30 @@ inline void pause() {
   std::this_thread::yield();
 #endif
 }
+
+// The same stage of several layers as one: its items are their chunks, one layer after another.
+template <int L>
+class Joined {
+ public:
+  void set(int layer, Stage stage) {
+    parts_[layer] = stage;
+    begin_[layer + 1] = begin_[layer] + (stage.size + stage.chunk - 1) / stage.chunk;
+  }
+  Stage stage() const { return {begin_[L], 1}; }
+  // body(layer, first, last) over the layers' own items.
+  template <class Body>
+  void each(int64_t first, int64_t last, const Body& body) const {
+    for (int l = 0; l < L; ++l) {
+      const auto [size, chunk] = parts_[l];
+      const int64_t from = std::max(first, begin_[l]) - begin_[l], to = std::min(last, begin_[l + 1]) - begin_[l];
+      if (from < to) body(l, from * chunk, std::min(to * chunk, size));
+    }
+  }
+
+ private:
+  Stage parts_[L];
+  int64_t begin_[L + 1] = {};
+};
 
 // body(stage, first, last) over all items of stage 0, then stage 1, ...; every item of a stage is done before the next
 // begins. Threads claim chunks, so a thread that comes late (or never, inside another parallel region) holds up nobody.

@@ -5,6 +5,7 @@ from torch import nn
 from tinycomp.layers._base import CompressedLinear
 from tinycomp.layers.dense import DenseLinear
 from tinycomp.layers.elastic import ElasticLinear, elastic_layers, set_ratio_
+from tinycomp.layers.grouped import group_
 from tinycomp.layers.low_rank import CURLinear, LowRankLinear
 from tinycomp.layers.masked import MaskedLinear
 from tinycomp.layers.quant import QuantLinear
@@ -36,5 +37,6 @@ __all__ = [
     "QuantSWSCLinear",
     "SWSCLinear",
     "elastic_layers",
+    "group_",
     "set_ratio_",
 ]

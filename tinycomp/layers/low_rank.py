@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, filled, is_plain, linear
+from tinycomp.layers.grouped import Group
 
 
 class LowRankLinear(CompressedLinear):
@@ -30,6 +31,8 @@ class LowRankLinear(CompressedLinear):
     """
 
     order: Tensor | None
+    group_op = "lowrank_linears"
+    group: Group | None = None
 
     def __init__(
         self,
@@ -65,7 +68,16 @@ class LowRankLinear(CompressedLinear):
         layer.weight = r.new_empty(0)
         return layer
 
+    def group_tensors(self) -> tuple[Tensor | None, ...] | None:
+        return (self.down.weight, self.up.weight, self.order, self.bias) if is_plain(self.down, self.up) else None
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return ()
+
     def forward(self, x: Tensor) -> Tensor:
+        together = None if self.group is None else self.group.output(self, x)
+        if together is not None:
+            return together
         if is_plain(self.down, self.up):
             return ops.lowrank_linear(x, self.down.weight, self.up.weight, self.order, self.bias)
         z = self.down(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size
+from tinycomp.layers.grouped import Group
 from tinycomp.layers.low_rank import LowRankLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
@@ -33,6 +34,8 @@ class QuantLowRankLinear(CompressedLinear):
         dtype: dtype of scales, zeros and bias.
     """
 
+    group_op = "quant_lowrank_linears"
+    group: Group | None = None
     order: Tensor | None
     r: Tensor
     r_scales: Tensor
@@ -101,7 +104,16 @@ class QuantLowRankLinear(CompressedLinear):
         factors = self.rank * (self.in_features + self.t.shape[0])
         return factors + sum(t.numel() for t in kept if t is not None)
 
+    def group_tensors(self) -> tuple[Tensor | None, ...]:
+        return self.r, self.r_scales, self.t, self.t_scales, self.order, self.r_zeros, self.t_zeros, self.bias
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return self.bits, self.group_size, self.activation_bits
+
     def forward(self, x: Tensor) -> Tensor:
+        together = None if self.group is None else self.group.output(self, x)
+        if together is not None:
+            return together
         return ops.quant_lowrank_linear(
             *(x, self.r, self.r_scales, self.t, self.t_scales, self.order, self.r_zeros, self.t_zeros, self.bias),
             *(self.bits, self.group_size, self.activation_bits),

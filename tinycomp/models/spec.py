@@ -117,3 +117,9 @@ class ModelSpec:
     def linears(self) -> tuple[str, ...]:
         """Paths of every linear of every block."""
         return tuple(path for block in self.blocks for path in block.linears)
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that a sublayer calls with one tensor, in that order: q, k, v of self-attention; gate, up."""
+        found = [(a.q, a.k, a.v) for b in self.blocks for a in b.attention if a.kind == "self" and a.q != a.k]
+        return (*found, *(b.ffn.inputs for b in self.blocks if b.ffn is not None and b.ffn.gated))
