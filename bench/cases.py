@@ -92,6 +92,20 @@ def low_rank(n: int, k: int, m: int, dtype: torch.dtype, divisor: int) -> Iterat
     yield _linear("lowrank_linear", f"d/{divisor}", n, k, m, dtype, plain, numbers * size, peers=peers)
     pivots = numbers - rank * rank
     yield _linear("lowrank_linear", f"d/{divisor} pivoted", n, k, m, dtype, pivoted, pivots * size)
+
+    def two(x: Tensor) -> tuple[Any, ...]:
+        half = order[order < n // 2]
+        parts = [_random(i, rank if i % 2 else n // 2 - rank, (k, rank)[i % 2 == 0], dtype=dtype) for i in (3, 4, 5, 6)]
+        return x, *parts[:2], half, None, *parts[2:], half, None
+
+    def apart(args: tuple[Any, ...]) -> Call:
+        x, *both = args
+        return lambda: torch.cat([ops.lowrank_linear(x, *both[:4]), ops.lowrank_linear(x, *both[4:8])], -1)
+
+    if n // 2 > rank:
+        both = 2 * rank * (k + n // 2 - rank) * size
+        label, calls = f"two of d/{divisor} pivoted", {"one call each": apart}
+        yield _linear("lowrank_linears", label, n, k, m, dtype, two, both, peers=calls)
     chain = {"torch chain": chained}
     yield _linear("cur_linear", f"d/{divisor}", n, k, m, dtype, three, (numbers + rank * rank) * size, peers=chain)
     for bits in (8, 4):
