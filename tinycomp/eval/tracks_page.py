@@ -80,8 +80,9 @@ def title(name: str, ratio: float | None = None) -> str:
 class Judge:
     """Compares two summaries of one task; a difference within the noise is none.
 
-    The noise is the larger spread over the seeds and, for accuracies, one standard error of the difference of two
-    independent ones, sqrt(2 p (1 - p) / examples).
+    The noise is the larger spread over the seeds and, for accuracies, the half width of the 95 % interval of the
+    difference of two independent ones, 1.96 sqrt(2 p (1 - p) / examples): within one standard error, every third pair
+    of equally good models would be called different.
 
     Args:
         quality: "perplexity", "accuracy" or "feature_error".
@@ -103,7 +104,7 @@ class Judge:
 
     def noise(self, *found: Summary) -> float:
         p = found[-1].mean
-        error = math.sqrt(2 * p * (1 - p) / self.examples) if self.examples else 0.0
+        error = 1.96 * math.sqrt(2 * p * (1 - p) / self.examples) if self.examples else 0.0
         return max(error, *(s.spread for s in found))
 
     def word(self, a: Summary, b: Summary) -> str:
