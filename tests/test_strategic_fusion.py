@@ -145,6 +145,9 @@ def test_mistakes_are_named():
         tc.StrategicFusion(drop=1, strategy="random", search="beam")
     with pytest.raises(ValueError, match="without entry_times"):
         tc.StrategicFusion(drop=1, strategy="entry_time")
+    for times in ((1.0, 2.0), (1.0,) * 6, (1.0, 2.0, 3.0, 4.0, float("nan"))):
+        with pytest.raises(ValueError, match="one number for each of the 5 blocks"):
+            tc.compress_(build("llama"), tc.StrategicFusion(drop=1, entry_times=times), DATA, progress=False)
     with pytest.raises(ValueError, match="neither drop nor ratio"):
         tc.compress_(build("llama"), tc.StrategicFusion(), DATA, progress=False)
     with pytest.raises(ValueError, match="5 blocks to remove of 5"):

@@ -87,7 +87,7 @@ class StrategicFusion(MethodConfig):
         """Blocks to remove of `depth`.
 
         Raises:
-            ValueError: neither `drop` nor `ratio`, or nothing would stay.
+            ValueError: neither `drop` nor `ratio`, nothing would stay, or `entry_times` are not one number per block.
         """
         if self.drop is None and self.ratio is None:
             raise ValueError("StrategicFusion: got neither drop nor ratio, allowed is one; give drop=2 or ratio=0.8")
@@ -96,6 +96,10 @@ class StrategicFusion(MethodConfig):
             raise ValueError(
                 f"StrategicFusion: got {count} blocks to remove of {depth}, allowed are at most {depth - 1}"
             )
+        times = [t for t in self.entry_times if not math.isnan(t)]
+        if self.entry_times and not len(times) == len(self.entry_times) == depth:
+            got = f"{len(self.entry_times)} entry_times ({len(self.entry_times) - len(times)} NaN)"
+            raise ValueError(f"StrategicFusion: got {got}, allowed is one number for each of the {depth} blocks")
         return count
 
 
@@ -214,7 +218,7 @@ def costs(config: StrategicFusion, depth: int) -> list[str]:
         f"signals: 3 passes (one forward, one backward) over {samples} samples, 1 over the others, {times}",
         "skip_loss: not among them" if paper else f"skip_loss: {dear:g} passes over all samples, {times}",
         f"regressor: up to {orders * count} removals measured, one pass over {config.judge_samples} samples each",
-        "entry_time: read from entry_times",
+        f"entry_time: {'read' if config.entry_times or config.path else 'not among them, no path is given'}",
     ]
 
 
