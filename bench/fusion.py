@@ -331,7 +331,7 @@ def main() -> None:
         if not options.only_decoder:
             classifiers(options, names, seed)
         path = options.output / f"decoder-{seed}.json"
-        if options.full and not options.no_decoder and seed == seeds[0] and not path.exists():
+        if options.full and not options.no_decoder and not path.exists():
             path.write_text(json.dumps(decoder(seed)))
             print(f"seed {seed}, decoder: done", flush=True)
     fusion_tables.write(options.output)
