@@ -15,6 +15,7 @@ import tinycomp as tc
 from tinycomp import ops
 from tinycomp.layers import LowRankLinear, group_, grouped
 from tinycomp.models import spec_of
+from tinycomp.ops._group import gpu_backends
 
 IDS = torch.arange(7)[None]
 
@@ -62,9 +63,14 @@ def test_many_inputs_are_computed_apart(calls: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_on_the_cpu_layers_compute_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "lowrank_linears", None)
-    compressed()(IDS)
+def test_on_the_cpu_layers_compute_their_own(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed()
+    together = model(IDS).logits
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(grouped, "gpu_backends", gpu_backends)
+    torch.testing.assert_close(model(IDS).logits, together)
+    assert calls == []
 
 
 def test_gradients(calls: list[int]) -> None:
