@@ -136,11 +136,11 @@ def signal_tables(cells: list[dict[str, Any]]) -> list[str]:
         f"{rho:.2f}.",
         "",
     ]
-    parts = sorted({p for c in cells for p in c["signal_seconds"]})
+    parts = sorted({p for c in cells for p in c["signal_seconds"]})  # skip_loss has passes of its own
     cost = ", ".join(f"{p} {statistics.mean(c['signal_seconds'].get(p, 0) for c in cells):.2f}" for p in parts)
-    lines += [f"Processor seconds of one pass with all signals but skip_loss: {cost}.", ""]
+    lines += [f"Processor seconds of the signals, by what they need: {cost}.", ""]
     names = list(cells[0]["correlations"])
-    prices = ", ".join(f"{n} {price(n, cells[0]['depth']):g}" for n in [*names, "skip_loss"])
+    prices = ", ".join(f"{n} {price(n, cells[0]['depth']):g}" for n in names)
     lines += [f"Price of each alone, in forward passes of the model over the samples: {prices}.", ""]
     lines += [
         "Spearman rank correlation between signals over the blocks, mean over sets and seeds (all turned so that large",

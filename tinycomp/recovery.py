@@ -114,7 +114,7 @@ def run(
 def recover(
     model: Annotated[str, typer.Argument(help="compressed model: folder, .gguf file or Hub name", show_default=False)],
     output_dir: Annotated[Path, typer.Option(help="new folder for the result", show_default=False)],
-    teacher: Annotated[str | None, typer.Option(help="the original; without one, labels alone (--set ce=1)")] = None,
+    teacher: Annotated[str | None, typer.Option(help="the original; none: --set kl=0 --set ce=1")] = None,
     data: Annotated[str | None, typer.Option(help=".txt, .jsonl or .parquet; default: bundled speeches")] = None,
     held_out: Annotated[str | None, typer.Option(help="data to judge by; default: the last part of --data")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="windows of text")] = 256,

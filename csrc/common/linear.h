@@ -285,6 +285,11 @@ void gather(const A* __restrict line, const std::vector<int32_t>& from, const st
   });
 }
 
+// `m` rows of `cols` results that are put in order.
+inline Stage place_stage(int64_t m, int64_t cols) {
+  return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))};
+}
+
 // Results of a layer: rows of `cols` values of type T, `stride` apart, and what is added to each.
 template <class T>
 struct Output {
@@ -313,7 +318,6 @@ struct Output {
       }
     }
   }
-  Stage place_stage(int64_t m) const { return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))}; }
 };
 
 // store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).

@@ -40,7 +40,7 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
     y_at[l + 1] = y_at[l] + layer.out_features;
     kept.set(l, row_stage(layer.r, m));
     others.set(l, row_stage(layer.t, m));
-    places.set(l, {layer.pivoted() ? m : 0, std::max<int64_t>(1, 16384 / std::max<int64_t>(layer.out_features, 1))});
+    places.set(l, place_stage(layer.pivoted() ? m : 0, layer.out_features));
     estimate += weight_estimate(layer.r, m) + weight_estimate(layer.t, m);
   }
   const Middle lines(kMiddleSlot, m, lines_at[L]);

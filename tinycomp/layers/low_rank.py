@@ -68,7 +68,7 @@ class LowRankLinear(CompressedLinear):
         layer.weight = r.new_empty(0)
         return layer
 
-    def group_tensors(self) -> tuple[Tensor | None, ...] | None:
+    def group_tensors(self) -> tuple[Any, ...] | None:
         return (self.down.weight, self.up.weight, self.order, self.bias) if is_plain(self.down, self.up) else None
 
     def group_numbers(self) -> tuple[int, ...]:
@@ -78,8 +78,9 @@ class LowRankLinear(CompressedLinear):
         together = None if self.group is None else self.group.output(self, x)
         if together is not None:
             return together
-        if is_plain(self.down, self.up):
-            return ops.lowrank_linear(x, self.down.weight, self.up.weight, self.order, self.bias)
+        tensors = self.group_tensors()
+        if tensors is not None:
+            return ops.lowrank_linear(x, *tensors)
         z = self.down(x)
         y = self.up(z)
         if self.order is not None:

@@ -104,7 +104,7 @@ class QuantLowRankLinear(CompressedLinear):
         factors = self.rank * (self.in_features + self.t.shape[0])
         return factors + sum(t.numel() for t in kept if t is not None)
 
-    def group_tensors(self) -> tuple[Tensor | None, ...]:
+    def group_tensors(self) -> tuple[Any, ...]:
         return self.r, self.r_scales, self.t, self.t_scales, self.order, self.r_zeros, self.t_zeros, self.bias
 
     def group_numbers(self) -> tuple[int, ...]:
@@ -114,10 +114,7 @@ class QuantLowRankLinear(CompressedLinear):
         together = None if self.group is None else self.group.output(self, x)
         if together is not None:
             return together
-        return ops.quant_lowrank_linear(
-            *(x, self.r, self.r_scales, self.t, self.t_scales, self.order, self.r_zeros, self.t_zeros, self.bias),
-            *(self.bits, self.group_size, self.activation_bits),
-        )
+        return ops.quant_lowrank_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors that the levels stand for, in the layer's dtype."""

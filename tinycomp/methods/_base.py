@@ -110,7 +110,7 @@ class Linear:
 
     def _loss(self, error: Tensor, outputs: Tensor) -> float:
         gradients = error if self.output_gram is None else self.output_gram @ error
-        return 0.5 * float((outputs * gradients).sum())
+        return 0.5 * float((outputs * gradients).detach().sum())
 
     def _energy(self) -> dict[str, Tensor]:
         """|W S^(1/2)|_F^2."""
