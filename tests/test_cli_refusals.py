@@ -139,7 +139,7 @@ JOB = ["--method", "svd", "--ratio", 0.6, *SMALL]
 
 def start(source: Path, out: Path, text: Path, **more: object) -> subprocess.Popen[str]:
     """The same job in a process of its own."""
-    command = [sys.executable, "-m", "tinycomp.cli", "compress", source, "--output-dir", out, *JOB, "--data", text]
+    command = [sys.executable, "-m", "tinycomp", "compress", source, "--output-dir", out, *JOB, "--data", text]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen([str(a) for a in command], text=True, **pipes, **more)  # type: ignore[call-overload]
 

@@ -131,11 +131,14 @@ def test_signals_match_plain_formulas():
     assert got == pytest.approx({k: float(v.detach()) for k, v in expected.items()}, rel=2e-4, abs=1e-6)
 
 
-def test_padding_changes_no_signal():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_signal(side):
     ids = DATA[0]["input_ids"]
+    parts = [[ids, torch.zeros(8, 5, dtype=torch.int64)], [torch.ones(8, 16), torch.zeros(8, 5)]]
+    names = ("input_ids", "attention_mask")
     padded = {
-        "input_ids": torch.cat([ids, torch.zeros(8, 5, dtype=torch.int64)], 1),
-        "attention_mask": torch.cat([torch.ones(8, 16), torch.zeros(8, 5)], 1).long(),
+        name: torch.cat(pair if side == "right" else pair[::-1], 1).long()
+        for name, pair in zip(names, parts, strict=True)
     }
     model = build("llama", 3)
     plain = collect_signals(model, spec_of(model), [{"input_ids": ids}], gradient_samples=2)
@@ -144,6 +147,35 @@ def test_padding_changes_no_signal():
     for column in same:
         assert other.values[column] == pytest.approx(plain.values[column], rel=1e-4), column
     assert quality(model, [padded]).loss == pytest.approx(quality(model, [{"input_ids": ids}]).loss, rel=1e-5)
+
+
+def test_samples_that_predict_nothing_are_refused():
+    model = build("llama", 3)
+    one = {"input_ids": torch.ones(2, 1, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="samples of one token"):
+        quality(model, [one])
+    with pytest.raises(ValueError, match="attention_mask is all 0"):
+        collect_signals(model, spec_of(model), [DATA[0] | {"attention_mask": torch.zeros_like(DATA[0]["input_ids"])}])
+    for labels, message in (
+        (torch.full((8,), 7), "got the label 7, allowed are 0 to"),
+        (torch.zeros(8, 2, dtype=torch.int64), r"labels of shape \(8, 2\)"),
+        (torch.zeros(8), "dtype torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quality(build("bert"), [DATA[0] | {"labels": labels}])
+
+
+def test_less_is_collected_where_less_is_needed():
+    model, batches = build("llama", 3), DATA[:1]
+    whole = collect_signals(model, spec_of(model), batches, gradient_samples=2)
+    forward = collect_signals(model, spec_of(model), batches, gradient_samples=0)
+    weights = collect_signals(model, spec_of(model), [])
+    assert set(weights.values) == {"weight_norm", "weight_entropy", "stable_rank"}
+    assert set(whole.values) - set(forward.values) == {c for c in columns() if c.startswith("gradient")}
+    assert "backward" not in forward.seconds
+    for column in weights.values:
+        assert weights.values[column] == whole.values[column]
+    assert forward.values["energy"] == pytest.approx(whole.values["energy"], rel=1e-5)
 
 
 def test_estimators_on_known_distributions():

@@ -71,7 +71,7 @@ def test_script_labels_what_it_prints() -> None:
 
 def test_command_line_prints_the_bounds_and_measurements_beside_them(tmp_path: Path) -> None:
     def bench(*words: str) -> list[str]:
-        command = [sys.executable, "-m", "tinycomp.cli", "bench", *words]
+        command = [sys.executable, "-m", "tinycomp", "bench", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
     lines = bench("--model-gpu", "H100")

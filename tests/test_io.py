@@ -25,6 +25,7 @@ from transformers import (
 
 from tinycomp.edits import Replace
 from tinycomp.io import (
+    Entry,
     Journal,
     check_output_dir,
     fingerprint,
@@ -192,11 +193,12 @@ def test_journal_returns_what_was_put(tmp_path):
     base = torch.arange(6.0)
     tensors = {"x": base.view(2, 3).T, "shared": base[2:], "empty": torch.zeros(0, dtype=torch.bfloat16)}
     edits = [Replace("model.layers.0", layer="LowRankLinear", kwargs={"rank": 3})]
-    journal.put("block/0", edits, tensors, [{"path": "x", "relative_error": 0.5}])
+    journal.put("block/0", Entry(edits, tensors, [{"path": "x", "relative_error": 0.5}], {"why": [1.5, None]}))
     assert journal.get("block/1") is None
     entry = Journal(tmp_path / "j", "abc").get("block/0")
     assert entry.edits == edits
     assert entry.records == [{"path": "x", "relative_error": 0.5}]
+    assert entry.details == {"why": [1.5, None]}
     assert all(torch.equal(entry.tensors[name], tensors[name]) for name in tensors)
     assert journal.count() == 1
 
@@ -209,20 +211,20 @@ def test_journal_of_another_job_is_refused(tmp_path):
 
 def test_keys_that_differ_only_in_punctuation_do_not_collide(tmp_path):
     journal = Journal(tmp_path / "j", "abc")
-    journal.put("a/b", [], {"x": torch.zeros(1)}, [])
-    journal.put("a_b", [], {"x": torch.ones(1)}, [])
+    journal.put("a/b", Entry(tensors={"x": torch.zeros(1)}))
+    journal.put("a_b", Entry(tensors={"x": torch.ones(1)}))
     assert journal.get("a/b").tensors["x"].item() == 0
     assert journal.get("a_b").tensors["x"].item() == 1
 
 
 WRITER = """
 import sys, torch
-from tinycomp.io.journal import Journal
+from tinycomp.io.journal import Entry, Journal
 journal = Journal(sys.argv[1], "job")
 start = journal.count()
 print("ready", start, flush=True)
 for i in range(start, 100000):
-    journal.put(str(i), [], {"x": torch.full((200_000,), float(i))}, [{"i": i}])
+    journal.put(str(i), Entry(tensors={"x": torch.full((200_000,), float(i))}, records=[{"i": i}]))
     print(i, flush=True)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_fusion import DATA, DEPTH, LABELLED, build, search_on
 from torch import nn
 
 import tinycomp as tc
+from tinycomp.io import Journal
 from tinycomp.models import spec_of
 from tinycomp.signals import TWELVE, FusionModel, Transition, drops, quality
 
@@ -85,6 +87,42 @@ def test_a_stored_regressor_serves_another_model(tmp_path: Path):
     assert "transitions" not in report.methods[0]
 
 
+RIDGE = {"kind": "ridge", "columns": ["energy"], "edits": ["drop"], "coefficients": [1.0, 0.0, 0.0]}
+LEAF = {"feature": [-1], "threshold": [-2.0], "left": [-1], "right": [-1], "value": [0.5]}
+SPLIT = {
+    "feature": [0, -1, -1], "threshold": [0.0] * 3, "left": [1, -1, -1], "right": [2, -1, -1], "value": [0.0, -1.0, 1.0]
+}  # fmt: skip
+FOREST = RIDGE | {"kind": "forest", "coefficients": [], "trees": [SPLIT, LEAF]}
+BROKEN = {
+    "kind": RIDGE | {"kind": "svm"},
+    "coefficients": RIDGE | {"coefficients": [1.0]},
+    "number": RIDGE | {"coefficients": [float("nan"), 0.0, 0.0]},
+    "scale": RIDGE | {"scale": 0.0},
+    "signal": RIDGE | {"columns": ["nonsense"]},
+    "no tree": FOREST | {"trees": []},
+    "no edits": FOREST | {"edits": []},
+    "field": FOREST | {"trees": [{k: v for k, v in SPLIT.items() if k != "left"}]},
+    "endless": FOREST | {"trees": [SPLIT | {"left": [0, -1, -1]}]},
+    "node": FOREST | {"trees": [SPLIT | {"right": [3, -1, -1]}]},
+    "feature": FOREST | {"trees": [SPLIT | {"feature": [3, -1, -1]}]},
+    "lists": FOREST | {"trees": [SPLIT | {"value": [0.0]}]},
+    "text": FOREST | {"trees": [SPLIT | {"feature": ["a", "b", "c"]}]},
+    "leaf": FOREST | {"trees": [LEAF | {"value": [float("inf")]}]},
+}
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN))
+def test_a_broken_regressor_is_refused(name, tmp_path):
+    file = tmp_path / "fused.json"
+    for good in (RIDGE, FOREST):
+        file.write_text(json.dumps(good | {"format_version": 2}))
+        FusionModel.load(file)
+    assert FusionModel.load(file).predict(np.array([[1.0, 1.0, 1.0]])) == pytest.approx(np.sinh(0.75))
+    file.write_text(json.dumps(BROKEN[name] | {"format_version": 2}))
+    with pytest.raises(ValueError, match="is no stored regressor"):
+        FusionModel.load(file)
+
+
 def test_auto_spreads_its_budget_by_a_stored_regressor(tmp_path: Path):
     """Fitted on measured losses of rank: the block that the regressor calls dear keeps more than without it."""
     model = build("llama")
@@ -128,6 +166,54 @@ def test_recovery_heals_a_shortened_model_towards_the_block_that_is_gone():
     assert any(r["error_left"] < 0.95 for r in report.healed)
 
 
+@pytest.mark.parametrize("fields", [{}, *({"strategy": s} for s in ("top", "skip_loss", "flow", "weight_norm"))])
+def test_blocks_in_ignore_stay(fields):
+    model = build("llama")
+    config = tc.StrategicFusion(drop=2, ignore=(r"re:model\.layers\.[34]\..*", "model.layers.1.mlp.up_proj"), **fields)
+    plan = tc.plan(model, config, progress=False)
+    kept = [model.get_submodule(f"model.layers.{i}") for i in (1, 3, 4)]
+    report = tc.compress_(model, config, DATA, progress=False)
+    assert list(model.model.layers) == kept
+    assert report.methods[0]["order"] in ([2, 0], [0, 2])
+    assert plan["parameters_after"] == report.parameters_after
+    assert {r["path"] for r in report.records}.isdisjoint(s["path"] for s in report.skipped)
+    for search in ("exhaustive", "beam"):
+        model = build("llama", 3)
+        config = tc.StrategicFusion(drop=1, ignore=("re:.*layers.[02].*",), search=search, gradient_samples=2)
+        assert tc.compress_(model, config, DATA, progress=False).methods[0]["order"] == [1]
+    with pytest.raises(ValueError, match="3 blocks to remove of 5, of which 3 are in ignore, allowed are at most 2"):
+        tc.compress_(build("llama"), tc.StrategicFusion(drop=3, ignore=("re:.*layers.[134].*",)), DATA, progress=False)
+
+
+def test_nothing_to_remove_is_no_error():
+    model = build("llama")
+    report = tc.compress_(model, tc.StrategicFusion(ratio=1.0), DATA, progress=False)
+    assert report.ratio_achieved == 1.0
+    assert report.methods[0]["order"] == []
+    assert len(model.model.layers) == 5
+
+
+def test_a_resumed_run_reports_what_the_choice_was_based_on(tmp_path):
+    model, reports = build("llama"), []
+    for _ in range(2):
+        journal = Journal(tmp_path, "job")
+        config = [tc.StrategicFusion(drop=1, gradient_samples=2), tc.SVD(ratio=0.5)]
+        reports.append(tc.compress_(copy.deepcopy(model), config, DATA, journal=journal, progress=False))
+    assert reports[1].methods == json.loads(json.dumps(reports[0].methods))
+    assert "rank_correlations" in reports[1].methods[0]
+
+
+@pytest.mark.parametrize("fields", [{"strategy": "skip_loss"}, {"search": "exhaustive"}, {"strategy": "flow"}, {}])
+def test_every_search_shows_progress(fields, monkeypatch):
+    seen: dict[str, list[tuple[int, int]]] = {}
+    monkeypatch.setattr("tinycomp.progress.Bars.update", lambda _, name, *at: seen.setdefault(name, []).append(at[:2]))
+    tc.compress_(build("llama"), tc.StrategicFusion(drop=1, gradient_samples=2, **fields), DATA, progress=False)
+    name = {"skip_loss": "leaving out one more block", "flow": "collecting signals"}.get(
+        fields.get("strategy", ""), "measuring every set" if fields else "measuring removals"
+    )
+    assert seen[name][-1][0] == seen[name][-1][1] == len(seen[name]) > 1
+
+
 def test_plan_prices_the_signals_apart():
     notes = tc.plan(build("llama"), tc.StrategicFusion(drop=2), progress=False)["notes"]
     assert any("3 passes (one forward, one backward) over 16 samples" in n for n in notes)
@@ -136,6 +222,14 @@ def test_plan_prices_the_signals_apart():
     assert "skip_loss: not among them" in paper
     notes = tc.plan(build("llama").config, tc.StrategicFusion(drop=2, search="exhaustive"), progress=False)["notes"]
     assert notes == ["exhaustive search: 10 passes over the judging samples"]
+    for strategy, expected in (
+        ("flow", "flow: 1 passes over the samples, once"),
+        ("weight_norm", "weight_norm: 0 passes over the samples, once"),
+        ("gradient_fisher", "gradient_fisher: 3 passes over at most 16 samples, once"),
+    ):
+        assert tc.plan(build("llama"), tc.StrategicFusion(drop=2, strategy=strategy), progress=False)["notes"] == [
+            expected
+        ]
 
 
 def test_mistakes_are_named():
@@ -143,6 +237,8 @@ def test_mistakes_are_named():
         tc.StrategicFusion(drop=1, strategy="nonsense")
     with pytest.raises(ValueError, match="search='beam' with strategy='random'"):
         tc.StrategicFusion(drop=1, strategy="random", search="beam")
+    with pytest.raises(ValueError, match=r"drop=1 and ratio=0.5, allowed is one"):
+        tc.StrategicFusion(drop=1, ratio=0.5)
     with pytest.raises(ValueError, match="without entry_times"):
         tc.StrategicFusion(drop=1, strategy="entry_time")
     for times in ((1.0, 2.0), (1.0,) * 6, (1.0, 2.0, 3.0, 4.0, float("nan"))):

@@ -96,11 +96,12 @@ def test_accumulated_batches_add_up_to_one_large_batch():
 
 
 def test_blocks_are_matched_with_those_they_came_from():
-    signs = [torch.randn(8) for _ in range(6)]
+    signs = [{"norm": torch.randn(8), "up.bias": torch.randn(16)} for _ in range(6)]
     kept = [0, 2, 5]
-    assert match_blocks([signs[i] + 0.01 for i in kept], signs) == kept
+    narrower = [{"norm": signs[i]["norm"] + 0.01, "up.bias": torch.zeros(12)} for i in kept]
+    assert match_blocks(narrower, signs) == kept
     assert hidden_targets(kept, 6) == [1, 4, 5]
-    assert match_blocks([torch.zeros(0)] * 3, [torch.zeros(0)] * 6) == [0, 2, 5]
+    assert match_blocks([{}] * 3, [{}] * 6) == [0, 2, 5]
     with pytest.raises(ValueError, match="6 blocks and a teacher with 3"):
         match_blocks(signs, signs[:3])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,32 @@ def test_two_processes_give_the_result_of_one(tmp_path, straight):
     apart = sum(float((straight[n] - found[n]).norm()) ** 2 for n in found) ** 0.5
     assert moved > 0
     assert apart < 1e-3 * moved
+
+
+def test_the_command_runs_on_two_processes_and_gives_the_result_of_one(tmp_path):
+    write_folder(tmp_path / "model")
+    few = ["--num-calibration-samples", "4", "--max-seq-length", "16"]
+    words = ["compress", str(tmp_path / "model"), "--method", "svd", "--ratio", "0.5", *few]
+    assert CliRunner().invoke(cli.app, [*words, "--output-dir", str(tmp_path / "small")]).exit_code == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = {}
+    for name, before in (("one", []), ("two", launch)):
+        command = [
+            *before, "-m", "tinycomp", "recover", str(tmp_path / "small"), "--teacher", str(tmp_path / "model"),
+            "--output-dir", str(tmp_path / name), "--steps", "4", "--num-samples", "24", "--max-seq-length", "16",
+            "--set", "batch_size=4", "--set", "learning_rate=1e-3", "--json",
+        ]  # fmt: skip
+        done = run_job(command)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["output_dir"] == str(tmp_path / name)
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    start = load_file(tmp_path / "small" / "model.safetensors")
+    start = {name: value for name, value in start.items() if value.is_floating_point()}
+    moved = sum(float((found["one"][n] - start[n]).norm()) ** 2 for n in start) ** 0.5
+    apart = sum(float((found["one"][n] - found["two"][n]).norm()) ** 2 for n in start) ** 0.5
+    assert moved > 0
+    assert apart < 1e-3 * moved
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "small", "two"]
 
 
 def test_the_command_names_mistakes_and_leaves_no_trace(tmp_path, monkeypatch):

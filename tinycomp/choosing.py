@@ -13,7 +13,7 @@ from torch import nn
 from tinycomp.budget import Candidate, Group, Resource, allocate, uniform
 from tinycomp.calib import StatsStore
 from tinycomp.errors import UsageError
-from tinycomp.io import Journal
+from tinycomp.io import Entry, Journal
 from tinycomp.layer_times import LayerTimes, require_fast_masks
 from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._curing import stored_numbers
@@ -51,7 +51,7 @@ def choose(
     """The options to build, by the method's own rule or by one budget; journalled, since it is dear to repeat."""
     entry = journal.get(f"{key}:choices") if journal else None
     if entry is not None:
-        return Choices(**entry.records[0])
+        return Choices(**entry.details)
     paths = sorted({p for u in units for p in u.paths}, key=spec.linears.index)
     hidden = None if store is None else [store.last_hidden[b.path] for b in spec.blocks if b.path in store.last_hidden]
     assigned = method.assign(spec, shapes(model, paths), hidden or None, config)
@@ -69,7 +69,7 @@ def choose(
     weight = next(model.parameters())
     require_fast_masks(config, kept, weight.dtype, weight.device)
     if journal:
-        journal.put(f"{key}:choices", [], {}, [json.loads(json.dumps(vars(found)))])
+        journal.put(f"{key}:choices", Entry(details=json.loads(json.dumps(vars(found)))))
     return found
 
 

@@ -303,6 +303,3 @@ def demo(
 
 for verb in (recover, elastic, export):
     app.command()(guarded(verb))
-
-if __name__ == "__main__":
-    app()

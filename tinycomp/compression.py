@@ -14,11 +14,13 @@ from tinycomp import linalg
 from tinycomp.calib import Replay, StatsStore, chainable, collect
 from tinycomp.choosing import Choices, choose
 from tinycomp.edits import Edit, Plan
-from tinycomp.io import Journal
+from tinycomp.io import Entry, Journal
 from tinycomp.methods import Method, MethodConfig, Result
+from tinycomp.methods.strategic_fusion import droppable_blocks
 from tinycomp.models import BlockSpec, ModelSpec, Stack, spec_of
 from tinycomp.parallel import in_order
 from tinycomp.progress import Bars
+from tinycomp.signals.collect import the_stack
 from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, check_finite, find_targets, gather, shapes, unit_specs
 
@@ -166,7 +168,9 @@ class Job:
         """Choice and result of a method that removes whole blocks."""
         assert self.method.blocks is not None
         self.targets = find_targets(self.model, self.spec, self.config)
-        self.paths = self.targets.paths
+        droppable = droppable_blocks(self.spec, self.targets.paths)
+        self.paths = [path for i in droppable for path in the_stack(self.spec).blocks[i].linears]
+        self._skip(set(self.targets.paths) - set(self.paths), "its block has a linear in ignore")
         check_finite(self.model, self.paths)
 
         def edited(edits: list[Edit]) -> nn.Module:
@@ -177,11 +181,11 @@ class Job:
         choices = Choices({}, "whole blocks", kept="its block stays")
         finished = self._finished("blocks")
         if finished is not None:
-            return choices, finished, {}
+            return choices, *finished
         result, details = self.method.blocks(
-            self.model, self.spec, self.config, self.calibration.batches, edited, self.bars.update
+            self.model, self.spec, self.config, droppable, self.calibration.batches, edited, self.bars.update
         )
-        return choices, self._keep("blocks", result), details
+        return choices, self._keep("blocks", result, details), details
 
     def _choose_units(self) -> tuple[Choices, Result, dict[str, Any]]:
         """Choice and result of a method that ranks the units of the whole model."""
@@ -196,12 +200,12 @@ class Job:
         choices = Choices({}, "one ranking of all units", kept="all its units stay")
         finished = self._finished("units")
         if finished is not None:
-            return choices, finished, {}
+            return choices, *finished
         folder = self.journal.directory / "search" if self.journal else None
         result, details = choose_units(
             self.model, self.spec, self.config, groups, self.calibration.batches, folder, self.bars.update
         )
-        return choices, self._keep("units", result), details
+        return choices, self._keep("units", result, details), details
 
     def _build(self, choices: Choices) -> Result:
         chosen = [u for u in self.units if u.name in choices.by_unit]
@@ -219,7 +223,8 @@ class Job:
 
         def build(entry: tuple[Stack, BlockSpec]) -> Result:
             path = entry[1].path
-            return self._finished(path) or self._keep(path, self._build_block(entry[1], mine[path], choices))
+            finished = self._finished(path)
+            return finished[0] if finished else self._keep(path, self._build_block(entry[1], mine[path], choices))
 
         yield from in_order(build, blocks, next(self.model.parameters()).device)
 
@@ -235,19 +240,20 @@ class Job:
             if finished is None:
                 yield self._keep(block.path, self._build_block(block, mine[block.path], choices, replay, working))
             else:
-                apply_(working, Plan(finished.edits), finished.tensors)
-                yield finished
+                apply_(working, Plan(finished[0].edits), finished[0].tensors)
+                yield finished[0]
             if replay is not None and number + 1 < len(blocks):
                 replay.advance()
 
-    def _finished(self, path: str) -> Result | None:
-        """What an earlier, interrupted run has journalled for this block."""
+    def _finished(self, path: str) -> tuple[Result, dict[str, Any]] | None:
+        """What an earlier, interrupted run has journalled for this block: the result, and what it was based on."""
         entry = self.journal.get(f"{self.key}:{path}") if self.journal else None
-        return None if entry is None else Result(list(entry.edits), dict(entry.tensors), list(entry.records))
+        return None if entry is None else (Result(entry.edits, entry.tensors, entry.records), entry.details)
 
-    def _keep(self, path: str, result: Result) -> Result:
+    def _keep(self, path: str, result: Result, details: dict[str, Any] | None = None) -> Result:
         if self.journal:
-            self.journal.put(f"{self.key}:{path}", result.edits, result.tensors, result.records)
+            entry = Entry(result.edits, result.tensors, result.records, details or {})
+            self.journal.put(f"{self.key}:{path}", entry)
         return result
 
     def _replay(self, stack: Stack, working: nn.Module, choices: Choices) -> Replay | None:

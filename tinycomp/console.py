@@ -19,6 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from tinycomp.errors import UsageError
+from tinycomp.plain import plain
 
 USAGE, REFUSED, GATE_FAILED, INTERRUPTED = 2, 3, 4, 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,17 +30,7 @@ err = Console(stderr=True, highlight=False)
 
 def emit(value: dict[str, Any]) -> None:
     """Print one JSON object; a number that JSON does not have (inf, nan) becomes a string."""
-    print(json.dumps(_plain(value), indent=1))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    print(json.dumps(plain(value), indent=1))
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -81,7 +72,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             code = INTERRUPTED if stopped else USAGE if isinstance(error, UsageError) else REFUSED
             if os.environ.get("TINYCOMP_DEBUG"):
                 raise
-            message = "interrupted; nothing was written" if stopped else str(error) or type(error).__name__
+            nothing = "interrupted" if getattr(error, "__notes__", ()) else "interrupted; nothing was written"
+            message = nothing if stopped else str(error) or type(error).__name__
             if not stopped and (getattr(error, "errno", None) in DISK_FULL or isinstance(error, SafetensorError)):
                 message += "; free space there, or in the folder for temporary files"
             message = "; ".join([message, *getattr(error, "__notes__", ())])

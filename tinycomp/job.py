@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tinycomp import pipeline
 from tinycomp.errors import UsageError
 from tinycomp.eval.quality import Protocol, perplexity
-from tinycomp.io import Journal, check_output_dir, fingerprint, load_config, load_model, model_fingerprint, save_model
+from tinycomp.io import (
+    Journal,
+    alone,
+    check_output_dir,
+    fingerprint,
+    load_config,
+    load_model,
+    model_fingerprint,
+    save_model,
+)
 from tinycomp.recipe import make_recipe
 
 
@@ -42,23 +48,6 @@ def _data_identity(data: str | None) -> list[Any]:
         raise ValueError(f"data: there is no file {data}; give a .txt, .jsonl or .parquet file")
     stat = os.stat(data)
     return [os.path.abspath(data), stat.st_size, stat.st_mtime_ns]
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Refuse while another process works towards `path`. The system frees the lock however a process ends."""
-    lock = FileLock(path.parent / f".{path.name}.tinycomp-lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise RuntimeError(
-            f"compress: another process is writing {path}; wait until it is done, or name another output folder"
-        ) from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _open_journal(path: Path, model: Any, configs: Any, calibration: Calibration, resume: bool) -> Journal:

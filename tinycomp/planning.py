@@ -108,11 +108,14 @@ def from_blocks(model: nn.Module, spec: ModelSpec, config: StrategicFusion) -> d
     """The plan of a removal of whole blocks: as if the last ones went. Which ones go depends on data."""
     stack = the_stack(spec)
     depth = len(stack.blocks)
-    gone = range(depth - config.count(depth), depth)
+    inside = find_targets(model, spec, config).paths
+    droppable = strategic_fusion.droppable_blocks(spec, inside)
+    gone = droppable[len(droppable) - config.count(depth, droppable) :]
     bits = 8 * next(model.parameters()).dtype.itemsize
     at = shapes(model, spec.linears)
     rows = [_row(path, [at[path]], 0, 0, {}) for index in gone for path in stack.blocks[index].linears]
-    plan = _totals(model, rows, {r["path"] for r in rows}, spec.linears, strategic_fusion.costs(config, depth))
+    paths = [path for index in droppable for path in stack.blocks[index].linears]
+    plan = _totals(model, rows, {r["path"] for r in rows}, paths, strategic_fusion.costs(config, depth, droppable))
     others = sum(
         p.numel()
         for index in gone

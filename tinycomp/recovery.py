@@ -7,7 +7,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,43 +73,75 @@ def run(
     Returns:
         JSON: {"output_dir", "report"}.
     """
-    from tinycomp.io import check_output_dir, load_model, save_model
-    from tinycomp.train import cache_teacher, recover_
+    from tinycomp.io import alone, check_output_dir, load_model, save_model
+    from tinycomp.train.checks import check, rank
 
     path = check_output_dir(output_dir, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
     work = path.parent / f".{path.name}.tinycomp-recovery"
-    first = int(os.environ.get("RANK", 0)) == 0
-    if first and work.exists() and not resume:
-        raise ValueError(f"recover: an interrupted run left its work in {work}; pass --resume, or delete that folder")
+    with alone(path) if rank() == 0 else nullcontext():
+        if rank() == 0 and work.exists() and not resume:
+            raise ValueError(
+                f"recover: an interrupted run left its work in {work}; pass --resume, or delete that folder"
+            )
+        check(load_model(source)[0], config, teacher, work)  # before the teacher is asked, which takes long
+        with _kept_when_interrupted(work):
+            model, tokenizer, report = _recover(source, teacher, work, config, inputs, resume, progress)
+        if rank() == 0:
+            recipe = _recipe(source, teacher, model, config, inputs, command)
+            save_model(model, tokenizer, path, report, recipe, force, source if os.path.isdir(source) else None)
+            shutil.rmtree(work)
+    return {"output_dir": str(path), "report": report}
+
+
+def _recover(
+    source: str, teacher: str | None, work: Path, config: Any, inputs: Inputs, resume: bool, progress: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(recovered model, tokenizer, report); the teacher has left memory when the student comes."""
+    from tinycomp.io import load_model
+    from tinycomp.train import cache_teacher, recover_
+
     samples: dict[str, Any] = {
         "held_out": inputs.held_out, "num_samples": inputs.num_samples, "max_seq_length": inputs.max_seq_length,
         "progress": progress,
     }  # fmt: skip
     answers = None
+    if teacher is not None:
+        original, tokenizer = load_model(teacher)
+        answers = work / "teacher"
+        cache_teacher(original, inputs.data, answers, config, tokenizer=tokenizer, **samples)
+        del original
+        gc.collect()
+    model, tokenizer = load_model(source)
+    report = recover_(
+        model, answers, inputs.data, config, tokenizer=tokenizer, output_dir=work, resume=resume, **samples
+    ).to_dict()
+    return model, tokenizer, report
+
+
+@contextmanager
+def _kept_when_interrupted(work: Path) -> Iterator[None]:
+    """An error removes a work folder that was made within, unless there is something in it to continue from."""
+    from tinycomp.train.checks import rank
+
+    existed = work.exists()
     try:
-        if teacher is not None:
-            original, tokenizer = load_model(teacher)
-            answers = work / "teacher"
-            cache_teacher(original, inputs.data, answers, config, tokenizer=tokenizer, **samples)
-            del original
-            gc.collect()
-        model, tokenizer = load_model(source)
-        report = recover_(
-            model, answers, inputs.data, config, tokenizer=tokenizer, output_dir=work, resume=resume, **samples
-        ).to_dict()
-    except BaseException:
-        if first and not (work / "recovery.json").exists():  # refused before the work proper: leave no trace
+        yield
+    except BaseException as error:
+        refused = isinstance(error, ValueError | TypeError)
+        if any(work.glob("teacher/sample-*")) and not (refused and not existed):
+            error.add_note(f"what is finished is kept in {work}, the same command with --resume continues")
+        elif rank() == 0 and not existed:
             shutil.rmtree(work, ignore_errors=True)
         raise
-    recipe = {
+
+
+def _recipe(source: str, teacher: str | None, model: Any, config: Any, inputs: Inputs, command: str) -> dict[str, Any]:
+    return {
         "model": source, "teacher": teacher, "model_class": type(model).__name__, "method_names": ["recover"],
         "methods": [config.model_dump(mode="json")], "calibration": vars(inputs), "command": command,
         "quant_method": "tinycomp" if getattr(model.config, "quantization_config", None) is not None else None,
     }  # fmt: skip
-    if first:
-        save_model(model, tokenizer, path, report, recipe, force, source if os.path.isdir(source) else None)
-        shutil.rmtree(work)
-    return {"output_dir": str(path), "report": report}
 
 
 def recover(
@@ -128,12 +161,15 @@ def recover(
 ) -> None:
     """Heal a compressed model: closed form first, then distillation from the original."""
     from tinycomp import console
+    from tinycomp.train.checks import rank
 
     config = make_config(settings or (), train=train, steps=steps)
     result = run(
         model, teacher, output_dir, config, Inputs(data, held_out, num_samples, max_seq_length), resume=resume,
         force=force, command=shlex.join(["tinycomp", *sys.argv[1:]]), progress=not as_json,
     )  # fmt: skip
+    if rank() != 0:  # one process of several speaks
+        return
     if as_json:
         console.emit(result)
         return

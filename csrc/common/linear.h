@@ -56,18 +56,17 @@ inline Tensor detach(const Tensor& t) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The tensor as a matrix (product of leading dimensions, last dimension), a view where strides allow.
-inline Tensor as_matrix(const Tensor& x) {
-  const int64_t columns = x.size(x.dim() - 1);
-  const int64_t shape[] = {columns == 0 ? 0 : x.numel() / columns, columns};
-  return torch::stable::reshape(x, {shape, 2});
-}
-
 // Product of the leading dimensions.
 inline int64_t row_count(const Tensor& x) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
   return rows;
+}
+
+// The tensor as a matrix (product of leading dimensions, last dimension), a view where strides allow.
+inline Tensor as_matrix(const Tensor& x) {
+  const int64_t shape[] = {row_count(x), x.size(x.dim() - 1)};
+  return torch::stable::reshape(x, {shape, 2});
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {

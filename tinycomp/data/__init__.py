@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tinycomp.data.inputs import batches, for_model
+from tinycomp.data.inputs import batches, check_labels, for_model
 from tinycomp.data.sotu import calibration_text, evaluation_text
 from tinycomp.data.tokens import token_ids
 
-__all__ = ["batches", "calibration_text", "evaluation_text", "for_model", "token_ids"]
+__all__ = ["batches", "calibration_text", "check_labels", "evaluation_text", "for_model", "token_ids"]

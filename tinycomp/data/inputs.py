@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,30 @@ def for_model(batch: Mapping[str, Tensor], model: torch.nn.Module, labels: bool 
         mask = out.get("attention_mask")
         out["labels"] = ids.clone() if mask is None else ids.masked_fill(mask == 0, -100)
     return out
+
+
+def check_labels(labels: Tensor, shape: Sequence[int], classes: int, who: str, ignored: bool = False) -> None:
+    """Refuse labels that are not classes of a model's predictions.
+
+    Args:
+        labels: of one batch.
+        shape: that they must have.
+        classes: of the model.
+        who: begins the message.
+        ignored: -100 is allowed, too.
+
+    Raises:
+        ValueError: another dtype or shape, or a number that is no class.
+    """
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.shape != torch.Size(shape):
+        raise ValueError(
+            f"{who}: got labels of shape {tuple(labels.shape)} and dtype {labels.dtype}, allowed are integers of shape "
+            f"{tuple(shape)}, one class for each prediction"
+        )
+    wrong = labels[((labels < 0) | (labels >= classes)) & ~((labels == -100) & ignored)]
+    if len(wrong):
+        allowed = f"0 to {classes - 1}" + (", or -100 where there is none" if ignored else "")
+        raise ValueError(f"{who}: got the label {int(wrong[0])}, allowed are {allowed}; correct the data")
 
 
 def _windows(texts: list[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:

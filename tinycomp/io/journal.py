@@ -26,11 +26,12 @@ MANIFEST = "journal.json"
 
 @dataclass
 class Entry:
-    """What a finished piece of work left: the same three fields as a method's result."""
+    """What a finished piece of work left: the three fields of a method's result, and what else to report (JSON)."""
 
     edits: list[Edit] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def _sync_directory(path: Path) -> None:
@@ -96,13 +97,15 @@ class Journal:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["tinycomp"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return Entry([edit_from_dict(edit) for edit in header["edits"]], tensors, header["records"])
+        edits = [edit_from_dict(edit) for edit in header["edits"]]
+        return Entry(edits, tensors, header["records"], header["details"])
 
-    def put(self, key: str, edits: list[Edit], tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+    def put(self, key: str, entry: Entry) -> None:
         """Commit one finished piece; a second `put` of the same key replaces the first."""
-        header = {"key": key, "edits": [edit.to_dict() for edit in edits], "records": records}
+        edits = [edit.to_dict() for edit in entry.edits]
+        header = {"key": key, "edits": edits, "records": entry.records, "details": entry.details}
         # every tensor gets storage of its own: safetensors refuses views that share one
-        data = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        data = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in entry.tensors.items()}
         write_atomic(self._path(key), save(data, metadata={"tinycomp": json.dumps(header)}))
 
     def delete(self) -> None:

@@ -6,11 +6,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+from tinycomp.plain import plain
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -44,6 +49,23 @@ def check_output_dir(out_dir: str | os.PathLike[str], force: bool = False) -> Pa
             f"save: cannot write in {parent} ({error.strerror}); name an output folder that you may write"
         ) from error
     return path
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Refuse while another process works towards `path`. The system frees the lock however a process ends."""
+    lock = FileLock(path.parent / f".{path.name}.tinycomp-lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RuntimeError(
+            f"save: another process is writing {path}; wait until it is done, or name another output folder"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -98,7 +120,8 @@ def save_model(
         if source is not None and os.path.isdir(source):
             _copy_companions(Path(source), temporary)
         (temporary / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (temporary / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(plain(report), indent=1, sort_keys=True, allow_nan=False)
+        (temporary / REPORT).write_text(text + "\n")
         (temporary / "README.md").write_text(model_card(report, recipe))
         temporary.chmod(0o755)  # mkdtemp makes private folders
         _publish(temporary, path, force)

@@ -11,7 +11,7 @@ quality is measured on data that the signals have not seen, beam and exhaustive 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -32,9 +32,10 @@ FUSED = (*COLLECTED, "skip_loss")
 
 
 class StrategicFusion(MethodConfig):
-    """Removal of whole blocks. `ratio` is the fraction of the blocks' linear parameters that stays.
+    """Removal of whole blocks. `ratio` is the fraction of the linear parameters of blocks not in `ignore` that stays.
 
     Args:
+        ignore: a block with a matching linear stays; "re:model.layers.0.*" protects the first one.
         drop: blocks to remove; None derives it from `ratio`.
         strategy: "fusion", one signal's column ("block_influence", "energy@update", ...), "random", "every-other" or
             "top"; with search="exhaustive" it is not used.
@@ -50,6 +51,7 @@ class StrategicFusion(MethodConfig):
         path: file of an SPP path of this model, to take `entry_times` from.
     """
 
+    ignore: tuple[str, ...] = ()
     drop: int | None = Field(default=None, ge=1)
     strategy: str = "fusion"
     regressor: Literal["forest", "ridge"] = "forest"
@@ -76,25 +78,30 @@ class StrategicFusion(MethodConfig):
     @model_validator(mode="after")
     def _size(self) -> StrategicFusion:
         if self.targets:
-            raise ValueError("got targets, allowed is none: whole blocks are removed")
+            raise ValueError("got targets, allowed is none: whole blocks are removed; name those that stay in ignore")
+        if self.drop is not None and self.ratio is not None:
+            raise ValueError(f"got drop={self.drop} and ratio={self.ratio}, allowed is one of them; leave one out")
         if self.search == "beam" and self.strategy != "fusion":
             raise ValueError(f"got search='beam' with strategy={self.strategy!r}, allowed with 'fusion'")
         if self.strategy == "entry_time" and not (self.entry_times or self.path):
             raise ValueError("got strategy='entry_time' without entry_times; pass one number per block, or an SPP path")
         return self
 
-    def count(self, depth: int) -> int:
-        """Blocks to remove of `depth`.
+    def count(self, depth: int, droppable: Sequence[int]) -> int:
+        """Blocks to remove of the `droppable` ones, in a model of `depth` blocks.
 
         Raises:
             ValueError: neither `drop` nor `ratio`, nothing would stay, or `entry_times` are not one number per block.
         """
         if self.drop is None and self.ratio is None:
             raise ValueError("StrategicFusion: got neither drop nor ratio, allowed is one; give drop=2 or ratio=0.8")
-        count = self.drop if self.drop is not None else math.ceil((1 - float(self.ratio or 1)) * depth - 1e-9)
-        if count >= depth:
+        share = (1 - float(self.ratio or 1)) * len(droppable)
+        count = self.drop if self.drop is not None else math.ceil(share - 1e-9)
+        if count > min(len(droppable), depth - 1):
+            ignored = f", of which {depth - len(droppable)} are in ignore" if len(droppable) < depth else ""
             raise ValueError(
-                f"StrategicFusion: got {count} blocks to remove of {depth}, allowed are at most {depth - 1}"
+                f"StrategicFusion: got {count} blocks to remove of {depth}{ignored}, allowed are at most "
+                f"{min(len(droppable), depth - 1)}"
             )
         times = [t for t in self.entry_times if not math.isnan(t)]
         if self.entry_times and not len(times) == len(self.entry_times) == depth:
@@ -103,9 +110,16 @@ class StrategicFusion(MethodConfig):
         return count
 
 
+def droppable_blocks(spec: ModelSpec, targeted: Iterable[str]) -> list[int]:
+    """The blocks that may go: all their linears are targeted."""
+    wanted = set(targeted)
+    return [i for i, block in enumerate(the_stack(spec).blocks) if wanted.issuperset(block.linears)]
+
+
 def choose(
-    model: nn.Module, spec: ModelSpec, config: StrategicFusion, batches: Callable[[], Sequence[Batch]],
-    edited: Callable[[list[Edit]], nn.Module], progress: Callable[[str, int, int], None],
+    model: nn.Module, spec: ModelSpec, config: StrategicFusion, droppable: Sequence[int],
+    batches: Callable[[], Sequence[Batch]], edited: Callable[[list[Edit]], nn.Module],
+    progress: Callable[[str, int, int], None],
 ) -> tuple[Result, dict[str, Any]]:  # fmt: skip
     """The edits, a record per removed linear, and what the choice was based on.
 
@@ -113,21 +127,22 @@ def choose(
         model: left as it is.
         spec: of the model.
         config: what to remove and how to choose.
+        droppable: the blocks it may choose from, ascending.
         batches: gives the calibration data; not called by strategies that look at nothing.
         edited: gives the model with edits made.
         progress: called with (description, done, total).
     """
     depth = len(the_stack(spec).blocks)
-    count = config.count(depth)
-    if config.strategy in BASELINES and config.search != "exhaustive":
-        order = baseline(config.strategy, depth, config.seed)[:count]
+    count = config.count(depth, droppable)
+    if not count or (config.strategy in BASELINES and config.search != "exhaustive"):
+        order = [i for i in baseline(config.strategy, depth, config.seed) if i in droppable][:count] if count else []
         return _result(model, spec, order), {"order": order}
-    search = _search(model, spec, config, batches(), edited)
+    search = _search(model, spec, config, batches(), edited, droppable=droppable, progress=progress)
     details: dict[str, Any] = {}
     if config.search == "exhaustive":
         order = search.exhaustive(count)
     elif config.strategy == "fusion":
-        order, details = _fused(search, config, count, progress)
+        order, details = _fused(search, config, count)
     else:
         order = search.by_signal(config.strategy, count)
     measured = [search.quality(order[: i + 1]).score for i in range(count)]
@@ -141,7 +156,7 @@ def choose(
 
 
 def _search(
-    model: nn.Module, spec: ModelSpec, config: StrategicFusion, batches: Sequence[Batch], edited: Any
+    model: nn.Module, spec: ModelSpec, config: StrategicFusion, batches: Sequence[Batch], edited: Any, **options: Any
 ) -> Search:
     rows = [row for batch in batches for row in rows_of(batch)]
     if len(rows) < 2:
@@ -154,14 +169,25 @@ def _search(
     inputs = {"entry_time": times} if times else {}
     stored = None if config.fusion is None else FusionModel.load(config.fusion).columns
     fuses = config.strategy == "fusion" and config.search != "exhaustive" and config.preset != "paper"
+    shown, backward = _read(config, half)
     return Search(
-        edited, model, rows[:half], rows[half : half + config.judge_samples], seed=config.seed, inputs=inputs,
-        gradient_samples=config.gradient_samples, recompute=config.recompute or config.preset == "paper",
-        probe=fuses and (stored is None or "skip_loss" in stored),
+        edited, model, rows[:shown], rows[half : half + config.judge_samples], seed=config.seed, inputs=inputs,
+        gradient_samples=backward, recompute=config.recompute or config.preset == "paper",
+        probe=fuses and (stored is None or "skip_loss" in stored), **options,
     )  # fmt: skip
 
 
-def _fused(search: Search, config: StrategicFusion, count: int, progress: Any) -> tuple[list[int], dict[str, Any]]:
+def _read(config: StrategicFusion, samples: int) -> tuple[int, int]:
+    """(samples that signals read, samples that run backward): one signal alone reads what it needs."""
+    if config.strategy == "fusion" or config.search == "exhaustive":
+        return samples, config.gradient_samples
+    needs = signal_of(config.strategy).needs
+    if needs == "backward":
+        return min(config.gradient_samples, samples), config.gradient_samples
+    return (samples if needs == "forward" else 0), 0
+
+
+def _fused(search: Search, config: StrategicFusion, count: int) -> tuple[list[int], dict[str, Any]]:
     details: dict[str, Any] = {}
     table = search.table(())
     if config.fusion is not None:
@@ -169,7 +195,7 @@ def _fused(search: Search, config: StrategicFusion, count: int, progress: Any) -
     else:
         wanted = TWELVE if config.preset == "paper" else [*FUSED, *search.inputs]
         names = [c for c in wanted if c in table.values]
-        rows = search.transitions("calibration", count, names, config.random_orders, progress=progress)
+        rows = search.transitions("calibration", count, names, config.random_orders)
         fused = FusionModel.fit(rows, config.regressor, config.seed)
         details["transitions"] = len(rows)
     order = search.by_fusion(fused, count, config.beam if config.search == "beam" else 1)
@@ -199,21 +225,23 @@ def _result(model: nn.Module, spec: ModelSpec, order: Sequence[int]) -> Result:
     return result
 
 
-def costs(config: StrategicFusion, depth: int) -> list[str]:
+def costs(config: StrategicFusion, depth: int, droppable: Sequence[int]) -> list[str]:
     """What choosing will cost, in forward passes of the whole model, for `plan`."""
-    count, dear = config.count(depth), price("skip_loss", depth)
+    count, dear = config.count(depth, droppable), price("skip_loss", depth)
     if config.search == "exhaustive":
-        return [f"exhaustive search: {math.comb(depth, count)} passes over the judging samples"]
+        return [f"exhaustive search: {math.comb(len(droppable), count)} passes over the judging samples"]
     if config.strategy in BASELINES:
         return ["the order looks at no data"]
     if config.strategy == "skip_loss":
         return [f"skip_loss: {dear:g} passes a removal over the judging samples"]
-    samples = config.gradient_samples
+    samples, paper = config.gradient_samples, config.preset == "paper"
+    again = config.recompute or paper
     if config.strategy != "fusion":
-        return [f"{config.strategy}: {price(config.strategy, depth):g} passes over the samples; all others come along"]
-    paper = config.preset == "paper"
+        passes = price(config.strategy, depth)
+        over = f"at most {samples} samples" if signal_of(config.strategy).needs == "backward" else "the samples"
+        return [f"{config.strategy}: {passes:g} passes over {over}, {f'{count} times' if again else 'once'}"]
     orders = 0 if config.fusion else len(TWELVE if paper else FUSED) + config.random_orders
-    times = f"up to {1 + orders * count} times" if config.recompute or paper else "once"
+    times = f"up to {1 + orders * count} times" if again else "once"
     return [
         f"signals: 3 passes (one forward, one backward) over {samples} samples, 1 over the others, {times}",
         "skip_loss: not among them" if paper else f"skip_loss: {dear:g} passes over all samples, {times}",

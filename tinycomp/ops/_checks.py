@@ -68,3 +68,8 @@ def permutation(where: str, name: str, value: Tensor) -> None:
     indices(where, name, value, value.numel())
     if concrete(value) and value.numel() and int(torch.bincount(value.long(), minlength=value.numel()).amax()) > 1:
         raise ValueError(f"{where}: {name} repeats an index, allowed each of 0..{value.numel() - 1} once; rebuild it")
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(product of the leading dimensions, last dimension), also where either is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

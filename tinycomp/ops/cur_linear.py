@@ -56,7 +56,7 @@ def _fake(x: Tensor, r: Tensor, u: Tensor, c: Tensor, bias: Tensor | None) -> Te
 
 def _backward(args: Sequence[Tensor], needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, r, u, c, _ = args
-    x2, gy2 = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])
+    x2, gy2 = _checks.as_matrix(x), _checks.as_matrix(gy)
     gzu = gy2 @ c
     gz = gzu @ u
     z = x2 @ r.t()

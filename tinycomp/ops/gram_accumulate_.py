@@ -36,7 +36,7 @@ def _check(gram: Tensor, x: Tensor) -> None:
 
 
 def _reference(gram: Tensor, x: Tensor) -> None:
-    wide = x.detach().reshape(-1, x.shape[-1]).to(gram.dtype)
+    wide = _checks.as_matrix(x.detach()).to(gram.dtype)
     gram.addmm_(wide.t(), wide)
 
 

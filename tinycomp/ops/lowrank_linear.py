@@ -68,7 +68,7 @@ def _fake(x: Tensor, r: Tensor, t: Tensor, order: Tensor | None, bias: Tensor | 
 def _backward(args: Sequence[Tensor], needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, r, t, order, _ = args
     rank = r.shape[0]
-    x2, gy2 = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])
+    x2, gy2 = _checks.as_matrix(x), _checks.as_matrix(gy)
     kept, rest = None, gy2
     if order is not None:
         rows = gy2.index_select(-1, order.long())

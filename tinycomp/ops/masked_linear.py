@@ -160,7 +160,7 @@ def _fake(
 
 def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, mask, offsets, scales, _, n, format, bits = args
-    x2, gy2 = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])
+    x2, gy2 = _checks.as_matrix(x), _checks.as_matrix(gy)
     gx, gv, gs = None, None, None
     if needs[0]:
         gx = (gy2 @ _dense(x, Packed(values, mask, offsets, scales), n, format, bits)).reshape(x.shape)

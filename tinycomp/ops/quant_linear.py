@@ -233,13 +233,13 @@ def _fake(x: Tensor, qweight: Tensor, *args) -> Tensor:
 def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, qweight, scales, zeros, _, bits, group_size, activation_bits = args
     gx, gs, gz = None, None, None
-    gy2 = gy.reshape(-1, gy.shape[-1])
+    gy2 = _checks.as_matrix(gy)
     if needs[0]:
         w = dequantize(qweight, scales, zeros, x.shape[-1], bits, group_size).to(gy.dtype)
         gx = (gy2 @ w).reshape(x.shape)
     if needs[2] or needs[3]:
         used = round_activations(x, group_size).to(x.dtype) if activation_bits else x
-        gs, gz = scale_gradients(gy2.t() @ used.reshape(-1, x.shape[-1]), qweight, scales, zeros, bits, group_size)
+        gs, gz = scale_gradients(gy2.t() @ _checks.as_matrix(used), qweight, scales, zeros, bits, group_size)
     return gx, None, gs, gz, gy2.sum(0) if needs[4] else None, None, None, None
 
 

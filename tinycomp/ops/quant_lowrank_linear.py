@@ -139,7 +139,7 @@ def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor
     if on_t and activation_bits:
         rest = wide_gy if order is None else wide_gy.index_select(-1, order.long())[..., r.shape[0] :]
         z = round_activations(used @ wide_r.t(), group_size)
-        gt = rest.reshape(-1, rest.shape[-1]).t() @ z.reshape(-1, z.shape[-1])
+        gt = _checks.as_matrix(rest).t() @ _checks.as_matrix(z)
     gs: list[Tensor | None] = [None, None, None, None]
     if gr is not None:
         gs[0], gs[2] = scale_gradients(gr, r, r_scales, r_zeros, bits, group_size)

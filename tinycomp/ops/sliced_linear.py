@@ -60,12 +60,12 @@ def _fake(x: Tensor, w: Tensor, bias: Tensor | None, in_features: int, out_featu
 
 def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, bias, k, n = args
-    gy2 = gy.reshape(-1, n)
+    gy2 = _checks.as_matrix(gy)
     gx, gw, gb = None, None, None
     if needs[0]:
         gx = F.pad(gy @ w[:n, :k], (0, x.shape[-1] - k))
     if needs[1]:
-        gw = F.pad(gy2.t() @ x[..., :k].reshape(-1, k), (0, w.shape[1] - k, 0, w.shape[0] - n))
+        gw = F.pad(gy2.t() @ _checks.as_matrix(x[..., :k]), (0, w.shape[1] - k, 0, w.shape[0] - n))
     if needs[2]:
         gb = F.pad(gy2.sum(0), (0, bias.shape[0] - n))
     return gx, gw, gb, None, None
@@ -84,6 +84,9 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("narrower-than-x", (draw(5, 41), draw(48, 41), draw(48), 33, 7))
     yield Sample("2KiB-rows", (draw(20, 512), draw(48, 520), draw(48), 512, 41))
     yield Sample("hundreds-of-rows", (draw(260, 41), draw(48, 41), draw(48), 33, 7))
+    yield Sample("no-inputs", (draw(260, 41), draw(48, 41), draw(48), 0, 41))
+    yield Sample("no-inputs-1row", (draw(1, 41), draw(48, 41), None, 0, 41))
+    yield Sample("no-outputs", (draw(5, 33), draw(48, 64), draw(48), 33, 0))
     yield Sample("0rows", (draw(0, 33), draw(48, 64), draw(48), 33, 41))
     yield Sample("transposed", (transposed(draw(5, 33)), transposed(draw(48, 64)), draw(48), 33, 41))
     yield Sample("sliced", (sliced(draw(5, 33)), sliced(draw(48, 64)), sliced(draw(48)), 33, 41))

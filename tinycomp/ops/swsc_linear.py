@@ -119,7 +119,7 @@ def _fake(
 
 def _backward(args: Sequence[Tensor], needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
     x, centroids, labels, b, a, scales, _, axis = args
-    x2, gy2, index = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1]), labels.long()
+    x2, gy2, index = _checks.as_matrix(x), _checks.as_matrix(gy), labels.long()
     gs = None
     if axis == 0:
         gz = _segment_sum(gy2 if scales is None else gy2 * scales, labels, centroids.shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -60,6 +60,7 @@ def the_stack(spec: ModelSpec) -> Stack:
 def collect_signals(
     model: nn.Module, spec: ModelSpec, batches: Sequence[Batch], *, gradient_samples: int = 32, seed: int = 0,
     weights: Weights | None = None, probe: bool = False,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> SignalTable:  # fmt: skip
     """Every signal but "entry_time", of every block; all but "skip_loss" in one pass.
 
@@ -69,11 +70,12 @@ def collect_signals(
     Args:
         model: with one list of blocks; left as it is.
         spec: of the model.
-        batches: dicts of tensors; with labels for a classifier.
-        gradient_samples: samples that run backward.
+        batches: dicts of tensors; with labels for a classifier. None at all: the signals of the weights alone.
+        gradient_samples: samples that run backward; 0: no gradient signals.
         seed: of the points that the estimators look at.
         weights: results of the weight signals by block identity, kept for calls on the same blocks.
         probe: "skip_loss" as well: one more forward pass over all batches per block.
+        progress: called with (description, done, total).
     """
     stack = the_stack(spec)
     table = SignalTable()
@@ -88,24 +90,25 @@ def collect_signals(
         skip = max(skip - size, 0)
     with _attention_maps(model) as maps, watch, no_cache(model), _only_blocks_train(model, stack) as parameters:
         gradients = _Gradients(parameters)
-        for row in singles:
-            with clock("forward"):
-                loss, output = losses(model, row, maps)
-                watch.see(output, row, loss)
-            with clock("backward"):
-                gradients.add(loss.mean())
-        with torch.no_grad():
-            for batch in rest:
-                with clock("forward"):
-                    loss, output = losses(model, batch, maps)
-                    watch.see(output, batch, loss)
+        for number, batch in enumerate([*singles, *rest]):
+            back = number < len(singles)
+            with clock("forward"), torch.set_grad_enabled(back):
+                loss, output = losses(model, batch, maps)
+                watch.see(output, batch, loss)
+            if back:
+                with clock("backward"):
+                    gradients.add(loss.mean())
+            progress("collecting signals", number + 1, len(singles) + len(rest))
     table.values |= gradients.values() | watch.values(clock)
     with clock("weights"):
         table.values |= _weight_signals(model, stack, seed, {} if weights is None else weights)
     if probe:
-        with clock("skip_loss"):
-            table.values["skip_loss"] = [_loss_without(model, block.path, batches) for block in stack.blocks]
-    if "attention_weight" not in table.values:
+        table.values["skip_loss"] = []
+        for number, block in enumerate(stack.blocks):
+            with clock("skip_loss"):
+                table.values["skip_loss"].append(_loss_without(model, block.path, batches))
+            progress("leaving out one block", number + 1, len(stack.blocks))
+    if batches and "attention_weight" not in table.values:
         table.notes.append(f"{type(model).__name__} returns no attention maps: no attention signals")
     return table
 
@@ -155,12 +158,16 @@ class _Gradients:
         self.samples += 1
 
     def values(self) -> dict[str, list[float]]:
-        n = max(self.samples, 1)
-        return {
-            "gradient_magnitude": [v / n for v in self.magnitude],
-            "gradient_fisher": [v / n for v in self.fisher],
-            "gradient_taylor": [abs(v) / n for v in self.taylor],
-        }
+        n = self.samples
+        return (
+            {}
+            if not n
+            else {
+                "gradient_magnitude": [v / n for v in self.magnitude],
+                "gradient_fisher": [v / n for v in self.fisher],
+                "gradient_taylor": [abs(v) / n for v in self.taylor],
+            }
+        )
 
 
 class _Watch:
@@ -199,8 +206,9 @@ class _Watch:
         """One forward pass: `loss` is (B,) of sequences, or (B, T - 1) of tokens."""
         length = self.hidden[0].shape[1]
         mask = batch.get("attention_mask")
-        real = torch.ones(self.hidden[0].shape[:2]) if mask is None or mask.shape[1] != length else mask
-        real = real.bool()
+        if mask is None or mask.shape[1] != length:
+            mask = self.hidden[0].new_ones(self.hidden[0].shape[:2])
+        real = mask.bool()
         before = self.hidden[0][real].float()
         self.tokens += len(before)
         for i, h in enumerate(self.hidden[1:]):
@@ -229,12 +237,14 @@ class _Watch:
             self.answers.append(batch["labels"] if self.classes else loss)
             return
         usable = (real[:, 1:] & real[:, :-1]).nonzero()
-        chosen = usable[torch.randperm(len(usable), generator=self.generator)[: 16 * len(real)]]
+        chosen = usable[torch.randperm(len(usable), generator=self.generator)[: 16 * len(real)].to(usable.device)]
         for place, h in zip(self.points, self.hidden, strict=True):
             place.append(h[chosen[:, 0], chosen[:, 1]].float())
         self.answers.append(loss[chosen[:, 0], chosen[:, 1]])
 
     def values(self, clock: _Clock) -> dict[str, list[float]]:
+        if not self.answers:
+            return {}
         out = {name: [v / self.tokens for v in sums] for name, sums in self.sums.items()}
         points = [torch.cat(parts)[:POINTS] for parts in self.points]
         answers = torch.cat(self.answers)[:POINTS].cpu().double().numpy()

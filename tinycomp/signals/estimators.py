@@ -19,7 +19,7 @@ def principal(points: Tensor) -> np.ndarray:
     if not len(s) or float(s[0]) <= 1e-12 * max(float(points.double().norm()), 1e-300):
         return np.zeros((len(points), 1))
     keep = int((s[:COMPONENTS] > 1e-6 * s[0]).sum())
-    return (u[:, :keep] * (s[:keep] / s[0]) * len(x) ** 0.5).numpy()
+    return (u[:, :keep] * (s[:keep] / s[0]) * len(x) ** 0.5).cpu().numpy()
 
 
 def _counts(x: np.ndarray, radius: np.ndarray) -> np.ndarray:

@@ -202,11 +202,37 @@ class FusionModel:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version {version!r}, allowed {FORMAT_VERSION}")
             model = cls(**data)
-            for column in model.columns:
-                signal_of(column)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"fusion: {os.fspath(path)} is no stored regressor ({error}); fit and save one") from error
+            model._check()
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"fusion: {os.fspath(path)} is no stored regressor ({why}); fit and save one") from error
         return model
+
+    def _check(self) -> None:
+        """Raise unless every prediction ends and is a number."""
+        for column in self.columns:
+            signal_of(column)
+        features = len(self.columns) + len(self.edits) + 1
+        if self.kind not in ("ridge", "forest") or not self.edits:
+            raise ValueError(f"kind {self.kind!r} and edits {self.edits!r}, allowed is ridge or forest, and some edits")
+        if self.kind == "forest" and not self.trees:
+            raise ValueError("a forest without trees")
+        if self.kind == "ridge" and len(self.coefficients) != features:
+            raise ValueError(f"{len(self.coefficients)} coefficients, allowed {features}")
+        numbers = [*self.coefficients, self.intercept, self.scale, self.worst]
+        for tree in self.trees:
+            feature, children = np.array(tree["feature"]), np.array([tree["left"], tree["right"]])
+            inner = feature >= 0
+            size = {len(tree[name]) for name in ("feature", "threshold", "left", "right", "value")}
+            if size != {len(feature)} or not len(feature) or feature.dtype.kind != "i" or children.dtype.kind != "i":
+                raise ValueError("a tree whose lists do not fit each other")
+            if (feature >= features).any() or (children[:, inner] >= len(feature)).any():
+                raise ValueError("a tree that asks for a feature or a node that is not there")
+            if (children <= np.arange(len(feature)))[:, inner].any():
+                raise ValueError("a tree whose children do not follow their parents")
+            numbers += [*tree["threshold"], *tree["value"]]
+        if not np.isfinite(np.array(numbers, dtype=np.float64)).all() or self.scale <= 0:
+            raise ValueError("numbers that are not finite, or a scale that is not above 0")
 
 
 def _tree(tree: Any) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tinycomp.calib.loss import no_cache
+from tinycomp.data import check_labels
 from tinycomp.eval.size import is_causal
 
 Batch = dict[str, Tensor]
@@ -33,17 +34,23 @@ class Quality:
 
 
 def rows_of(batch: Batch) -> list[Batch]:
-    """The samples of a batch as batches of one, without the padding at their end."""
+    """The samples of a batch as batches of one, without the padding before and behind them.
+
+    Raises:
+        ValueError: a sample is nothing but padding.
+    """
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(next(iter(batch.values()))))]
     return [_trimmed(row) for row in rows]
 
 
 def _trimmed(row: Batch) -> Batch:
     mask = row.get("attention_mask")
-    if mask is None or not bool(mask[0, 0]):
+    if mask is None or bool(mask.all()):
         return row
-    length = int(mask.sum())
-    return {k: v[:, :length] if v.ndim == 2 and v.shape == mask.shape else v for k, v in row.items()}
+    real = mask[0].nonzero()[:, 0].tolist()
+    if not real:
+        raise ValueError("layer pruning: got a sample whose attention_mask is all 0, allowed is text; leave it out")
+    return {k: v[:, real[0] : real[-1] + 1] if v.shape[:2] == mask.shape else v for k, v in row.items()}
 
 
 def losses(model: Any, batch: Batch, attentions: bool = False) -> tuple[Tensor, Any]:
@@ -65,6 +72,7 @@ def losses(model: Any, batch: Batch, attentions: bool = False) -> tuple[Tensor, 
         )
     if logits.ndim == 2:
         labels = batch.get("labels", logits.detach().argmax(-1))
+        check_labels(labels, logits.shape[:1], logits.shape[1], "layer pruning")
         return functional.cross_entropy(logits.float(), labels, reduction="none"), output
     ids = batch["input_ids"]
     loss = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
@@ -96,4 +104,6 @@ def quality(model: nn.Module, batches: Sequence[Batch]) -> Quality:
                 mask = batch.get("attention_mask")
                 count += loss.numel() if mask is None else int((mask[:, 1:] * mask[:, :-1]).sum())
     model.train(training)
+    if not count:
+        raise ValueError("layer pruning: got samples of one token, allowed are longer ones; nothing is predicted here")
     return Quality(total / count, sum(correct) / len(correct) if correct else None, tuple(correct))

@@ -60,18 +60,22 @@ class Search:
         inputs: signals from elsewhere, one value per block of the whole model ("entry_time").
         recompute: signals of the shortened model after every removal; otherwise those of the whole model stay.
         probe: "skip_loss" is among the signals.
+        droppable: blocks that may be removed; None is all of them.
+        progress: called with (description, done, total).
     """
 
     def __init__(
         self, edited: Callable[[list[Edit]], nn.Module], model: nn.Module, signal_batches: Sequence[Batch],
         judge_batches: Sequence[Batch], *, gradient_samples: int = 32, seed: int = 0,
         inputs: Mapping[str, Sequence[float]] | None = None, recompute: bool = True, probe: bool = False,
+        droppable: Sequence[int] | None = None, progress: Callable[[str, int, int], None] = lambda *_: None,
     ):  # fmt: skip
         self.edited, self.model, self.spec = edited, model, spec_of(model)
         self.depth = len(the_stack(self.spec).blocks)
         self.signal_batches, self.judge_batches = signal_batches, judge_batches
         self.gradient_samples, self.seed, self.recompute = gradient_samples, seed, recompute
-        self.inputs, self.probe = inputs or {}, probe
+        self.inputs, self.probe, self.progress = inputs or {}, probe, progress
+        self.droppable = range(self.depth) if droppable is None else droppable
         self.seconds: dict[str, float] = {}
         self._qualities: dict[Removed, Quality] = {}
         self._tables: dict[Removed, SignalTable] = {}
@@ -100,7 +104,7 @@ class Search:
         model = self.without(key)
         found = collect_signals(
             model, spec_of(model), self.signal_batches, gradient_samples=self.gradient_samples, seed=self.seed,
-            weights=self._weights, probe=self.probe,
+            weights=self._weights, probe=self.probe, progress=self.progress,
         )  # fmt: skip
         for name, values in self.inputs.items():
             signal_of(name)
@@ -115,7 +119,11 @@ class Search:
 
     def skip_losses(self, removed: Sequence[int] = ()) -> list[float]:
         """The loss on the judging data without each of the blocks still there."""
-        return [self.quality([*removed, i]).loss for i in self.left(removed)]
+        left, found = self.left(removed), []
+        for i in left:
+            found.append(self.quality([*removed, i]).loss)
+            self.progress("leaving out one more block", len(found), len(left))
+        return found
 
     def by_signal(self, column: str, count: int) -> list[int]:
         """The first `count` blocks to remove by one signal, looked at anew after every removal."""
@@ -125,7 +133,9 @@ class Search:
             values = {column: self.skip_losses(order)} if measured else self.table(order).values
             if column not in values:
                 raise ValueError(f"strategy: got {column!r}, this model and data give {', '.join(values)}")
-            order.append(self.left(order)[rank(values, column)[0]])
+            left = self.left(order)
+            order.append(next(left[i] for i in rank(values, column) if left[i] in self.droppable))
+            self.progress("choosing blocks", len(order), count)
         return order
 
     def by_fusion(self, fused: FusionModel, count: int, beam: int = 1) -> list[int]:
@@ -137,6 +147,8 @@ class Search:
                 left = self.left(order)
                 gains = fused.score([BlockEdit(i) for i in range(len(left))], self.table(order))
                 for block, gain in zip(left, gains, strict=True):
+                    if block not in self.droppable:
+                        continue
                     key = tuple(sorted([*order, block]))
                     entry = (total + float(gain), [*order, block])
                     longer[key] = max(longer.get(key, entry), entry, key=lambda e: e[0])
@@ -149,24 +161,31 @@ class Search:
         Raises:
             ValueError: too many sets.
         """
-        subsets = list(itertools.islice(itertools.combinations(range(self.depth), count), MOST_SUBSETS + 1))
+        found = itertools.combinations(self.droppable, count)
+        subsets = [list(subset) for subset in itertools.islice(found, MOST_SUBSETS + 1)]
         if len(subsets) > MOST_SUBSETS:
             raise ValueError(
-                f"search: got {count} of {self.depth} blocks, exhaustive search is allowed up to {MOST_SUBSETS} sets; "
-                "use greedy or beam"
+                f"search: got {count} of {len(self.droppable)} blocks, exhaustive search is allowed up to "
+                f"{MOST_SUBSETS} sets; use greedy or beam"
             )
-        return list(max(subsets, key=lambda s: self.quality(list(s)).score))
+        for number, subset in enumerate(subsets):
+            self.quality(subset)
+            self.progress("measuring every set", number + 1, len(subsets))
+        return max(subsets, key=lambda s: self.quality(s).score)
+
+    def baseline(self, name: str, count: int, seed: int) -> list[int]:
+        """The first `count` blocks of an order that looks at nothing."""
+        return [i for i in baseline(name, self.depth, seed) if i in self.droppable][:count]
 
     def transitions(
         self, data_set: str, count: int, columns: Sequence[str], random_orders: int = 3, part: str = "fit",
-        progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> list[Transition]:  # fmt: skip
         """Measured removals along the order of every signal and of some random orders, each removal once."""
         found: dict[tuple[Removed, int], Transition] = {}
         strategies: list[Any] = [*columns, *range(random_orders)]
         for number, strategy in enumerate(strategies):
             if isinstance(strategy, int):
-                order = baseline("random", self.depth, self.seed * 1000 + strategy)[:count]
+                order = self.baseline("random", count, self.seed * 1000 + strategy)
             else:
                 order = self.by_signal(strategy, count)
             for step, block in enumerate(order):
@@ -178,5 +197,5 @@ class Search:
                     data_set, before, block, dict(zip(columns, map(float, z), strict=True)),
                     self.quality(before).score, self.quality([*before, block]).score, part=part,
                 )  # fmt: skip
-            progress("measuring removals", number + 1, len(strategies))
+            self.progress("measuring removals", number + 1, len(strategies))
         return list(found.values())

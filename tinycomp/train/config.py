@@ -13,6 +13,10 @@ PAPER = {
 }  # fmt: skip
 
 
+# transformers' schedules that need no settings of their own
+Schedule = Literal["cosine", "cosine_with_restarts", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
+
+
 class Distill(BaseModel):
     """How `recover_` heals a compressed model. Errors name the field, what was got and what is allowed.
 
@@ -34,7 +38,7 @@ class Distill(BaseModel):
         batch_size: samples per forward pass, over all processes.
         gradient_accumulation: forward passes per optimizer step.
         learning_rate: peak of the schedule.
-        schedule: name of a transformers schedule ("cosine", "linear", "constant", ...).
+        schedule: of the learning rate, by the name transformers gives it.
         warmup_steps: steps over which the rate rises from zero.
         weight_decay: AdamW's decay at the first step.
         weight_decay_end: its value at the last step, reached linearly; None keeps it constant.
@@ -63,7 +67,7 @@ class Distill(BaseModel):
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=2e-5, gt=0.0)
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     weight_decay_end: float | None = Field(default=None, ge=0.0)

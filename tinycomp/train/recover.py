@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
+import math
 import os
 import tempfile
 import time
@@ -23,8 +23,10 @@ from tinycomp.io.journal import write_atomic
 from tinycomp.io.provenance import model_fingerprint
 from tinycomp.models import spec_of
 from tinycomp.progress import Bars
+from tinycomp.train.checks import check, check_all_labels, check_task, rank, world
 from tinycomp.train.config import Distill
 from tinycomp.train.heal import heal_
+from tinycomp.train.losses import BlockOutputs
 from tinycomp.train.parameters import in_float32, training_parameters
 from tinycomp.train.samples import Split, split_samples, task_of
 from tinycomp.train.teacher import Teacher, questions_of, store
@@ -37,8 +39,8 @@ JOB, START = "recovery.json", "start.safetensors"
 class RecoveryReport:
     """What a recovery did. Losses are the objective on held-out samples; `*_terms` hold its terms, unweighted.
 
-    curve: one entry per judgement: step, seconds since training began (not known for steps of an earlier, killed run),
-        loss and terms.
+    curve: one entry per judgement: step, seconds since training began (None for steps of an earlier, killed run), loss
+        and terms.
     healed: one record per block that the closed form changed or looked at.
     """
 
@@ -55,7 +57,7 @@ class RecoveryReport:
     held_out_samples: int = 0
     seconds: float = 0.0
     healed: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,10 +102,10 @@ def recover_(
     """
     started = time.perf_counter()
     config = config or Distill()
-    _check(model, teacher, config, output_dir)
+    check(model, config, teacher, output_dir)
     report = RecoveryReport(config=config.model_dump())
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with _workspace(output_dir) as folder, Bars(progress and _rank() == 0) as bars, torch.random.fork_rng(devices=[]):
+    with _workspace(output_dir) as folder, Bars(progress and rank() == 0) as bars, torch.random.fork_rng(devices=[]):
         try:
             split = split_samples(model, data, held_out, tokenizer, config, num_samples, max_seq_length)
             report.samples, report.held_out_samples = len(split.train), len(split.held_out)
@@ -118,6 +120,7 @@ def recover_(
             load_into(dict(model.named_parameters()), original)
             report.notes.append(f"nothing helped (best held-out loss {report.loss_after:.6g}): the model is as it was")
             report.loss_after, report.terms_after, report.best_step = report.loss_before, report.terms_before, 0
+    _wait_for_all()  # whoever is first must not remove what others still read
     report.seconds = time.perf_counter() - started
     return report
 
@@ -144,7 +147,7 @@ def cache_teacher(
     """
     config = config or Distill()
     split = split_samples(teacher, data, held_out, tokenizer, config, num_samples, max_seq_length)
-    with Bars(progress and _rank() == 0) as bars:
+    with Bars(progress and rank() == 0) as bars:
         _ask(teacher, split, Path(folder), config, bars)
 
 
@@ -159,8 +162,12 @@ class _Job:
         self.report, self.bars = report, bars
         device = next(model.parameters()).device
         sample = {k: v.to(device) for k, v in split.train.batches(1)[0].items()}
-        task, classes = task_of(model, sample)
-        _check_task(task.kind, classes, teacher, config)
+        with BlockOutputs(model, [spec_of(model).blocks[0].path]) as recorder:
+            task, classes = task_of(model, sample)
+            width = recorder.take()[0].shape[-1]
+        check_task(task.kind, classes, width, teacher, config)
+        if config.ce and task.kind != "none":
+            check_all_labels(task, classes, [*split.train.rows, *split.held_out.rows])
         self.objective = Objective(model, task, teacher, config)
 
     def run(self, folder: Path | None, scratch: str, resume: bool) -> None:
@@ -169,6 +176,11 @@ class _Job:
         job = self._open(folder, resume)
         report.terms_before = job.get("before") or self._judge()
         report.loss_before = report.terms_before["loss"]
+        if not math.isfinite(report.loss_before):
+            raise ValueError(
+                "recover: the held-out loss is not finite before anything was done; check the model's weights and the "
+                "data, or load it in float32"
+            )
         with in_float32(self.model):
             healed = self._heal(folder, job)
             report.loss_healed = healed["loss"]
@@ -191,7 +203,7 @@ class _Job:
         )
         path = folder / JOB
         if not path.exists():
-            if _rank() == 0:
+            if rank() == 0:
                 write_atomic(path, json.dumps({"identity": identity}).encode())
             return {}
         job = json.loads(path.read_text())
@@ -199,7 +211,7 @@ class _Job:
             raise ValueError(
                 f"recover: {folder} holds another job (its model, data or config differ); name another folder"
             )
-        if not resume and _rank() == 0:
+        if not resume and rank() == 0:
             raise ValueError(f"recover: {folder} holds this job already; pass resume to continue it, or delete it")
         return dict(job)
 
@@ -231,7 +243,7 @@ class _Job:
             else:
                 load_into(parameters, self.original)
                 report.notes.append(f"the closed form did not help (held-out loss {after['loss']:.6g}) and was undone")
-        if folder is not None and _rank() == 0:
+        if folder is not None and rank() == 0:
             write_atomic(folder / START, save({name: p.cpu() for name, p in changed.items()}))
             job = json.loads((folder / JOB).read_text()) | {
                 "before": report.terms_before, "healed": before, "records": report.healed, "notes": report.notes,
@@ -246,14 +258,13 @@ class _Job:
             self.bars.update("recovering", done, total, "" if loss is None else f"loss {loss:.4g}")
 
         device = next(self.model.parameters()).device
-        args = arguments(self.config, folder, scratch, _world(), device.type == "cpu")
+        args = arguments(self.config, folder, scratch, world(), device.type == "cpu")
         trainer = RecoveryTrainer(self.objective, self.split, chosen, folder, args, start, on_progress)
         training = self.model.training
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume and folder is not None else None)
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # autocast stays on otherwise
+        self.report.steps = trainer.recover(last_checkpoint(folder) if resume and folder is not None else None)
         self.model.train(training)
         load_into(chosen, trainer.best)
-        self.report.steps, self.report.best_step = trainer.state.global_step, trainer.best_step
+        self.report.best_step = trainer.best_step
         self.report.curve = trainer.curve
 
 
@@ -272,10 +283,15 @@ def _answers(model: nn.Module, teacher: Any, split: Split, folder: Path, config:
 def _ask(teacher: nn.Module, split: Split, folder: Path, config: Distill, bars: Bars) -> None:
     """Store the answers, every process its share; all of them are there when it returns."""
     cpu = next(teacher.parameters()).device.type == "cpu"
-    if _world() > 1:
-        arguments(config, folder, str(folder), _world(), cpu).device  # noqa: B018 (starts the process group)
-    store(teacher, split, folder, config, bars.update, _rank(), _world())
-    if _world() > 1:
+    if world() > 1:
+        arguments(config, folder, str(folder), world(), cpu).device  # noqa: B018 (starts the process group)
+    store(teacher, split, folder, config, bars.update, rank(), world())
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    """Until every process is here; one process alone waits for nobody."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
@@ -289,38 +305,3 @@ def _workspace(output_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _check(model: nn.Module, teacher: Any, config: Distill, output_dir: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"recover: got a {type(model).__name__} as model, allowed is a torch module; load it first")
-    if any(hasattr(m, "base_layer") and hasattr(m, "merge") for m in model.modules()):
-        raise ValueError("recover: got a model with adapters attached, allowed are plain weights; merge them first")
-    if config.steps and importlib.util.find_spec("accelerate") is None:
-        raise RuntimeError("recover: training needs the package accelerate; install tinycomp[train], or use steps=0")
-    if teacher is model:
-        raise ValueError("recover: got the same object as model and teacher; pass the original as teacher")
-    if teacher is None and (config.kl or config.hidden):
-        raise ValueError("recover: got no teacher with kl or hidden above 0; pass one, or Distill(kl=0, ce=1)")
-    if _world() > 1 and output_dir is None:
-        raise ValueError("recover: got no output_dir on several processes; name a folder that all of them see")
-
-
-def _check_task(kind: str, classes: int, teacher: Teacher | None, config: Distill) -> None:
-    if kind == "none" and (config.kl or config.ce):
-        raise ValueError(
-            "recover: got kl or ce above 0 for a model without class logits; use Distill(kl=0, ce=0, hidden=1)"
-        )
-    if teacher is not None and config.kl and (kind, classes) != (teacher.task.kind, teacher.classes):
-        raise ValueError(
-            f"recover: the student gives {classes} {kind} logits and the teacher {teacher.classes} "
-            f"{teacher.task.kind} ones; allowed is a teacher with the same head"
-        )

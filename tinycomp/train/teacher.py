@@ -29,24 +29,24 @@ MANIFEST, SIGNS = "teacher.json", "signs.safetensors"
 VARIANCE_SAMPLES = 16  # samples from which the teacher's variance per block is estimated
 
 
-def block_signs(model: nn.Module, spec: ModelSpec) -> list[list[Tensor]]:
-    """Per stack and block all its vectors (norm weights, biases) in one: compression leaves most of them alone."""
+Signs = dict[str, Tensor]  # a block's vectors by name
+
+
+def block_signs(model: nn.Module, spec: ModelSpec) -> list[list[Signs]]:
+    """Per stack and block its vectors (norm weights, biases): compression leaves most of them alone."""
     return [
         [
-            torch.cat(
-                [p.detach().float().flatten() for p in model.get_submodule(b.path).parameters() if p.ndim == 1]
-                or [torch.zeros(0)]
-            )
+            {n: p.detach().float() for n, p in model.get_submodule(b.path).named_parameters() if p.ndim == 1}
             for b in stack.blocks
         ]
         for stack in spec.stacks
     ]
 
 
-def match_blocks(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[int]:
+def match_blocks(student: Sequence[Signs], teacher: Sequence[Signs]) -> list[int]:
     """For every student block the teacher block it came from, in ascending order, by the distance of their vectors.
 
-    Blocks without vectors of the same size are spread evenly.
+    Vectors count that all blocks have, with the same size; without any the blocks are spread evenly.
 
     Raises:
         ValueError: the student has more blocks.
@@ -56,9 +56,12 @@ def match_blocks(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[i
         raise ValueError(f"recover: got a student with {n} blocks and a teacher with {m}, allowed are at most as many")
     if n == m:
         return list(range(n))
-    if len({*map(len, student), *map(len, teacher)}) > 1 or not len(student[0]):
+    every = [*student, *teacher]
+    common = [n for n, v in student[0].items() if all(n in s and s[n].shape == v.shape for s in every)]
+    if not common:
         return [round(i * (m - 1) / max(n - 1, 1)) for i in range(n)]
-    cost = torch.cdist(torch.stack(list(student)).double(), torch.stack(list(teacher)).double())
+    mine, theirs = (torch.stack([torch.cat([s[c] for c in common]) for s in side]) for side in (student, teacher))
+    cost = torch.cdist(mine.double(), theirs.double())
     best = torch.full((n + 1, m + 1), float("inf"), dtype=torch.float64)
     best[0] = 0
     for i in range(n):
@@ -103,14 +106,19 @@ class Teacher:
         self.task = Task(manifest["task"])
         self.classes: int = manifest["classes"]
         with safe_open(self.folder / SIGNS, "pt") as file:
-            self.signs = [
-                [file.get_tensor(f"{s}.{b}") for b in range(depth)] for s, depth in enumerate(manifest["depths"])
-            ]
+            self.signs: list[list[Signs]] = [[{} for _ in range(depth)] for depth in manifest["depths"]]
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                stack, block, name = key.split(".", 2)
+                self.signs[int(stack)][int(block)][name] = file.get_tensor(key)
         self.hidden: list[int] | None = None
         self.scales: list[float] = []
 
     def fit(self, model: nn.Module, spec: ModelSpec, hidden: bool) -> None:
-        """Match the student's blocks with the teacher's; with `hidden`, give their outputs among the targets."""
+        """Match the student's blocks with the teacher's; with `hidden`, give their outputs among the targets.
+
+        Raises:
+            ValueError: the student has more stacks or blocks.
+        """
         signs = block_signs(model, spec)
         if len(signs) != len(self.signs):
             raise ValueError(f"recover: the student has {len(signs)} lists of blocks, the teacher {len(self.signs)}")
@@ -222,7 +230,10 @@ def _begin(
                 " folder, or delete it"
             )
     elif rank == 0:
-        tensors = {f"{s}.{b}": v.contiguous() for s, blocks in enumerate(signs) for b, v in enumerate(blocks)}
+        tensors = {
+            f"{s}.{b}.{name}": v.contiguous()
+            for s, blocks in enumerate(signs) for b, vectors in enumerate(blocks) for name, v in vectors.items()
+        }  # fmt: skip
         write_atomic(folder / SIGNS, save(tensors))
         write_atomic(folder / MANIFEST, json.dumps(manifest).encode())
 
@@ -247,6 +258,8 @@ def _answer(
             per_sample[name] = list(value.split(sizes))
     for place, (h, mask) in enumerate(zip(hidden, masks, strict=True)):
         per_sample[f"hidden.{place}"] = [h[i][mask[i]].to(torch.bfloat16) for i in range(len(h))]
+    if not all(t.isfinite().all() for parts in per_sample.values() for t in parts):
+        raise ValueError("teacher: its answers are not finite; check its weights and the data, or load it in float32")
     needed = sum(t.nbytes for parts in per_sample.values() for t in parts)
     if shutil.disk_usage(folder).free < 2 * needed:
         raise RuntimeError(

@@ -91,7 +91,7 @@ class RecoveryTrainer(Trainer):
         self.objective, self.split, self.chosen, self.folder = objective, split, chosen, folder
         self.best = {name: p.detach().cpu().clone() for name, p in chosen.items()}
         self.best_loss, self.best_step = start["loss"], 0
-        self.curve: list[dict[str, float]] = [{"step": 0, "seconds": 0.0, **start}]
+        self.curve: list[dict[str, float | None]] = [{"step": 0, "seconds": 0.0, **start}]
         self._begun = time.perf_counter()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -123,10 +123,39 @@ class RecoveryTrainer(Trainer):
             if self.folder is not None and self.args.should_save:
                 header = {"loss": found["loss"], "step": step}
                 write_atomic(self.folder / BEST, save(self.best, metadata={"best": json.dumps(header)}))
-        patience = self.objective.config.patience
-        if patience and step - self.best_step >= patience * self.objective.config.eval_every:
+        if self._hopeless(step):
             self.control.should_training_stop = True
         return metrics
+
+    def _hopeless(self, step: int) -> bool:
+        """Whether the held-out loss has not improved for so long that training stops at this step."""
+        config = self.objective.config
+        return config.patience > 0 and step - self.best_step >= config.patience * config.eval_every
+
+    def recover(self, checkpoint: str | None) -> int:
+        """Train, from `checkpoint` on where there is one; the step it ended at. The best state is in `best`."""
+        if checkpoint is not None:
+            step = self._remember(Path(checkpoint))
+            if self._hopeless(step):
+                return step
+        self.train(resume_from_checkpoint=checkpoint)
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)  # autocast stays on otherwise
+        return self.state.global_step
+
+    def _remember(self, checkpoint: Path) -> int:
+        """Take up the judgements before a checkpoint and the best state so far; the checkpoint's step."""
+        assert self.folder is not None
+        state = json.loads((checkpoint / STATE).read_text())
+        for entry in state["log_history"]:
+            if "eval_loss" in entry:
+                found = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+                self.curve.append({"step": entry["step"], "seconds": None, **found})
+        if (self.folder / BEST).exists():
+            with safe_open(self.folder / BEST, "pt") as file:
+                header = json.loads(file.metadata()["best"])
+                self.best = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            self.best_loss, self.best_step = header["loss"], header["step"]
+        return int(state["global_step"])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint holds the trained parameters alone; the others are those of the model that was passed in."""
@@ -139,17 +168,6 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_into(self.chosen, load_file(Path(resume_from_checkpoint) / WEIGHTS))
-        assert self.folder is not None
-        history = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["log_history"]
-        for entry in history:
-            if "eval_loss" in entry:
-                found = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
-                self.curve.append({"step": entry["step"], "seconds": math.nan, **found})
-        if (self.folder / BEST).exists():
-            with safe_open(self.folder / BEST, "pt") as file:
-                header = json.loads(file.metadata()["best"])
-                self.best = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            self.best_loss, self.best_step = header["loss"], header["step"]
 
 
 class _Schedule(TrainerCallback):
@@ -184,10 +202,6 @@ def load_into(parameters: dict[str, nn.Parameter], state: dict[str, Tensor]) -> 
 
 def arguments(config: Distill, folder: Path | None, scratch: str, world: int, cpu: bool) -> TrainingArguments:
     """The Trainer's settings; `batch_size` counts over all processes."""
-    if config.batch_size % world:
-        raise ValueError(
-            f"recover: got batch_size {config.batch_size} on {world} processes, allowed is a multiple; change it"
-        )
     size, headless = config.batch_size // world, not (config.kl or config.ce)  # headless: the head gets no gradient
     made = TrainingArguments(
         output_dir=str(folder or scratch),

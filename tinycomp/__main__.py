@@ -1,0 +1,5 @@
+"""`python -m tinycomp`, and `torchrun -m tinycomp`."""
+
+from tinycomp.cli import app
+
+app()
