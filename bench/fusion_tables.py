@@ -66,18 +66,27 @@ def classifier_tables(cells: list[dict[str, Any]]) -> list[str]:
     depth = cells[0]["depth"]
     lines = [
         f"## Classifiers: {len({c['set'] for c in cells})} sets, seeds {sorted({c['seed'] for c in cells})}", "",
-        f"Test accuracy in % of {len(answers(cells, 'random', 0))} samples in all, without recovery; regret: mean",
+        f"Test accuracy in % of {len(answers(cells, 'random', 0))} samples in all, without recovery, and in brackets what",
+        "it has over random order, a 95 % interval of a paired bootstrap; in all: the mean over sizes. Regret: mean",
         "distance in points from the best of all sets of the same size, on validation samples, over sizes, sets and",
-        "seeds.", "", "| strategy | " + " | ".join(f"{k} removed" for k in range(depth)) + " | regret |",
-        "|---" * (depth + 2) + "|",
+        "seeds.", "",
+        "| strategy | " + " | ".join(f"{k} removed" for k in range(depth)) + " | over random, in all | regret |",
+        "|---" * (depth + 3) + "|",
     ]  # fmt: skip
     for name in names:
-        row = []
-        for k in range(depth):
-            mean, low, high = interval(answers(cells, name, k))
-            row.append(f"{100 * mean:.1f} ({100 * low:.1f}..{100 * high:.1f})")
+        gains = [answers(cells, name, k) - answers(cells, "random", k) for k in range(1, depth)]
+        row = [f"{100 * answers(cells, name, 0).mean():.1f}"]
+        for k, gain in enumerate(gains, 1):
+            row.append(f"{100 * answers(cells, name, k).mean():.1f} ({_points(gain)})")
+        row.append(_points(np.mean(gains, axis=0)))
         lines.append(f"| {name} | " + " | ".join(row) + f" | {100 * mean_regret(cells, name):.2f} |")
     return [*lines, "", *claims(cells, names, depth), "", *ratio_table(cells, names, depth), ""]
+
+
+def _points(difference: np.ndarray) -> str:
+    """The 95 % interval of a mean difference, in points."""
+    _, low, high = interval(difference)
+    return f"{100 * low:+.1f}..{100 * high:+.1f}"
 
 
 def claims(cells: list[dict[str, Any]], names: list[str], depth: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -229,21 +230,30 @@ def progress(_, done, total, note):
     if done == 13 and wait:
         import time; time.sleep(wait)
 model = FAMILIES["llama"].build()
-config = PathSearch(steps=24, samples=2, length=9, dual="nesterov", checkpoint_every=5)
+config = PathSearch(steps=24, samples=2, length=9, checkpoint_every=5, **json.loads(sys.argv[3]))
 data = [FAMILIES["llama"].batch(s) for s in range(4)]
 path = search_path(model, unit_groups(model), data, config, folder=folder, progress=progress)
 path.save(folder / "path.safetensors")
 """
 
 
-def test_a_killed_search_continues_to_the_identical_path(tmp_path):
+SEARCHES = [
+    {"dual": "nesterov"},
+    {"dual": "adam", "prox": "head"},
+    {"warm": 0.8, "compensate": True},
+    {"preset": "paper"},
+]
+
+
+@pytest.mark.parametrize("fields", SEARCHES, ids=lambda f: "-".join(map(str, f)))
+def test_a_killed_search_continues_to_the_identical_path(fields, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(JOB.format(tests=str(Path(__file__).parent)))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
     def start(folder, wait):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, str(script), str(folder), str(wait)]
+        command = [sys.executable, str(script), str(folder), str(wait), json.dumps(fields)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
