@@ -314,7 +314,7 @@ def test_search_finds_planted_blocks_and_beam_is_no_worse_than_greedy():
     assert search.quality(search.exhaustive(2)).score >= search.quality([1, 4]).score
     data = search.transitions("x", 2, ["block_influence", "energy@update"], random_orders=2)
     assert len({(t.removed, t.block) for t in data}) == len(data) >= 4
-    assert all(t.after == search.quality([*t.removed, t.block]).score for t in data)
+    assert all(t.after == -search.quality([*t.removed, t.block]).loss for t in data)
     fused = FusionModel.fit(data, "ridge")
 
     def predicted(order: list[int]) -> float:

@@ -73,7 +73,7 @@ def test_strategies_on_decoder_and_classifier(name, family):
     if name in ("forest", "ridge-beam", "paper"):
         assert [c["block"] for c in details["changes"]] == details["order"]
         total = sum(c["measured"] for c in details["changes"])
-        assert details["score_before"] + total == pytest.approx(details["score_after_each_removal"][-1])
+        assert details["loss_before"] - total == pytest.approx(details["loss_after_each_removal"][-1])
         assert set(TWELVE) - {"task_relevance"} <= set(details["rank_correlations"])
 
 

@@ -1,11 +1,12 @@
 """Layer pruning: whole blocks leave, chosen by one signal, by signals fused in a regressor, or by trying every set.
 
-The result is an ordinary model with fewer blocks. Quality is measured on half of the calibration data (accuracy of a
-classifier with labels, loss of a language model), signals on the other half.
+The result is an ordinary model with fewer blocks. Quality is measured on half of the calibration data (a classifier
+needs labels), signals on the other half.
 
 Source: Strategic Fusion Optimizes Transformer Compression (arXiv 2501.03273), reconstructed: the paper names seven of
 its twelve signals, gives one formula, and has no code. Differs: no fine-tuning between removals (recovery comes after),
-quality is measured on data that the signals have not seen, beam and exhaustive search, more signals.
+quality is measured on data that the signals have not seen, regressors learn changes of the loss instead of those of the
+accuracy, beam and exhaustive search, more signals.
 """
 
 from __future__ import annotations
@@ -145,11 +146,13 @@ def choose(
         order, details = _fused(search, config, count)
     else:
         order = search.by_signal(config.strategy, count)
-    measured = [search.quality(order[: i + 1]).score for i in range(count)]
+    measured = [search.quality(order[: i + 1]) for i in range(count)]
     details |= {
         "order": order,
         "score_before": search.quality(()).score,
-        "score_after_each_removal": measured,
+        "score_after_each_removal": [quality.score for quality in measured],
+        "loss_before": search.quality(()).loss,
+        "loss_after_each_removal": [quality.loss for quality in measured],
         "signal_seconds": search.seconds,
     }
     return _result(model, spec, order), details
@@ -203,7 +206,7 @@ def _fused(search: Search, config: StrategicFusion, count: int) -> tuple[list[in
     for i, block in enumerate(order):
         left = search.left(order[:i])
         gain = fused.score([BlockEdit(left.index(block))], search.table(order[:i]))[0]
-        measured = search.quality(order[: i + 1]).score - search.quality(order[:i]).score
+        measured = search.quality(order[: i + 1]).gain - search.quality(order[:i]).gain
         pairs.append({"block": block, "predicted": float(gain), "measured": measured})
     details |= {"changes": pairs, "rank_correlations": rank_correlations(table.values)}
     return order, details

@@ -49,7 +49,7 @@ class Transition:
     data_set: name of the data it was measured on; part: "fit" or "judge" where the data was split (nested mode).
     removed: blocks that were gone before, numbered as in the whole model; block: the one edited, likewise.
     features: {column: standardised signal} of that block.
-    before, after: quality (larger is better).
+    before, after: minus the loss, or any other quality (larger is better).
     """
 
     data_set: str

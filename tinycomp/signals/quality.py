@@ -21,7 +21,8 @@ Batch = dict[str, Tensor]
 class Quality:
     """loss: mean in nats per sequence or token; accuracy: of a classifier, None for a language model.
 
-    score is what layers are pruned by, larger is better: the accuracy, or minus the loss.
+    score is what people judge by, larger is better: the accuracy, or minus the loss. gain is what regressors learn:
+    minus the loss, which few samples tell more exactly than the accuracy.
     """
 
     loss: float
@@ -31,6 +32,10 @@ class Quality:
     @property
     def score(self) -> float:
         return -self.loss if self.accuracy is None else self.accuracy
+
+    @property
+    def gain(self) -> float:
+        return -self.loss
 
 
 def rows_of(batch: Batch) -> list[Batch]:

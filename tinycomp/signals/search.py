@@ -195,7 +195,7 @@ class Search:
                 z = self.table(before).standardised(columns)[self.left(before).index(block)]
                 found[before, block] = Transition(
                     data_set, before, block, dict(zip(columns, map(float, z), strict=True)),
-                    self.quality(before).score, self.quality([*before, block]).score, part=part,
+                    self.quality(before).gain, self.quality([*before, block]).gain, part=part,
                 )  # fmt: skip
             self.progress("measuring removals", number + 1, len(strategies))
         return list(found.values())
