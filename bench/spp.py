@@ -50,7 +50,9 @@ SEARCHES = {
     "SPP coupled, compensated": {"compensate": True},
     "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
 }
-ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy, equal widths", "random")
+EQUAL = ", equal widths"  # an order that is cut at the same share in every sublayer; else one ranking of all units
+SCORES = ("Wanda-style score", "first-order Taylor", "output energy", "random")
+ORDERS = (*SEARCHES, *SCORES, *(name + EQUAL for name in (*SEARCHES, *SCORES) if name != "random"))
 
 
 class OutOfTime(Exception):
@@ -100,6 +102,7 @@ class Bench:
         return Linear(path, weight, bias, self.grams().get(path), transposed=transposed, dtype=weight.dtype)
 
     def order(self, name: str, part: str) -> UnitPath:
+        name = name.removesuffix(EQUAL)
         file = self.folder / f"{_short([name, part, self.seed, _fields(self.args, name)])}.safetensors"
         if not file.exists():
             started = time.process_time()
@@ -187,8 +190,9 @@ class Bench:
             achieved = report.ratio_achieved
         else:
             path = self.order(name, part)
-            model, achieved, widths = self.cut(path, part, ratio, name.endswith("equal widths"))
-            extra = {"widths": widths, "search": path.config} if name in SEARCHES else {"widths": widths}
+            model, achieved, widths = self.cut(path, part, ratio, name.endswith(EQUAL))
+            searched = name.removesuffix(EQUAL) in SEARCHES
+            extra = {"widths": widths, "search": path.config} if searched else {"widths": widths}
         extra["build_cpu_seconds"] = round(time.process_time() - started, 1)
         return {
             "model": self.task.name, "protocol": self.task.protocol, "hash": self.task.hash, "seed": self.seed,
@@ -199,6 +203,7 @@ class Bench:
 
 def _fields(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Fields of the search that makes this order; none for the others."""
+    name = name.removesuffix(EQUAL)
     return {**args.search, **SEARCHES[name]} if name in SEARCHES else {}
 
 
