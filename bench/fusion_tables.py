@@ -66,9 +66,9 @@ def classifier_tables(cells: list[dict[str, Any]]) -> list[str]:
     depth = cells[0]["depth"]
     lines = [
         f"## Classifiers: {len({c['set'] for c in cells})} sets, seeds {sorted({c['seed'] for c in cells})}", "",
-        f"Test accuracy in % of {len(answers(cells, 'random', 0))} samples in all, without recovery; in brackets what it",
-        "has over random order, a 95 % interval of a paired bootstrap; in all: the mean over sizes. Regret: mean distance",
-        "in points from the best of all sets of the same size, on validation samples, over sizes, sets and",
+        f"Test accuracy in % of {len(answers(cells, 'random', 0))} samples in all, without recovery; in brackets what",
+        "it has over random order, a 95 % interval of a paired bootstrap; in all: the mean over sizes. Regret: mean",
+        "distance in points from the best of all sets of the same size, on validation samples, over sizes, sets and",
         "seeds.", "",
         "| strategy | " + " | ".join(f"{k} removed" for k in range(depth)) + " | over random, in all | regret |",
         "|---" * (depth + 3) + "|",
