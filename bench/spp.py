@@ -46,13 +46,15 @@ AGAIN = 75
 MEASURES = ("perplexity", "feature_error", "accuracy")  # the first one that a row has is plotted
 SEARCHES = {
     "SPP coupled": {},
-    "SPP coupled, warm start": {"warm": 0.8},
-    "SPP coupled, compensated": {"compensate": True},
-    "SPP released, same lr and steps": {"coupled": False, "nonnegative": True, "per_head": False, "loss": "auto"},
-}
+    "SPP coupled, V from zero": {"warm": 0.0},
+    "SPP coupled, V from zero, compensated": {"warm": 0.0, "compensate": True},
+    "SPP released, same lr and steps": {
+        "coupled": False, "nonnegative": True, "per_head": False, "loss": "auto", "warm": 0.0,
+    },
+    "predicted loss, no search": {"steps": 0},
+}  # fmt: skip
 EQUAL = ", equal widths"  # an order that is cut at the same share in every sublayer; else one ranking of all units
-SCORES = ("Wanda-style score", "first-order Taylor", "output energy", "random")
-ORDERS = (*SEARCHES, *SCORES, *(name + EQUAL for name in (*SEARCHES, *SCORES) if name != "random"))
+ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy" + EQUAL, "random")
 
 
 class OutOfTime(Exception):
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--parts", nargs="+", choices=("ffn", "all"), default=["ffn"])
-    parser.add_argument("--only", nargs="*", default=[], help="names of orders; default all")
+    parser.add_argument("--only", nargs="*", default=[], help="names of orders; also followed by ', equal widths'")
     parser.add_argument("--tokens", type=int, default=DEFAULT.max_tokens)
     parser.add_argument(
         "--examples", type=int, nargs=2, default=[300, 300], help="training, test part of an encoder's probe"

@@ -150,3 +150,10 @@ def test_elimination_in_blocks_stays_near_the_exact_order() -> None:
     exact = linalg.Elimination(w.float(), s.float(), g.float(), 1e-4, step=1).loss
     blocks = linalg.Elimination(w.float(), s.float(), g.float(), 1e-4, step=4).loss
     assert all(b <= 1.5 * a + 1e-4 for a, b in itertools.islice(zip(exact[4:], blocks[4:], strict=True), 0, None, 4))
+
+
+def test_elimination_leaves_a_transposed_weight_as_it_was():
+    stored = torch.randn(12, 6)  # (in, out), as GPT-2 has it
+    before, x = stored.clone(), torch.randn(40, 12)
+    linalg.Elimination(stored.T, x.T @ x / 40, None, 1e-4, step=1)
+    assert torch.equal(stored, before)

@@ -297,7 +297,7 @@ class Elimination:
         n = weight.shape[1]
         step = step or max(n // 96, 1)
         h = torch.cholesky_inverse(cholesky(gram, damping, "hidden gram")).float()
-        w = weight.float().T.contiguous()
+        w = weight.float().T.clone(memory_format=torch.contiguous_format)  # it is changed in place
         gw = w.clone() if output_gram is None else w @ output_gram.float().T
         left = torch.arange(n)  # the columns that w, gw (as rows) and h still have
         order: list[int] = []

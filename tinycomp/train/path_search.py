@@ -27,22 +27,21 @@ from tinycomp.calib.loss import no_cache
 from tinycomp.io import fingerprint
 from tinycomp.io.journal import write_atomic
 from tinycomp.io.provenance import model_fingerprint
-from tinycomp.linalg import Elimination
 from tinycomp.models import spec_of
 from tinycomp.models.units import UnitGroup, UnitPath
 from tinycomp.train.bregman import SplitBregman, lipschitz, step_size
 from tinycomp.train.losses import Batch, BlockOutputs
 from tinycomp.train.masks import Masks, search_loss
 from tinycomp.train.samples import Samples, model_inputs
+from tinycomp.train.unit_loss import places, unit_losses
 
 RELEASED = {
     "coupled": False, "direction": "adam", "lr": 1e-3, "nu": 1.0, "threshold": 3.0, "nonnegative": True,
-    "per_head": False, "loss": "labels",
+    "per_head": False, "loss": "labels", "warm": 0.0,
 }  # fmt: skip
 LIPSCHITZ_AT = (1.0, 0.5, 0.25)  # all masks at this: the path starts at one, and the coupling pulls to zero
 CHECKPOINT = "search.safetensors"
 _TAG = "tinycomp_search"
-DAMPING = 1e-4  # of the elimination that a warm start comes from
 ADAM_TRAVEL = 4.0  # steps times lr: with a threshold of 2, a unit whose mask stays at one enters half-way
 
 
@@ -51,7 +50,7 @@ class PathSearch(BaseModel):
 
     Args:
         preset: "default", or "paper": the released iteration (the other fields still win).
-        steps: gradient steps.
+        steps: gradient steps; 0: no search, the order is that of the predicted losses (`train.unit_loss`).
         samples: samples per step.
         length: tokens per sample; longer ones are cut into pieces.
         loss: "labels", "distill" or "auto", see `train.masks.search_loss`.
@@ -64,8 +63,8 @@ class PathSearch(BaseModel):
         kappa: damping of the sparse twin.
         threshold: lambda; above 1 / kappa, below which units of no importance enter too.
         compensate: the search sees weights that are refit to the masks (`train.masks.Refit`), as after slicing.
-        warm: where V starts, as a share of the threshold: a unit's place, 0 to 1, in the order in which an elimination
-            with refit would keep the inputs of the linear that reads it; queries and keys, which none reads, at half.
+        warm: where V starts, as a share of the threshold times the unit's place, 0 to 1, in the order of the predicted
+            losses (`train.unit_loss`); 0 starts V at zero, as published.
         coupled: the published iteration; False is the released one.
         nonnegative: keep the twin at least 0.
         prox: "unit", or "head": the indices of one head enter together.
@@ -79,7 +78,7 @@ class PathSearch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Literal["default", "paper"] = "default"
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=200, ge=0)
     samples: int = Field(default=4, ge=1)
     length: int = Field(default=256, ge=2)
     loss: Literal["auto", "labels", "distill"] = "auto"
@@ -91,7 +90,7 @@ class PathSearch(BaseModel):
     kappa: float = Field(default=1.0, gt=0.0)
     threshold: float = Field(default=2.0, ge=0.0)
     compensate: bool = False
-    warm: float = Field(default=0.0, ge=0.0, le=1.0)
+    warm: float = Field(default=0.95, ge=0.0, le=1.0)
     coupled: bool = True
     nonnegative: bool = False
     prox: Literal["unit", "head"] = "unit"
@@ -131,9 +130,19 @@ def search_path(
     training = model.training
     model.eval()
     try:
-        grams = _grams(model, groups, batches, config.seed) if config.compensate or config.warm else {}
-        start = _places(model, groups, grams) if config.warm else {}
-        seen = grams if config.compensate else None
+        losses: dict[str, Tensor] = {}
+        if config.warm or not config.steps:
+            where = _broken(model, batches[0]) if batches else None
+            if where is not None:
+                raise ValueError(
+                    f"SPP search: got NaN or infinite values before the first step, first in {where}; allowed are "
+                    "finite ones. Use float32 weights, or check that layer's weights and the data"
+                )
+            losses = unit_losses(model, groups, batches, config.seed)
+        if not config.steps:
+            return UnitPath.from_scores(losses, config.model_dump(mode="json"))
+        start = places(losses) if losses else {}
+        seen = _grams(model, groups, batches, config.seed) if config.compensate else None
         with no_cache(model), torch.enable_grad(), Masks(model, groups, config.per_head, seen) as masks:
             return _Search(model, masks, batches, config, folder, start).run(progress)
     finally:
@@ -149,17 +158,11 @@ def _grams(model: nn.Module, groups: Sequence[UnitGroup], batches: Sequence[Batc
     return found
 
 
-def _places(model: nn.Module, groups: Sequence[UnitGroup], grams: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Group name -> (count,) place of each unit in (0, 1]: which inputs of its reader an elimination keeps longest."""
-    found = {g.name: torch.full((g.count,), 0.5) for g in groups}
-    for group in (g for g in groups if g.members[-1].dim == 1):
-        reader: Any = model.get_submodule(group.members[-1].path)
-        weight = (reader.weight.T if hasattr(reader, "nf") else reader.weight).detach()
-        places = torch.empty(weight.shape[1])
-        order = Elimination(weight.float().cpu(), grams[group.members[-1].path].cpu(), None, DAMPING).order
-        places[order] = torch.arange(1, len(order) + 1) / len(order)
-        found[group.name] = places[group.members[-1].features].mean(1)
-    return found
+def _broken(model: nn.Module, batch: Batch) -> str | None:
+    """The first block whose output is not finite."""
+    with torch.no_grad(), BlockOutputs(model, [b.path for b in spec_of(model).blocks]) as recorder:
+        model(**model_inputs(batch))
+    return next((p for p, h in recorder.found.items() if not bool(torch.isfinite(h).all())), None)
 
 
 class _Search:
@@ -262,11 +265,7 @@ class _Search:
         }
 
     def _what_broke(self, step: int, loss: float, batch: Batch) -> str:
-        blocks = [b.path for b in spec_of(self.model).blocks]
-        with torch.no_grad(), BlockOutputs(self.model, blocks) as recorder:
-            self.model(**model_inputs(batch))
-        bad = (p for p, h in recorder.found.items() if not bool(torch.isfinite(h).all()))
-        where = next(bad, None)
+        where = _broken(self.model, batch)
         if where is None:
             pairs = zip(self.masks.groups, self.masks.values, strict=True)
             wrong = (g.name for g, v in pairs if v.grad is not None and not bool(torch.isfinite(v.grad).all()))
