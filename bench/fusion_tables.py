@@ -141,7 +141,7 @@ def signal_tables(cells: list[dict[str, Any]]) -> list[str]:
     pairs = [(p["predicted"], p["measured"]) for c in cells for p in c["predictions"]]
     rho = spearmanr(*zip(*pairs, strict=True)).statistic
     lines = [
-        f"Predicted against measured change of accuracy (forest, five folds, {len(pairs)} removals): rank correlation "
+        f"Predicted against measured change of the loss (forest, five folds, {len(pairs)} removals): rank correlation "
         f"{rho:.2f}.",
         "",
     ]
@@ -196,11 +196,11 @@ def figure(cells: list[dict[str, Any]], path: Path) -> None:
         left.errorbar(removed + 0.06 * (i - 2.5), found[:, 0], errors, label=name, capsize=2, lw=1.4, elinewidth=0.8)
     left.set(xlabel="blocks removed", ylabel="test accuracy, %, with 95 % intervals", xticks=removed)
     left.legend(fontsize=8, frameon=False)
-    pairs = 100 * np.array([(p["predicted"], p["measured"]) for c in cells for p in c["predictions"]])
+    pairs = np.array([(p["predicted"], p["measured"]) for c in cells for p in c["predictions"]])
     right.scatter(pairs[:, 0], pairs[:, 1], s=6, alpha=0.4, linewidths=0)
     ends = [pairs.min(), pairs.max()]
     right.plot(ends, ends, lw=0.8, color="grey")
-    right.set(xlabel="predicted change, points", ylabel="measured change, points")
+    right.set(xlabel="predicted change of minus the loss, nats", ylabel="measured change, nats")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     made.savefig(path)
