@@ -62,6 +62,20 @@ def test_one_path_serves_every_ratio_and_plan_predicts_the_bytes(tmp_path):
     assert all(set(small[name].tolist()) <= set(large[name].tolist()) for name in small)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "t5"])
+def test_without_a_search_units_go_by_predicted_loss(family, tmp_path):
+    model = FAMILIES[family].build()
+    file = tmp_path / "path.safetensors"
+    config = tc.SPP(ratio=0.6, steps=0, path=str(file))
+    notes = tc.plan(model.config, config, progress=False)["notes"]
+    assert any("no search" in n for n in notes)
+    report = tc.compress_(model, config, data(family), progress=False)
+    assert report.ratio_achieved == pytest.approx(0.6, abs=0.07)
+    assert report.methods[0]["curve"] == []
+    path = UnitPath.load(str(file))
+    assert all(bool((entry == -1).all()) for entry in path.entry.values())
+
+
 def test_costs_decide_between_kinds_of_units():
     model = FAMILIES["llama"].build()
     groups = unit_groups(model)

@@ -154,7 +154,10 @@ def from_units(model: nn.Module, spec: ModelSpec, config: SPP) -> dict[str, Any]
 def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[str]:
     """What a search will take: passes of activations forward and backward; the weights get no gradient."""
     units = sum(g.count for g in groups)
-    search = f"search: {config.steps} steps on {units} masks"
+    losses = "predicted losses: the calibration samples forward, some of them backward, then an elimination per sublayer"
+    if not config.steps:
+        return [f"{losses}; no search"]
+    search = f"search: {config.steps} steps on {units} masks" + (f"; before it, {losses}" if config.warm else "")
     if getattr(model, "main_input_name", "") != "input_ids":
         return [f"{search}; its time and memory depend on the size of the inputs"]
     tokens = config.samples * config.length
