@@ -159,6 +159,29 @@ def test_finished_answers_survive_interruptions_and_refusals(tmp_path, monkeypat
     assert report["steps"] == 2
 
 
+def test_checkpoints_survive_an_interruption_where_there_is_no_teacher(tmp_path, monkeypatch):
+    from tinycomp.train.trainer import _Schedule
+
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "model")
+    words = ["recover", "model", "--output-dir", "out", *SMALL, "--steps", 4, "--set", "eval_every=1"]
+    words += ["--set", "kl=0", "--set", "ce=1"]
+    before = _Schedule.on_pre_optimizer_step
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+        before(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Schedule, "on_pre_optimizer_step", stop)
+        assert run(*words).exit_code == 130
+    assert (tmp_path / ".out.tinycomp-recovery" / "checkpoint-2").is_dir()
+    done = run(*words, "--resume")
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / ".out.tinycomp-recovery").exists()
+
+
 def test_a_run_that_stopped_early_stays_stopped_when_resumed(tmp_path):
     config = tc.Distill(
         steps=40, eval_every=1, patience=2, batch_size=4, learning_rate=30.0, heal=False, max_grad_norm=0

@@ -154,7 +154,9 @@ def from_units(model: nn.Module, spec: ModelSpec, config: SPP) -> dict[str, Any]
 def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[str]:
     """What a search will take: passes of activations forward and backward; the weights get no gradient."""
     units = sum(g.count for g in groups)
-    losses = "predicted losses: the calibration samples forward, some of them backward, then an elimination per sublayer"
+    losses = (
+        "predicted losses: the calibration samples forward, some of them backward, then an elimination per sublayer"
+    )
     if not config.steps:
         return [f"{losses}; no search"]
     search = f"search: {config.steps} steps on {units} masks" + (f"; before it, {losses}" if config.warm else "")

@@ -129,9 +129,10 @@ def _kept_when_interrupted(work: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         refused = isinstance(error, ValueError | TypeError)
-        if any(work.glob("teacher/sample-*")) and not (refused and not existed):
+        answers = [] if refused else [*work.glob("teacher/sample-*")]
+        if existed or answers or any(work.glob("checkpoint-*")):
             error.add_note(f"what is finished is kept in {work}, the same command with --resume continues")
-        elif rank() == 0 and not existed:
+        elif rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
         raise
 
