@@ -117,7 +117,7 @@ class Bench:
     def _make(self, name: str, part: str) -> UnitPath:
         groups = self.chosen(part)
         if name in SEARCHES:
-            config = PathSearch(**_fields(self.args, name), seed=self.seed, checkpoint_every=5)
+            config = PathSearch(**_fields(self.args, name) | {"seed": self.seed, "checkpoint_every": 5})
             folder = self.folder / _short([name, part, config.model_dump()])
             return search_path(self.model, groups, self.batches, config, folder=folder, progress=self._searching)
         if name == "random":
@@ -204,9 +204,9 @@ class Bench:
 
 
 def _fields(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Fields of the search that makes this order; none for the others."""
+    """Fields of the search that makes this order, defaults among them; none for the others."""
     name = name.removesuffix(EQUAL)
-    return {**args.search, **SEARCHES[name]} if name in SEARCHES else {}
+    return PathSearch(**{**args.search, **SEARCHES[name]}).model_dump() if name in SEARCHES else {}
 
 
 def _short(parts: Sequence[Any]) -> str:
