@@ -292,21 +292,30 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     pairs = sorted({(r["model"], r["part"]) for r in rows if r["part"] != "-"})
-    figure, axes = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.6), squeeze=False)
-    for axis, (model, part) in zip(axes[0], pairs, strict=True):
+    names = sorted({r["name"] for r in rows if r["part"] != "-"})
+    tab = pyplot.colormaps["tab20"].colors
+    colours = dict(zip(names, tab[::2] + tab[1::2], strict=False))
+    height = -(-len(pairs) // 3)
+    figure, axes = pyplot.subplots(height, 3, figsize=(12, 3.4 * height), layout="constrained", squeeze=False)
+    lines: dict[str, Any] = {}
+    for axis in axes.flat[len(pairs) :]:
+        axis.remove()
+    for axis, (model, part) in zip(axes.flat, pairs, strict=False):
         own = [r for r in rows if (r["model"], r["part"]) == (model, part)]
         measure = next(m for m in MEASURES if m in own[0])
-        for name in dict.fromkeys(r["name"] for r in own):
+        for name in names:
             points: dict[float, list[float]] = {}
             for r in own:
                 if r["name"] == name:
                     points.setdefault(r["ratio"], []).append(r[measure])
-            axis.plot(sorted(points), [_mean(points[k]) for k in sorted(points)], marker="o", label=name)
-        axis.set(title=f"{model}, {part}", xlabel="kept share of the units' parameters", ylabel=measure)
+            values = [_mean(points[k]) for k in sorted(points)]
+            if values:
+                (lines[name],) = axis.plot(sorted(points), values, marker="o", ms=4, color=colours[name])
+        what = "neurons" if part == "ffn" else "neurons and attention"
+        axis.set(title=f"{model}, {what}", xlabel="kept share of the parameters", ylabel=measure.replace("_", " "))
         if measure != "accuracy":
             axis.set_yscale("log")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(file)
 
 

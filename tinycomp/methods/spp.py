@@ -7,7 +7,8 @@ is refit.
 Source: Adaptive Pruning of Pretrained Transformer via Differential Inclusions, arXiv 2501.03289, ICLR 2025, and its
 repository. Differs from the repository (`preset="paper"`): masks are coupled to their sparse twins as the paper's
 theory has it, every head has its own indices, entry steps are exact, one ranking by entry time per parameter covers
-attention and feed-forward, widths are multiples of 8, the softmax scale stays, kept weights are refit.
+attention and feed-forward, the dual starts from predicted losses, widths are multiples of 8, the softmax scale stays,
+kept weights are refit.
 """
 
 from __future__ import annotations
