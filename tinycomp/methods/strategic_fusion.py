@@ -135,8 +135,10 @@ def choose(
     """
     depth = len(the_stack(spec).blocks)
     count = config.count(depth, droppable)
-    if not count or (config.strategy in BASELINES and config.search != "exhaustive"):
-        order = [i for i in baseline(config.strategy, depth, config.seed) if i in droppable][:count] if count else []
+    if not count:
+        return Result(), {"order": []}
+    if config.strategy in BASELINES and config.search != "exhaustive":
+        order = baseline(config.strategy, depth, config.seed, droppable)[:count]
         return _result(model, spec, order), {"order": order}
     search = _search(model, spec, config, batches(), edited, droppable=droppable, progress=progress)
     details: dict[str, Any] = {}

@@ -159,15 +159,13 @@ class _Gradients:
 
     def values(self) -> dict[str, list[float]]:
         n = self.samples
-        return (
-            {}
-            if not n
-            else {
-                "gradient_magnitude": [v / n for v in self.magnitude],
-                "gradient_fisher": [v / n for v in self.fisher],
-                "gradient_taylor": [abs(v) / n for v in self.taylor],
-            }
-        )
+        if not n:
+            return {}
+        return {
+            "gradient_magnitude": [v / n for v in self.magnitude],
+            "gradient_fisher": [v / n for v in self.fisher],
+            "gradient_taylor": [abs(v) / n for v in self.taylor],
+        }
 
 
 class _Watch:

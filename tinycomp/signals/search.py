@@ -36,15 +36,23 @@ def drops(config: Any, spec: ModelSpec, removed: Sequence[int]) -> list[Edit]:
     return found
 
 
-def baseline(name: str, depth: int, seed: int = 0) -> list[int]:
-    """An order that looks at nothing: "random", "every-other" (1, 3, 5, ... from below, then the rest), "top"."""
-    if name == "random":
-        return np.random.default_rng(seed).permutation(depth).tolist()
-    if name == "top":
-        return list(range(depth - 1, -1, -1))
-    if name == "every-other":
-        return [*range(1, depth, 2), *range(0, depth, 2)]
-    raise ValueError(f"strategy: got {name!r}, allowed baselines: {', '.join(BASELINES)}")
+def baseline(name: str, depth: int, seed: int = 0, droppable: Sequence[int] | None = None) -> list[int]:
+    """An order that looks at nothing: "random", "every-other" (1, 3, 5, ... from below, then the rest), "top".
+
+    Args:
+        name: of the order.
+        depth: blocks of the model.
+        seed: of "random".
+        droppable: the only blocks in the order; None is all of them.
+    """
+    orders = {
+        "random": np.random.default_rng(seed).permutation(depth).tolist(),
+        "top": range(depth - 1, -1, -1),
+        "every-other": [*range(1, depth, 2), *range(0, depth, 2)],
+    }
+    if name not in orders:
+        raise ValueError(f"strategy: got {name!r}, allowed baselines: {', '.join(BASELINES)}")
+    return [i for i in orders[name] if droppable is None or i in droppable]
 
 
 class Search:
@@ -173,10 +181,6 @@ class Search:
             self.progress("measuring every set", number + 1, len(subsets))
         return max(subsets, key=lambda s: self.quality(s).score)
 
-    def baseline(self, name: str, count: int, seed: int) -> list[int]:
-        """The first `count` blocks of an order that looks at nothing."""
-        return [i for i in baseline(name, self.depth, seed) if i in self.droppable][:count]
-
     def transitions(
         self, data_set: str, count: int, columns: Sequence[str], random_orders: int = 3, part: str = "fit",
     ) -> list[Transition]:  # fmt: skip
@@ -185,7 +189,7 @@ class Search:
         strategies: list[Any] = [*columns, *range(random_orders)]
         for number, strategy in enumerate(strategies):
             if isinstance(strategy, int):
-                order = self.baseline("random", count, self.seed * 1000 + strategy)
+                order = baseline("random", self.depth, self.seed * 1000 + strategy, self.droppable)[:count]
             else:
                 order = self.by_signal(strategy, count)
             for step, block in enumerate(order):

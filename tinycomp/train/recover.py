@@ -159,7 +159,7 @@ class _Job:
         report: RecoveryReport, bars: Bars,
     ):  # fmt: skip
         self.model, self.original, self.teacher, self.split, self.config = model, original, teacher, split, config
-        self.report, self.bars = report, bars
+        self.report, self.bars, self.identity = report, bars, ""
         device = next(model.parameters()).device
         sample = {k: v.to(device) for k, v in split.train.batches(1)[0].items()}
         with BlockOutputs(model, [spec_of(model).blocks[0].path]) as recorder:
@@ -195,19 +195,16 @@ class _Job:
         return self.objective.judge(self.split.held_out, self.config.batch_size)
 
     def _open(self, folder: Path | None, resume: bool) -> dict[str, Any]:
-        """What an earlier run of this job left; {} for a new one."""
+        """What an earlier run of this job left, once it was healed; {} for a new one."""
         if folder is None:
             return {}
-        identity = fingerprint(
+        self.identity = fingerprint(
             self.config, model_fingerprint(self.model), [*self.split.train.rows, *self.split.held_out.rows]
         )
-        path = folder / JOB
-        if not path.exists():
-            if rank() == 0:
-                write_atomic(path, json.dumps({"identity": identity}).encode())
+        if not (folder / JOB).exists():
             return {}
-        job = json.loads(path.read_text())
-        if job["identity"] != identity:
+        job = json.loads((folder / JOB).read_text())
+        if job["identity"] != self.identity:
             raise ValueError(
                 f"recover: {folder} holds another job (its model, data or config differ); name another folder"
             )
@@ -245,8 +242,9 @@ class _Job:
                 report.notes.append(f"the closed form did not help (held-out loss {after['loss']:.6g}) and was undone")
         if folder is not None and rank() == 0:
             write_atomic(folder / START, save({name: p.cpu() for name, p in changed.items()}))
-            job = json.loads((folder / JOB).read_text()) | {
-                "before": report.terms_before, "healed": before, "records": report.healed, "notes": report.notes,
+            job = {
+                "identity": self.identity, "before": report.terms_before, "healed": before, "records": report.healed,
+                "notes": report.notes,
             }  # fmt: skip
             write_atomic(folder / JOB, json.dumps(job).encode())
         return before
