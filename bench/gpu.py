@@ -3,8 +3,9 @@
 First every contract's samples on the device, under the tests' one tolerance rule; a failure ends the run. Then each
 layer shape of a Llama-3-8B block: every op in CUDA, Triton and torch, cuBLAS (F.linear), torch.compile and, where they
 are installed, torchao's and gemlite's int4 and torch's 2:4, in CUDA graphs, the second-level cache flushed before every
-repeat. One JSON line per case in bench/results/gpu-<device>.jsonl, with the
-modelled bound beside the measured time. Without a GPU: `--model H100` prints the bounds, modelled and unmeasured.
+repeat. One JSON line per case in bench/results/gpu-<device>.jsonl, with the modelled bound beside the measured time.
+On compute capability 9.0 and 10.0 the whole runs again with TINYCOMP_TMA=1, the instructions of that GPU alone.
+Without a GPU: `--model H100` prints the bounds, modelled and unmeasured.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from tinycomp.kernels_dump import _cases  # noqa: E402
 from tinycomp.ops import _registry  # noqa: E402
 
 REPEATS = 50
+TMA = os.environ.get("TINYCOMP_TMA") == "1"
 
 
 def on_device(args: tuple[Any, ...], wide: bool = False) -> list[Any]:
@@ -227,6 +230,10 @@ def measure(output: Path | None) -> None:
     with path.open("a") as file, torch.no_grad():
 
         def measure_one(layer: str, inputs: int, name: str, moved_bytes: float, bound: float | None, call: Any) -> None:
+            if TMA:
+                if not name.endswith("cuda"):
+                    return
+                name += " TMA"
             median, low, high = measure_us(call)
             row: dict[str, Any] = {"layer": layer, "rows": inputs, "case": name, "us": median}
             row |= {"us_p20": low, "us_p80": high, "gb_s": moved_bytes / median / 1e3, "modelled_bound_us": bound}
@@ -257,6 +264,8 @@ def main() -> None:
         print(gpu_model.comparison([json.loads(line) for line in lines]))
     elif torch.cuda.is_available():
         measure(options.output)
+        if torch.cuda.get_device_capability() in ((9, 0), (10, 0)) and not TMA:
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | {"TINYCOMP_TMA": "1"}).returncode)
     else:
         print("no GPU here, nothing was measured; --model H100 prints modelled bounds")
 

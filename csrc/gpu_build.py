@@ -14,8 +14,8 @@ from pathlib import Path
 CSRC = Path(__file__).parent
 # sm_80 code runs on every later GPU through its PTX; the others save that translation.
 ARCHITECTURES = ("80", "90a", "100a")
-# Files of the library itself, and of a kernel that several ops launch.
-NO_OPS = ("library", "product_wgmma")
+# Files of the library itself, and of kernels that several ops launch.
+NO_OPS = ("library", "product_tcgen05", "product_wgmma")
 # The stable ABI of torch 2.10: one binary serves that release and later ones.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # What a CUDA build of torch provides and a CPU build does not; enough to link where torch has no CUDA.

@@ -2,7 +2,7 @@
 
 The budgets (csrc/cuda/budgets.json) hold for every compiled instance of a kernel; a kernel without a budget, a budget
 without a kernel, or a number that ptxas did not print is a failure. "instructions" must be in every instance for
-bfloat16 and float16, "instructions_90a" in what is made of it for sm_90a.
+bfloat16 and float16, "instructions_90a" and "instructions_100a" in what is made of it for sm_90a and sm_100a.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import gpu_build  # noqa: E402
 
 BUDGETS = json.loads((TESTS.parent / "csrc" / "cuda" / "budgets.json").read_text())
 pytestmark = pytest.mark.skipif(gpu_build.cuda_home() is None, reason="nvcc is not installed (make gpu-tools)")
-# Blocks of one processor by registers and shared memory, of sm_80 (the tightest of the three in shared memory).
-REGISTERS, SHARED = 65536, 164 << 10
+# Of one processor.
+REGISTERS, SHARED = 65536, {"80": 164 << 10, "90a": 228 << 10, "100a": 228 << 10}
 
 
 class Kernel(NamedTuple):
@@ -70,18 +70,20 @@ def kernels(architecture: str, only: tuple[str, ...] = ()) -> list[Kernel]:
 def test_budgets(architecture: str) -> None:
     found = kernels(architecture)
     assert {k.family for k in found} == set(BUDGETS)
-    check_budgets(found)
+    check_budgets(found, architecture)
 
 
-def check_budgets(found: list[Kernel]) -> None:
+def check_budgets(found: list[Kernel], architecture: str) -> None:
     for kernel in found:
         budget = BUDGETS[kernel.family]
+        if any(key.startswith("instructions_") for key in budget) and f"instructions_{architecture}" not in budget:
+            continue  # empty there
         assert kernel.spilled == kernel.stack == 0, kernel
         assert kernel.registers <= budget["registers"], kernel
         assert kernel.shared <= budget["static_shared_bytes"], kernel
         by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * budget["threads"])
         # 1 KB of every block is the system's.
-        by_shared = SHARED // (kernel.shared + budget["dynamic_shared_bytes"] + 1024)
+        by_shared = SHARED[architecture] // (kernel.shared + budget["dynamic_shared_bytes"] + 1024)
         assert min(by_registers, by_shared) >= budget["blocks_per_processor"], kernel
 
 
@@ -112,14 +114,19 @@ def test_instructions() -> None:
     assert {name for name, budget in BUDGETS.items() if budget["instructions"]} <= set(seen)
 
 
-def test_warp_groups_are_used_on_sm_90a() -> None:
-    found = kernels("90a", gpu_build.NO_OPS)
-    wanted = {name: budget["instructions_90a"] for name, budget in BUDGETS.items() if "instructions_90a" in budget}
-    assert {k.family for k in found} == set(wanted)
-    check_budgets(found)
-    for cubin, _ in gpu_build.cubins(TESTS.parent / "build", "90a", gpu_build.NO_OPS):
+@pytest.mark.parametrize("architecture", gpu_build.ARCHITECTURES[1:])
+def test_a_gpu_uses_its_own_instructions(architecture: str) -> None:
+    found = kernels(architecture, gpu_build.NO_OPS)
+    key = f"instructions_{architecture}"
+    wanted = {name: budget[key] for name, budget in BUDGETS.items() if key in budget}
+    assert {k.family for k in found} == {"product_wgmma", "product_tcgen05"} >= set(wanted)
+    check_budgets(found, architecture)
+    seen = Counter()
+    for cubin, _ in gpu_build.cubins(TESTS.parent / "build", architecture, gpu_build.NO_OPS):
         for symbol, count in instructions(cubin).items():
-            assert [word for word in wanted[family(symbol)] if not count[word]] == [], symbol
+            assert [word for word in wanted.get(family(symbol), []) if not count[word]] == [], symbol
+            seen[family(symbol)] += 1
+    assert all(seen[name] == 2 for name in wanted)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ REASON = gpu_build.why_no_emulation()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = sorted(path.stem for path in gpu_build.sources() if path.stem in OPS)
+OF_ONE_GPU = backend.INSTRUCTIONS[1:]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -113,15 +114,17 @@ def test_awkward_shapes(library: ctypes.CDLL, m: int, rank: int) -> None:
 
 @pytest.mark.parametrize("order", backend.ORDERS)
 @pytest.mark.parametrize("lazy_copies", [True, False], ids=["lazy", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
-def test_warp_group_products(library: ctypes.CDLL, order: str, lazy_copies: bool, dtype: torch.dtype) -> None:
-    """The sm_90a kernel: more steps than stages, ragged in all sizes; z of an odd rank has rows padded to 16 bytes."""
-    backend.configure(library, order, 7, lazy_copies, processors=1, wgmma=True)
-    check("lowrank_linear", layer(33, 456, 136, 55, dtype, True), f"{order} wgmma")
+@pytest.mark.parametrize("instructions", OF_ONE_GPU)
+def test_products_by_tensor_copies(library: ctypes.CDLL, order: str, lazy_copies: bool, instructions: str) -> None:
+    """The kernels of one GPU: more steps than stages, ragged in all sizes; z of an odd rank has padded rows."""
+    backend.configure(library, order, 7, lazy_copies, 1, instructions)
+    for dtype in DTYPES[1:]:
+        check("lowrank_linear", layer(33, 456, 136, 55, dtype, True), f"{order} {instructions}")
 
 
-def test_warp_groups_where_copies_cannot_be_16_bytes(library: ctypes.CDLL) -> None:
-    backend.configure(library, processors=1, wgmma=True)
+@pytest.mark.parametrize("instructions", OF_ONE_GPU)
+def test_where_tensor_copies_cannot_be_16_bytes(library: ctypes.CDLL, instructions: str) -> None:
+    backend.configure(library, processors=1, instructions=instructions)
     for m, k, n in ((129, 64, 257), (17, 7, 1), (130, 193, 129)):
         g = torch.Generator().manual_seed(m)
         x, w = torch.randn(m, k, generator=g).bfloat16(), torch.randn(n, k, generator=g).bfloat16()
@@ -129,20 +132,20 @@ def test_warp_groups_where_copies_cannot_be_16_bytes(library: ctypes.CDLL) -> No
 
 
 def test_pick_config(library: ctypes.CDLL) -> None:
-    def pick(inputs: int, columns: int, rows: int, wgmma: bool = False) -> tuple[bool, int, bool, int, bool]:
+    def pick(inputs: int, columns: int, rows: int, own: str = "mma") -> tuple[bool, int, bool, int, str]:
         config = (ctypes.c_int64 * 5)()
         sizes = (ctypes.c_int64(v) for v in (inputs, columns, rows))
-        library.tinycomp_pick_config(*sizes, 108, wgmma, config)
-        return bool(config[0]), config[1], bool(config[2]), config[3], bool(config[4])
+        library.tinycomp_pick_config(*sizes, 108, backend.INSTRUCTIONS.index(own), config)
+        return bool(config[0]), config[1], bool(config[2]), config[3], backend.INSTRUCTIONS[config[4]]
 
-    assert pick(1, 4096, 4096) == pick(16, 4096, 4096) == (True, 2, False, 216, False)
-    assert pick(1, 4096, 512) == (True, 1, False, 64, False)
+    assert pick(1, 4096, 4096) == pick(16, 4096, 4096) == (True, 2, False, 216, "mma")
+    assert pick(1, 4096, 512) == (True, 1, False, 64, "mma")
     assert pick(1, 4096, 14336)[:2] == (True, 2)
     assert pick(17, 4096, 4096)[0] is False
     assert pick(128, 4096, 4096)[2] is False
     assert pick(2048, 4096, 4096)[2] is True
-    assert [pick(m, 4096, 4096, wgmma=True)[4] for m in (16, 128, 2048)] == [False, False, True]
-    assert pick(2048, 4096, 4096)[4] is False
+    for own in backend.INSTRUCTIONS:
+        assert [pick(m, 4096, 4096, own)[4] for m in (16, 128, 2048)] == ["mma", "mma", own]
     for inputs in (1, 5, 16):
         for rows in (1, 100, 5000):
             decode, tiles, _, blocks, _ = pick(inputs, 64, rows)
@@ -164,6 +167,9 @@ FAULTS = {
     "no barrier before the sum": ("decode.cuh", "kOutputs);\n  __syncthreads();\n", "kOutputs);\n"),
     "warp groups: a stage filled too early": ("product_wgmma.cu", "wgmma_wait<1>", "wgmma_wait<2>"),
     "warp groups: the phase of a barrier": ("product_wgmma.cu", "step / Tile::kStages & 1", "0"),
+    "tensor memory: a stage filled too early": ("product_tcgen05.cu", "(round - 1) & 1", "round & 1"),
+    "tensor memory: sums fetched too early": ("product_tcgen05.cu", "  ptx::wait_barrier(&done, 0);\n", ""),
+    "tensor memory: old sums kept": ("product_tcgen05.cu", "step + k > 0", "true"),
     "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
 }
 FAULTY_RUN = """
@@ -178,8 +184,8 @@ g = torch.Generator().manual_seed(0)
 caught = 0
 for order in ("forward", "random", "greedy", "greedy-reverse"):
     for lazy in (True, False):
-        for m, wgmma in ((5, False), (40, False), (40, True)):
-            backend.configure(library, order, 3, lazy, 1 if wgmma else 108, wgmma)
+        for m, own in ((5, "mma"), (40, "mma"), (40, "wgmma"), (40, "tcgen05")):
+            backend.configure(library, order, 3, lazy, 108 if own == "mma" else 1, own)
             x, w = torch.randn(m, 456, generator=g).bfloat16(), torch.randn(100, 456, generator=g).bfloat16()
             try:
                 with ops.use_backend("cuda-emulated"):
@@ -220,7 +226,7 @@ def run_with_fault(fault: str) -> subprocess.CompletedProcess[str]:
 def test_seeded_faults_are_caught(fault: str, request: pytest.FixtureRequest) -> None:
     done = all_cores.result(run_with_fault, all_cores.selected(request, "fault"), fault)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 24 runs"
+    assert (int(done.stdout) > 0) == (fault != "none"), f"caught in {done.stdout.strip()} of 32 runs"
 
 
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")

@@ -116,6 +116,18 @@ __device__ __forceinline__ void multiply_stage(const char* x, const char* w, flo
   }
 }
 
+// Calls store(input, row, value) for every output of a tile in shared memory, its inputs kStride apart.
+template <class Tile, int kStride, class Store>
+__device__ __forceinline__ void store_shared_tile(const float* shared, int first_input, int first_row, int inputs,
+                                                  int rows, const Store& store) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Tile::kM * Tile::kN; i += Tile::kThreads) {
+    const int m = i / Tile::kN, n = i % Tile::kN;
+    if (first_input + m < inputs && first_row + n < rows)
+      store(first_input + m, first_row + n, shared[m * kStride + n]);
+  }
+}
+
 // Calls store(input, row, value) for every output of the tile. They pass through shared memory, so that threads store
 // next to each other and the code of `store`, with all that ops add, exists once and not for each of 64 registers.
 template <class Tile, int kTilesM, int kTilesN, class Store>
@@ -133,12 +145,7 @@ __device__ __forceinline__ void store_tile(const float (&sums)[kTilesM][kTilesN]
 #pragma unroll
       for (int e = 0; e < 4; ++e) shared[(m0 + 16 * i + 8 * (e / 2)) * kStride + n0 + 8 * j + e % 2] = sums[i][j][e];
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kM * Tile::kN; i += Tile::kThreads) {
-    const int m = i / Tile::kN, n = i % Tile::kN;
-    if (first_input + m < inputs && first_row + n < rows)
-      store(first_input + m, first_row + n, shared[m * kStride + n]);
-  }
+  store_shared_tile<Tile, kStride>(shared, first_input, first_row, inputs, rows, store);
 }
 
 // Calls store(input, row, value) for the tile of block (x, y): inputs along x, rows of the weight along y.

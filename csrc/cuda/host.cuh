@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "../common/register.h"
+#include "config.h"
 #include "decode.cuh"
 #if !defined(TINYCOMP_EMULATION)
 #include <cuda_runtime.h>
@@ -22,11 +23,11 @@ using torch::headeronly::ScalarType;
 using Stream = void*;
 // Resident blocks of the emulated device; a test lowers it to reach the configurations of small grids.
 inline int emulated_processors = 108;
-inline bool emulated_wgmma = false;
+inline Instructions emulated_instructions = kMma;
 struct Device {
   Stream stream = nullptr;
   int processors = emulated_processors;
-  bool wgmma = emulated_wgmma;
+  Instructions instructions = emulated_instructions;
   explicit Device(const Tensor&) {}
   unsigned* counters() const;
   void check_launch() const {}
@@ -39,18 +40,19 @@ struct Device {
   torch::stable::accelerator::DeviceGuard guard;
   Stream stream = nullptr;
   int processors = 0;
-  bool wgmma = false;  // see product_wgmma.cu
+  Instructions instructions = kMma;  // what else it has, if that is asked for
   explicit Device(const Tensor& t) : index(t.get_device_index()), guard(t.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<Stream>(current);
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-    static const char* wanted = std::getenv("TINYCOMP_WGMMA");
+    static const char* wanted = std::getenv("TINYCOMP_TMA");
     if (wanted && wanted[0] == '1') {
       int major = 0, minor = 0;
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-      wgmma = major == 9 && minor == 0;
+      if (major == 9 && minor == 0) instructions = kWgmma;
+      if (major == 10 && minor == 0) instructions = kTcgen05;
     }
   }
   // Zeros for `run_stages`, left at zero by it; no other launch that may run at the same time gets the same ones.

@@ -85,18 +85,23 @@ void launch_tiles(const Device& device, const Matrix<T>& x, const Storage& w, co
 
 template <class T>
 void launch_wgmma(const Device&, const Matrix<T>&, const Storage&, const Output<T>&, int inputs);
+template <class T>
+void launch_tcgen05(const Device&, const Matrix<T>&, const Storage&, const Output<T>&, int inputs);
 
 // Storages that are unpacked in registers run on small tiles: their work per block is the unpacking. So does float32,
 // whose products take registers, not tensor cores.
 template <class T, class W>
 void product(const Device& device, const Matrix<T>& x, int inputs, const Storage& w, const Output<T>& o) {
   if (inputs == 0 || w.rows == 0) return;
-  const Config config = pick_config({{inputs, w.columns, w.rows}}, device.processors, device.wgmma);
+  const Config config = pick_config({{inputs, w.columns, w.rows}}, device.processors, device.instructions);
   if constexpr (W::kCopies)
     if (config.decode && config.row_tiles == 2) return launch_decode<T, W, 2>(device, x, w, o, inputs);
   if constexpr (W::kCopies && sizeof(T) == 2) {
     // Tensor copies want what 16-byte copies want, and at least one column.
-    if (config.wgmma && x.vector && w.vector && w.columns > 0) return launch_wgmma<T>(device, x, w, o, inputs);
+    if (x.vector && w.vector && w.columns > 0) {
+      if (config.instructions == kWgmma) return launch_wgmma<T>(device, x, w, o, inputs);
+      if (config.instructions == kTcgen05) return launch_tcgen05<T>(device, x, w, o, inputs);
+    }
     if (!config.decode && config.large) return launch_tiles<T, W, LargeTile>(device, x, w, o, inputs);
   }
   if (config.decode)

@@ -2,14 +2,15 @@
 //
 // Two warp groups make a tile of 128 inputs by 128 rows of the weight; a thread that waits for nothing else starts the
 // copies. Its arithmetic is executed by the emulation, its machine code has been inspected, and it has run on no GPU:
-// it is off unless TINYCOMP_WGMMA=1 asks for it on a GPU of compute capability 9.0.
+// it is off unless TINYCOMP_TMA=1 asks for it on a GPU of compute capability 9.0.
 #include "linear.cuh"
 #include "ptx_sm90.cuh"
 
 namespace tinycomp::cuda {
 
 struct WgmmaTile {
-  static constexpr int kM = 128, kN = 128, kWarpsM = 8, kWarpsN = 1, kThreads = 256, kStages = 4, kColumns = 64;
+  static constexpr int kM = 128, kN = 128, kWarpsM = 8, kWarpsN = 1, kThreads = 256, kStages = 4,
+                       kColumns = ptx::kBoxColumns;
   static constexpr int kOperandBytes = 128 * 128, kStageBytes = 2 * kOperandBytes;
   static constexpr size_t kSharedBytes = size_t(kStages) * kStageBytes;
 };
@@ -64,37 +65,9 @@ __global__ void __launch_bounds__(WgmmaTile::kThreads)
 }  // namespace tinycomp::cuda
 
 #if defined(TINYCOMP_TORCH)
-#include "linear_host.cuh"
+#include "tensor_map.cuh"
 
 namespace tinycomp::cuda {
-
-// A matrix in boxes of 128 rows by 64 columns, rows of 16-bit numbers at 16-byte strides.
-template <class T>
-ptx::TensorMap boxes(const void* data, int64_t rows, int64_t columns, int64_t stride) {
-#if defined(TINYCOMP_EMULATION)
-  return {data, columns, rows, stride * int64_t{sizeof(T)}, WgmmaTile::kColumns, 128, sizeof(T)};
-#else
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    STD_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
-    STD_TORCH_CHECK(status == cudaDriverEntryPointSuccess, "tinycomp: the driver has no tensor maps; update it");
-    return reinterpret_cast<Encode>(found);
-  }();
-  ptx::TensorMap map;
-  const auto type = std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
-  const cuuint32_t box[2] = {WgmmaTile::kColumns, 128}, steps[2] = {1, 1};
-  const CUresult done =
-      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(done == CUDA_SUCCESS, "tinycomp: a tensor map was refused, code ", static_cast<int>(done));
-  return map;
-#endif
-}
 
 template <class T>
 void launch_wgmma(const Device& device, const Matrix<T>& x, const Storage& w, const Output<T>& o, int inputs) {

@@ -1,4 +1,4 @@
-// Instructions of sm_90a that product_wgmma uses: tensor copies (TMA), their barriers, products of a warp group. Once
+// Instructions of sm_90a: tensor copies (TMA) and their barriers, products of a warp group. Once
 // for the device and once for the emulation, whose model of shared-memory descriptors is that of the PTX manual.
 #pragma once
 
@@ -8,6 +8,9 @@
 #endif
 
 namespace tinycomp::cuda::ptx {
+
+// What one tensor copy brings: rows of 128 bytes.
+constexpr int kBoxRows = 128, kBoxColumns = 64;
 
 // Where wgmma reads an operand: rows of 128 bytes of columns, chunks of 16 exchanged within groups of eight rows, which
 // follow each other. Operands are 1024-aligned, steps along the columns stay within a row.

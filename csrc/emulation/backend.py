@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import gpu_build  # noqa: E402
 
 ORDERS = ("forward", "reverse", "random", "greedy", "greedy-reverse", "greedy-random")
+INSTRUCTIONS = ("mma", "wgmma", "tcgen05")  # of config.h
 _library = torch.library.Library("tinycomp_emulated", "DEF")
 
 
@@ -46,7 +47,9 @@ def configure(
     seed: int = 1,
     lazy_copies: bool = True,
     processors: int = 108,
-    wgmma: bool = False,
+    instructions: str = "mma",
 ) -> None:
-    """How threads take turns, when asynchronous copies land, how large the device is, whether it runs sm_90a code."""
-    library.tinycomp_emulate(ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors, wgmma)
+    """How threads take turns, when asynchronous copies land, how large the device is, what large tiles use."""
+    library.tinycomp_emulate(
+        ORDERS.index(order), ctypes.c_uint(seed), lazy_copies, processors, INSTRUCTIONS.index(instructions)
+    )

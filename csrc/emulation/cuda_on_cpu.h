@@ -85,6 +85,18 @@ struct Thread {
   std::vector<std::function<void()>> products;
   std::vector<std::vector<std::function<void()>>> product_groups;
 };
+// The tensor memory of a block and the products into it, which one thread starts and no thread waits for: they run in
+// order, by the time a barrier tells that they have.
+struct TensorMemory {
+  static constexpr int kLanes = 128, kColumns = 512;
+  std::vector<float> cells = std::vector<float>(kLanes * kColumns, NAN);
+  int first = 0, columns = 0;  // what is allocated
+  std::vector<std::function<void()>> products;
+  size_t done = 0;
+  void multiply_until(size_t end) {
+    while (done < end) products[done++]();
+  }
+};
 struct Launch {  // what the tests and the kernel dump read back
   const void* kernel;
   dim3 grid, block;
@@ -98,6 +110,7 @@ struct Context {
   void* host_stack_pointer = nullptr;
   unsigned char* dynamic_shared = nullptr;
   std::map<const void*, MemoryBarrier> barriers;
+  std::unique_ptr<TensorMemory> tensor_memory;
   std::function<void()>* body = nullptr;
   const void* host_stack = nullptr;
   size_t host_stack_size = 0;
@@ -367,8 +380,10 @@ void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, P... 
       for (unsigned x = 0; x < grid.x; ++x) {
         context.block_index = {x, y, z};
         context.barriers.clear();
+        context.tensor_memory.reset();
         memset(shared.get(), 0xFF, shared_bytes);
         Block(threads, {block.x, block.y, block.z}, static_cast<char*>(stacks)).run();
+        if (context.tensor_memory && context.tensor_memory->columns) fail("tensor memory was not given back");
       }
 }
 

@@ -7,10 +7,10 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void tinycomp_emulate(int order, unsigned seed, bool lazy_copies, int processors, bool wgmma) {
+EXPORT void tinycomp_emulate(int order, unsigned seed, bool lazy_copies, int processors, int own) {
   emulation::options = {order, seed, lazy_copies};
   tinycomp::cuda::emulated_processors = processors;
-  tinycomp::cuda::emulated_wgmma = wgmma;
+  tinycomp::cuda::emulated_instructions = static_cast<tinycomp::cuda::Instructions>(own);
 }
 
 // From here on launches are noted and not run (on), or run (off).
@@ -52,9 +52,10 @@ EXPORT const char* tinycomp_recorded() {
   return text.c_str();
 }
 
-// decode, row_tiles, large, blocks, wgmma of one product.
-EXPORT void tinycomp_pick_config(int64_t inputs, int64_t columns, int64_t rows, int processors, bool wgmma,
+// decode, row_tiles, large, blocks, instructions of one product.
+EXPORT void tinycomp_pick_config(int64_t inputs, int64_t columns, int64_t rows, int processors, int own,
                                  int64_t* config) {
-  const auto c = tinycomp::cuda::pick_config({{inputs, columns, rows}}, processors, wgmma);
-  config[0] = c.decode, config[1] = c.row_tiles, config[2] = c.large, config[3] = c.blocks, config[4] = c.wgmma;
+  const auto c = tinycomp::cuda::pick_config({{inputs, columns, rows}}, processors,
+                                             static_cast<tinycomp::cuda::Instructions>(own));
+  config[0] = c.decode, config[1] = c.row_tiles, config[2] = c.large, config[3] = c.blocks, config[4] = c.instructions;
 }
