@@ -7,6 +7,7 @@
 
 #include "dot_table.h"
 #include "expand.h"
+#include "prefetch.h"
 #include "rounded.h"
 
 namespace tinycomp {
@@ -65,6 +66,12 @@ void widen(Type type, const void* from, float* to, int64_t n) {
 void narrow(Type type, const float* from, void* to, int64_t n) {
   choice().table->narrow[static_cast<int>(type)](from, to, n);
 }
+
+#if defined(__x86_64__)
+const bool prefetch_far = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+const bool prefetch_far = false;
+#endif
 
 const RoundedTable& rounded() { return *choice().rounded; }
 

@@ -16,14 +16,16 @@
 
 #include "dot.h"
 #include "dot_table.h"
+#include "prefetch.h"
 
 namespace tinycomp {
 namespace {
 
-// Bytes between a load and the prefetch that goes with it, tried at 512, 1024 and 2048.
-constexpr int64_t kAhead = 512;
+// Bytes between a load and the prefetch that goes with it, to the nearest cache (tried at 512, 1024 and 2048) and to
+// the one behind it.
+constexpr int64_t kAhead = 512, kFarAhead = 16384;
 // The prefetch goes to the next rows instead where they are this near: short rows would begin unfetched.
-constexpr int64_t kNear = 16384;
+constexpr int64_t kNear = 16384, kFarNear = 65536;
 
 template <class T>
 TINYCOMP_TARGET inline float scalar(T v) {
@@ -53,13 +55,15 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   Vec acc[M][R];
   for (int j = 0; j < M; ++j)
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
-  const int64_t ahead = R * stride <= kNear ? R * stride : kAhead;
+  const int64_t ahead = R * stride <= (prefetch_far ? kFarNear : kNear) ? R * stride
+                        : prefetch_far                                  ? kFarAhead
+                                                                        : kAhead;
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width) {
     Vec v[R];
     for (int r = 0; r < R; ++r) {
       v[r] = V::load(row[r] + c);
-      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
+      prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
     }
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load(x + j * ldx + c);
@@ -110,19 +114,22 @@ template <class V>
 constexpr int kPanelRows = 2 * V::width;
 constexpr int64_t kPanelColumns = 512;
 // Entries between a load of a row that is transposed and the prefetch that goes with it: so many rows at once are more
-// than the processor follows.
+// than the processor follows. Short rows: the next panel's.
 constexpr int64_t kPanelAhead = 64;
 
 // `lines` lines of a matrix, those beyond n as zeros, transposed: panel[c * lines + i].
 template <class V, int lines, class T>
 TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_t cols, float* panel) {
+  const bool next = prefetch_far && lines * stride <= kFarNear;
+  const int64_t ahead = next ? lines * stride : kPanelAhead * static_cast<int64_t>(sizeof(T));
   for (int64_t first = 0; first < lines; first += V::width)
     for (int64_t c = 0; c < cols; c += V::width) {
       typename V::Vec v[V::width];
       const int64_t left = cols - c;
       for (int r = 0; r < V::width; ++r) {
         const T* from = reinterpret_cast<const T*>(w + (first + r) * stride) + c;
-        __builtin_prefetch(from + kPanelAhead);
+        const char* later = reinterpret_cast<const char*>(from) + ahead;
+        next ? prefetch(later) : __builtin_prefetch(later);
         v[r] = first + r >= n ? V::zero() : left < V::width ? V::load_first(from, left) : V::load(from);
       }
       V::transpose(v);

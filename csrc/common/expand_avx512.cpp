@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "expand.h"
+#include "prefetch.h"
 
 #define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")))
 
@@ -66,7 +67,7 @@ TINYCOMP_TARGET void dot_as(const void* values, const int64_t (&start)[4], const
     auto row = [&](const uint16_t* bits, int64_t& at, __m512& sum) TINYCOMP_TARGET {
       sum = _mm512_fmadd_ps(_mm512_maskz_expand_ps(bits[b], take16<type>(values, at)), inputs, sum);
       at += __builtin_popcount(bits[b]);
-      __builtin_prefetch(static_cast<const char*>(values) + at * kBytes / 2 + kAhead);
+      prefetch(static_cast<const char*>(values) + at * kBytes / 2 + kAhead);
     };
     row(mask[0], at0, sum0), row(mask[1], at1, sum1), row(mask[2], at2, sum2), row(mask[3], at3, sum3);
   }

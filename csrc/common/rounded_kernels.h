@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "prefetch.h"
 #include "rounded.h"
 
 namespace tinycomp {
@@ -109,7 +110,7 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
       Int v[R];
       for (int r = 0; r < R; ++r) {
         v[r] = V::load_bytes(from + r * w.stride + b, stored - b);
-        __builtin_prefetch(from + (r + kRowsAhead) * w.stride + b);
+        prefetch(from + (r + kRowsAhead) * w.stride + b);
       }
       if (!w.four_bits) {
         for (int r = 0; r < R; ++r) v[r] = V::offset(v[r]);
@@ -157,7 +158,7 @@ TINYCOMP_TARGET void tile_floats(const RoundedRows& w, const float* ordered, flo
           V::load_u4(at, stored - b, low[r], high[r]);
         else
           low[r] = V::load_i8(at, stored - b);
-        __builtin_prefetch(at + kRowsAhead * w.stride);
+        prefetch(at + kRowsAhead * w.stride);
       }
       for (int j = 0; j < M; ++j) {
         const Vec even = V::load(x + j * width + b);

@@ -1,8 +1,26 @@
 // column_norms: strips of columns over threads, squares added in double, in the order of rows.
+#include "../common/lanes.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
 namespace {
+
+// sums[c] += the squares of some rows, added in A.
+template <class A, class T>
+void add_squares(const T* __restrict rows, int64_t stride, int64_t count, int64_t n, double* __restrict sums) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto add = [&](int64_t first, int64_t width) {
+    A some[kLine] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const T* __restrict row = rows + r * stride + first;
+      for (int64_t c = 0; c < width; ++c) some[c] += static_cast<A>(row[c]) * static_cast<A>(row[c]);
+    }
+    for (int64_t c = 0; c < width; ++c) sums[first + c] += static_cast<double>(some[c]);
+  };
+  int64_t c = 0;
+  for (; c + kLine <= n; c += kLine) add(c, kLine);
+  add(c, n - c);
+}
 
 Tensor column_norms(const Tensor& w) {
   STD_TORCH_CHECK(w.dim() == 2, "column_norms: w is not a matrix");
@@ -13,20 +31,19 @@ Tensor column_norms(const Tensor& w) {
     const T* from = static_cast<const T*>(flat.const_data_ptr());
     const Tensor norms = empty(w, {cols}, ScalarType::Float);
     float* to = static_cast<float*>(norms.mutable_data_ptr());
-    constexpr int64_t kStrip = 1024, kRows = 16;
-    torch::stable::parallel_for(0, (cols + kStrip - 1) / kStrip, 1, [&](int64_t first, int64_t last) {
+    // A strip is as wide as the threads leave it, up to what stays in cache: rows are read from end to end.
+    constexpr int64_t kStrip = 4096, kRows = 16;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t share = std::clamp<int64_t>((cols + threads - 1) / threads + 15 & ~int64_t{15}, 16, kStrip);
+    torch::stable::parallel_for(0, (cols + share - 1) / share, 1, [&](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) {
-        const int64_t start = strip * kStrip, n = std::min(kStrip, cols - start);
+        const int64_t start = strip * share, n = std::min(share, cols - start);
         // A few rows are added in the accumulation type of T before they go into double.
         using A = Accumulate<T>;
         double sums[kStrip] = {};
         for (int64_t i = 0; i < rows; i += kRows) {
-          A part[kStrip] = {};
-          for (int64_t r = i; r < std::min(rows, i + kRows); ++r) {
-            const T* __restrict row = from + r * stride + start;
-            for (int64_t c = 0; c < n; ++c) part[c] += static_cast<A>(row[c]) * static_cast<A>(row[c]);
-          }
-          for (int64_t c = 0; c < n; ++c) sums[c] += static_cast<double>(part[c]);
+          const T* __restrict row = from + i * stride + start;
+          vectorised([&] { add_squares<A>(row, stride, std::min(kRows, rows - i), n, sums); });
         }
         for (int64_t c = 0; c < n; ++c) to[start + c] = static_cast<float>(std::sqrt(sums[c]));
       }
