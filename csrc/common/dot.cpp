@@ -30,7 +30,7 @@ Choice choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const RoundedTable* rounded512 = __builtin_cpu_supports("avx512vnni") ? &avx512_rounded : &avx2_rounded;
   const Choice choices[] = {{"avx512", &avx512_dot, rounded512, &avx512_expand, has_avx512},
-                            {"avx2", &avx2_dot, &avx2_rounded, &portable_expand, has_avx2},
+                            {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, has_avx2},
                             {"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
 #else
   const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, true}};

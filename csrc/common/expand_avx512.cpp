@@ -58,7 +58,7 @@ TINYCOMP_TARGET inline __m512 take16(const void* values, int64_t at) {
 template <Type type>
 TINYCOMP_TARGET void dot_as(const void* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
                             int64_t blocks, const float* x, float* sums) {
-  constexpr int64_t kAhead = 1024, kBytes = type == Type::f32 ? 8 : type == Type::i8 ? 2 : type == Type::u4 ? 1 : 4;
+  constexpr int64_t kAhead = 1024, kBytes = type == Type::f32 ? 8 : type == Type::i8 ? 2 : 1;
   // Named one by one: as an array they would be kept in memory.
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   int64_t at0 = start[0], at1 = start[1], at2 = start[2], at3 = start[3];
@@ -81,9 +81,8 @@ TINYCOMP_TARGET void expand_dot(Type type, const void* values, const int64_t (&a
     case Type::f32:
       return dot_as<Type::f32>(values, at, mask, blocks, x, sums);
     case Type::bf16:
-      return dot_as<Type::bf16>(values, at, mask, blocks, x, sums);
     case Type::f16:
-      return dot_as<Type::f16>(values, at, mask, blocks, x, sums);
+      return lookup_dot(type, values, at, mask, blocks, x, sums);
     case Type::i8:
       return dot_as<Type::i8>(values, at, mask, blocks, x, sums);
     default:
@@ -163,9 +162,12 @@ TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   return bits;
 }
 
+bool any(Type) { return true; }
+
 }  // namespace
 
-const ExpandTable avx512_expand = {expand_bits, gather16, gather_rows, count_bits, expand_dot};
+const ExpandTable avx512_expand = {expand_bits, gather16,   gather_rows, count_bits,
+                                   any,         expand_dot, looked_up,   lookup_pairs};
 
 }  // namespace tinycomp
 #endif

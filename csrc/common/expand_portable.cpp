@@ -56,8 +56,10 @@ int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   return bits;
 }
 
+bool none(Type) { return false; }
+
 }  // namespace
 
-const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, count_bits, nullptr};
+const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, count_bits, none, nullptr, none, nullptr};
 
 }  // namespace tinycomp

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../common/expand.h"
+#include "../common/lanes.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -80,48 +81,81 @@ void batches(int64_t m, int64_t first, int64_t last, const Rows& rows, const Sto
   }
 }
 
-// One input: four rows at a time go straight into sums, where 32 more values follow theirs.
-inline void expanded_once(const Masked& w, const float* x, int64_t i, int64_t n, float* out) {
-  const int64_t blocks = (w.cols + 15) / 16, each = 2 * ((w.cols + 3) / 4);
+// One input, padded to 16 columns, and arranged as the products of packed rows want it.
+struct OneInput {
+  const float *plain, *arranged;
+};
+
+// One input: four rows at a time go straight into sums, where enough values follow theirs.
+inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t n, float* out) {
+  const int64_t blocks = (w.cols + 15) / 16, each = 2 * ((w.cols + 3) / 4), bytes = (w.cols + 7) / 8;
+  const bool two_of_four = w.format == "2:4";
+  const bool pairs = two_of_four && w.cols % 16 == 0 && expansion().pairs(w.type);
   const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, 16 * blocks);
   const auto* all = reinterpret_cast<uint16_t*>(words.data());
   for (int64_t r = 0; r < n;) {
     int64_t at[4];
     const uint16_t* masks[4];
-    bool together = r + 4 <= n && expansion().expand_dot != nullptr;
+    const uint8_t* codes[4];
+    bool together = r + 4 <= n && (pairs || expansion().dots(w.type));
     for (int64_t k = 0; k < 4 && together; ++k) {
+      const int64_t line = i + r + k;
+      if (pairs) {
+        at[k] = line * each, codes[k] = w.mask_data() + line * bytes;
+        continue;
+      }
       uint16_t* mask = const_cast<uint16_t*>(all) + k * blocks;
-      w.words(i + r + k, mask);
-      const auto [first, last] =
-          w.format == "2:4" ? std::pair{(i + r + k) * each, (i + r + k + 1) * each} : w.range(i + r + k, w.count);
+      w.words(line, mask);
+      const auto [first, last] = two_of_four ? std::pair{line * each, (line + 1) * each} : w.range(line, w.count);
       at[k] = first, masks[k] = mask;
       together = expansion().count(mask, blocks) == last - first && last + 32 <= w.count;
     }
+    if (pairs && together) {
+      together = expansion().pairs_dot(w.type, w.values.const_data_ptr(), at, codes, blocks, x.arranged, out + r);
+    } else if (together) {
+      expansion().expand_dot(w.type, w.values.const_data_ptr(), at, masks, blocks, x.arranged, out + r);
+    }
     if (together) {
-      expansion().expand_dot(w.type, w.values.const_data_ptr(), at, masks, blocks, x, out + r);
       r += 4;
       continue;
     }
     for (const int64_t end = std::min(r + 4, n); r < end; ++r) {
       w.expand_row(i + r, const_cast<uint16_t*>(all), row.data());
-      dot(Type::f32, row.data(), 0, 1, w.cols, x, 0, 1, out + r, 1);
+      dot(Type::f32, row.data(), 0, 1, w.cols, x.plain, 0, 1, out + r, 1);
     }
   }
 }
 
 template <class Store>
-void expanded(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+void expanded(const Masked& w, const float* x, int64_t m, const OneInput& one, int64_t first, int64_t last,
+              const Store& store) {
   const int64_t padded = (w.cols + 15) / 16 * 16;
   const Scratch dense(kRebuildSlot, kBatch * padded), mask(kMaskSlot, padded / 16);
   batches(
       m, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
-        if (m == 1 && w.cols > 0) return expanded_once(w, x, i, n, out);
+        if (m == 1 && w.cols > 0) return expanded_once(w, one, i, n, out);
         for (int64_t r = 0; r < n && start == 0; ++r)
           w.expand_row(i + r, reinterpret_cast<uint16_t*>(mask.data()), dense.data() + r * padded);
         dot(Type::f32, dense.data(), padded * 4, n, w.cols, x + start * w.cols, w.cols, inputs, out, kBatch);
       },
       store);
+}
+
+// Indices of a row of the "index" format, [0, 0) if one of them cannot be right.
+inline std::pair<int64_t, int64_t> checked_range(const Masked& w, const uint16_t* index, int64_t i) {
+  const auto [from, to] = w.range(i, w.count);
+  const uint16_t* first = index + from;
+  const int64_t kept = to - from;
+  int64_t most = 0;
+  vectorised([&] {
+    uint16_t found = 0;
+    for (int64_t c = 0; c < kept; ++c) found = std::max(found, first[c]);
+    most = found;
+  });
+  if (kept == 0 || (kept <= w.cols && most < w.cols)) return {from, to};
+  w.bad = true;
+  return {0, 0};
 }
 
 // x is (cols, m) here where m > 1, so that a kept weight meets all inputs at once.
@@ -134,9 +168,7 @@ void indexed(const Masked& w, const float* x, int64_t m, int64_t first, int64_t 
       m, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
         for (int64_t r = 0; r < n; ++r) {
-          auto [from, to] = w.range(i + r, w.count);
-          if (to - from > w.cols || std::any_of(index + from, index + to, [&](int c) { return c >= w.cols; }))
-            w.bad = true, to = from;
+          const auto [from, to] = checked_range(w, index, i + r);
           // Only whole words of values are widened, what lies beyond `to` is not used.
           const int64_t kept = to - from, blocks = kept / 16;
           expansion().expand(w.type, w.values.const_data_ptr(), from, to, all.data(), blocks, wide.data());
@@ -191,15 +223,17 @@ void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_
 template <class T>
 void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows;
+  const int64_t wide = (w.cols + 15) / 16 * 16;
   const bool turned = w.format == "index" && m > 1, padded = m == 1 && w.format != "index" && w.format != "block32";
-  const Scratch columns(kMiddleSlot, turned || padded ? m * (w.cols + 15) : 0);
+  const Scratch columns(kMiddleSlot, turned ? m * w.cols : padded ? 2 * wide : 0);
+  const OneInput one{columns.data(), columns.data() + wide};
   const Stage stages[] = {x.stage(), {turned ? w.cols : padded ? 1 : 0, 256}, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) return x.prepare(first, last);
     if (stage == 1 && padded) {
-      std::fill_n(std::copy_n(x.data(), w.cols, columns.data()), 15, 0.0f);
-      return;
+      std::fill_n(std::copy_n(x.data(), w.cols, columns.data()), wide - w.cols, 0.0f);
+      return arrange_inputs(w.type, one.plain, wide / 16, columns.data() + wide);
     }
     if (stage == 1) {
       for (int64_t c = first; c < last; ++c)
@@ -215,7 +249,7 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
     else if (w.format == "block32")
       blockwise(w, x.data(), m, first, last, store);
     else
-      expanded(w, padded ? columns.data() : x.data(), m, first, last, store);
+      expanded(w, x.data(), m, one, first, last, store);
   });
 }
 
