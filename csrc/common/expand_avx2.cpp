@@ -7,7 +7,7 @@
 #include "expand.h"
 #include "prefetch.h"
 
-#define TINYCOMP_TARGET __attribute__((target("avx2,fma,f16c,popcnt,bmi")))
+#define TINYCOMP_TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 
 namespace tinycomp {
 namespace {
@@ -117,20 +117,6 @@ TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   return bits;
 }
 
-int64_t expand_bits(Type type, const void* values, int64_t at, int64_t count, const uint16_t* mask, int64_t blocks,
-                    float* out) {
-  return portable_expand.expand(type, values, at, count, mask, blocks, out);
-}
-
-float gather(const float* values, const uint16_t* index, int64_t count, const float* x) {
-  return portable_expand.gather(values, index, count, x);
-}
-
-void gather_rows(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx, int64_t inputs,
-                 float* sums) {
-  portable_expand.gather_many(values, index, count, x, ldx, inputs, sums);
-}
-
 }  // namespace
 
 bool looked_up(Type type) { return type == Type::bf16 || type == Type::f16; }
@@ -149,8 +135,14 @@ bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const u
                             : pairs_as<Type::f16>(from, at, codes, blocks, x, sums);
 }
 
-const ExpandTable avx2_expand = {expand_bits, gather,     gather_rows, count_bits,
-                                 looked_up,   lookup_dot, looked_up,   lookup_pairs};
+const ExpandTable avx2_expand = {portable_expand.expand,
+                                 portable_expand.gather,
+                                 portable_expand.gather_many,
+                                 count_bits,
+                                 looked_up,
+                                 lookup_dot,
+                                 looked_up,
+                                 lookup_pairs};
 
 }  // namespace tinycomp
 #endif

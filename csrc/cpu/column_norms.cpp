@@ -34,7 +34,7 @@ Tensor column_norms(const Tensor& w) {
     // A strip is as wide as the threads leave it, up to what stays in cache: rows are read from end to end.
     constexpr int64_t kStrip = 4096, kRows = 16;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t share = std::clamp<int64_t>((cols + threads - 1) / threads + 15 & ~int64_t{15}, 16, kStrip);
+    const int64_t share = std::clamp<int64_t>((cols / threads + 16) / 16 * 16, 16, kStrip);
     torch::stable::parallel_for(0, (cols + share - 1) / share, 1, [&](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t start = strip * share, n = std::min(share, cols - start);

@@ -95,12 +95,7 @@ namespace tinycomp::cuda {
 
 template <class T>
 void launch_tcgen05(const Device& device, const Matrix<T>& x, const Storage& w, const Output<T>& o, int inputs) {
-  constexpr size_t kBytes = TensorTile::kSharedBytes + 1024;  // what aligning to 1024 may skip
-  allow_shared_memory(product_tcgen05<T>, kBytes);
-  TINYCOMP_LAUNCH(product_tcgen05<T>, dim3(ceil_div(inputs, TensorTile::kM), ceil_div(w.rows, TensorTile::kN)),
-                  dim3(TensorTile::kThreads), kBytes, device.stream, boxes<T>(x.data, inputs, w.columns, x.stride),
-                  boxes<T>(w.data, w.rows, w.columns, w.stride), TINYCOMP_PASS_OUTPUT(o), inputs, w.rows, w.columns);
-  device.check_launch();
+  launch_on_boxes<TensorTile>(product_tcgen05<T>, device, x, w, o, inputs);
 }
 template void launch_tcgen05<bf16>(const Device&, const Matrix<bf16>&, const Storage&, const Output<bf16>&, int);
 template void launch_tcgen05<f16>(const Device&, const Matrix<f16>&, const Storage&, const Output<f16>&, int);

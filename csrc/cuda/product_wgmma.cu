@@ -71,12 +71,7 @@ namespace tinycomp::cuda {
 
 template <class T>
 void launch_wgmma(const Device& device, const Matrix<T>& x, const Storage& w, const Output<T>& o, int inputs) {
-  constexpr size_t kBytes = WgmmaTile::kSharedBytes + 1024;  // what aligning to 1024 may skip
-  allow_shared_memory(product_wgmma<T>, kBytes);
-  TINYCOMP_LAUNCH(product_wgmma<T>, dim3(ceil_div(inputs, WgmmaTile::kM), ceil_div(w.rows, WgmmaTile::kN)),
-                  dim3(WgmmaTile::kThreads), kBytes, device.stream, boxes<T>(x.data, inputs, w.columns, x.stride),
-                  boxes<T>(w.data, w.rows, w.columns, w.stride), TINYCOMP_PASS_OUTPUT(o), inputs, w.rows, w.columns);
-  device.check_launch();
+  launch_on_boxes<WgmmaTile>(product_wgmma<T>, device, x, w, o, inputs);
 }
 template void launch_wgmma<bf16>(const Device&, const Matrix<bf16>&, const Storage&, const Output<bf16>&, int);
 template void launch_wgmma<f16>(const Device&, const Matrix<f16>&, const Storage&, const Output<f16>&, int);

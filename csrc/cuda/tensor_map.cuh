@@ -34,4 +34,16 @@ ptx::TensorMap boxes(const void* data, int64_t rows, int64_t columns, int64_t st
 #endif
 }
 
+// A kernel that takes boxes of the inputs and of the weight, a block for each of its tiles.
+template <class Tile, class T, class Kernel>
+void launch_on_boxes(Kernel* kernel, const Device& device, const Matrix<T>& x, const Storage& w, const Output<T>& o,
+                     int inputs) {
+  constexpr size_t kBytes = Tile::kSharedBytes + 1024;  // what aligning to 1024 may skip
+  allow_shared_memory(kernel, kBytes);
+  TINYCOMP_LAUNCH(kernel, dim3(ceil_div(inputs, Tile::kM), ceil_div(w.rows, Tile::kN)), dim3(Tile::kThreads), kBytes,
+                  device.stream, boxes<T>(x.data, inputs, w.columns, x.stride),
+                  boxes<T>(w.data, w.rows, w.columns, w.stride), TINYCOMP_PASS_OUTPUT(o), inputs, w.rows, w.columns);
+  device.check_launch();
+}
+
 }  // namespace tinycomp::cuda
