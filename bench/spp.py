@@ -311,10 +311,10 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
             values = [_mean(points[k]) for k in sorted(points)]
             if values:
                 (lines[name],) = axis.plot(sorted(points), values, marker="o", ms=4, color=colours[name])
-        what = "neurons" if part == "ffn" else "neurons and attention"
-        axis.set(title=f"{model}, {what}", xlabel="kept share of the parameters", ylabel=measure.replace("_", " "))
-        if measure != "accuracy":
-            axis.set_yscale("log")
+        axis.set_title(f"{model}, neurons" + ("" if part == "ffn" else " and attention"), fontsize=9)
+        axis.set(xlabel="kept share of the parameters", ylabel=measure.replace("_", " "), yscale="log")
+        best = max(min(r[measure] for r in own if r["ratio"] == q) for q in {r["ratio"] for r in own})
+        axis.set_ylim(top=min(axis.get_ylim()[1], 4 * best))  # orders that destroy the model would hide the others
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(file)
 
