@@ -121,7 +121,7 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    import tinycomp.triton_kernels  # noqa: F401
+    from tinycomp.triton_kernels import _stages
 
     ops.OPS  # noqa: B018
     launch, found = JITFunction.run, {}
@@ -133,8 +133,12 @@ def main() -> None:
 
     JITFunction.run = compile_only
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
-    for name, args in calls(getattr(torch, DTYPE), HOW_MANY == "every"):
-        getattr(torch.ops.tinycomp_triton, name)(*args)
+    zeros_of, every = _stages.zeros_of, HOW_MANY == "every"
+    for name, args in calls(getattr(torch, DTYPE), every):
+        # All stages in one launch and, as in graphs, every stage in one of its own.
+        for way in (zeros_of, lambda device: None) if every else (zeros_of,):
+            _stages.zeros_of = way
+            getattr(torch.ops.tinycomp_triton, name)(*args)
         for kernel_name, kernel in found.values():
             row = {"op": name, "kernel": kernel_name, "dtype": DTYPE}
             row |= {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}

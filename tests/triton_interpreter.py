@@ -91,11 +91,15 @@ def main(names: list[str]) -> None:
     from tinycomp.kernels_dump import _cases
     from tinycomp.ops import _registry
     from tinycomp.ops._registry import Sample
+    from tinycomp.triton_kernels import _stages
 
     repair()
+    zeros_of = _stages.zeros_of
     for name in names or sorted(op for op, backend in _registry._LAUNCHERS if backend == "triton"):
         op = ops.OPS[name]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # One dtype stands for graphs and compilers, where every stage is a launch of its own.
+            _stages.zeros_of = (lambda device: None) if dtype == torch.float16 else zeros_of
             # Also the calls that kernels_dump writes down, in one dtype.
             dumped = torch.float32 if name == "split_bregman_step_" else torch.bfloat16
             shapes = _cases.DEFAULTS[name] if dtype == dumped else []

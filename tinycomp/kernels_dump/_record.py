@@ -174,7 +174,9 @@ class TritonRecorder:
         """What the Triton kernels of an op launch; their grids do not depend on the number of processors."""
         self._launches.clear()
         returned, made = _call(getattr(torch.ops.tinycomp_triton, name).default, args)
-        return Recording(list(self._launches), made, returned)
+        from tinycomp.triton_kernels._stages import COUNTERS
+
+        return Recording(list(self._launches), [*made, *COUNTERS.values()], returned)
 
 
 def _triton_launch(compiled: Any, values: dict[str, Any], grid: Any) -> Launch:

@@ -53,19 +53,18 @@ def product_tile(
     base_stride,
     labels_ptr,
     label_scales_ptr,
+    m,
     tile,
     inputs,
     rows,
     columns,
     BITS: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One (BM, BN) tile of x wᵀ. With `kept_ptr`, the product goes there as well, unordered and without bias."""
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """A tile of x wᵀ, inputs `m` by BN outputs. With `kept_ptr`, it goes there as well, unordered and without bias."""
     n = tile.to(tl.int64) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros((m.shape[0], BN), tl.float32)
     for start in range(0, columns, BK):
         k = start + tl.arange(0, BK)
         x_inside = (m < inputs)[:, None] & (k < columns)[None, :]
@@ -140,12 +139,12 @@ def product_kernel(
         base_stride,
         labels_ptr,
         label_scales_ptr,
+        tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM),
         tl.program_id(1),
         inputs,
         rows,
         columns,
         BITS,
-        BM,
         BN,
         BK,
     )

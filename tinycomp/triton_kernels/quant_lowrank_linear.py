@@ -1,12 +1,12 @@
-"""Triton backend of `quant_lowrank_linear`: one launch per rounded factor."""
+"""Triton backend of `quant_lowrank_linear`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from tinycomp.triton_kernels._group import Layer, low_rank
 from tinycomp.triton_kernels._launch import kernel_op
 from tinycomp.triton_kernels._product import Rounded
-from tinycomp.triton_kernels.lowrank_linear import lowrank
 
 
 @kernel_op("quant_lowrank_linear")
@@ -24,5 +24,5 @@ def quant_lowrank_linear(
     group_size: int = 0,
     activation_bits: int = 0,
 ) -> Tensor:
-    rounded_r = Rounded(bits, r_scales, r_zeros, group_size)
-    return lowrank(x, r, t, order, bias, rounded_r, Rounded(bits, t_scales, t_zeros, group_size))
+    on_r, on_t = (Rounded(bits, s, z, group_size) for s, z in ((r_scales, r_zeros), (t_scales, t_zeros)))
+    return low_rank(x, [Layer(r, t, order, bias, on_r, on_t)])

@@ -1,4 +1,4 @@
-"""Triton backend of `quant_lowrank_linears`: for few inputs two launches for all layers."""
+"""Triton backend of `quant_lowrank_linears`: for few inputs one launch for all layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tinycomp.triton_kernels._group import Layer, run_group, with_signature
+from tinycomp.triton_kernels._group import Layer, low_rank, with_signature
 from tinycomp.triton_kernels._launch import kernel_op
 from tinycomp.triton_kernels._product import Rounded
 
@@ -20,4 +20,4 @@ def quant_lowrank_linears(x: Tensor, *args: Any) -> Tensor:
         if r is not None:
             on_r, on_t = (Rounded(bits, s, z, group_size) for s, z in ((r_scales, r_zeros), (t_scales, t_zeros)))
             layers.append(Layer(r, t, order, bias, on_r, on_t))
-    return run_group(x, layers)
+    return low_rank(x, layers)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
-from tinycomp.triton_kernels._product import Base, product
+from tinycomp.triton_kernels._product import Base
+from tinycomp.triton_kernels._stages import Part, run_stages
 
 # Inputs, clusters and channels per program.
 SEGMENT_BLOCK = (16, 32, 64)
@@ -62,10 +63,8 @@ def swsc_linear(
     y = x.new_empty(*x.shape[:-1], a.shape[0])
     shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
     labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
-    product(flat, b, None, kept=z)
     if axis == 0:
-        product(flat, centroids, None, kept=shared)
-        base = Base(shared, labels, scales)
+        base, centres = Base(shared, labels, scales), Part(flat, centroids, kept=shared)
     else:
         bm, bc, bk = SEGMENT_BLOCK
         if inputs and clusters:
@@ -73,7 +72,8 @@ def swsc_linear(
                 flat, flat.stride(0), labels, scales, shared, inputs, clusters, x.shape[-1], BM=bm, BC=bc, BK=bk
             )
         outputs = x.new_empty(inputs, a.shape[0])
-        product(shared, centroids, None, kept=outputs)
         base = Base(outputs, torch.arange(a.shape[0], dtype=torch.int32, device=x.device), None)
-    product(z, a, y.view(inputs, a.shape[0]), base=base, bias=bias)
+        centres = Part(shared, centroids, kept=outputs)
+    out = y.view(inputs, a.shape[0])
+    run_stages([Part(flat, b, kept=z), centres], [Part(z, a, out, base=base, bias=bias)])
     return y
