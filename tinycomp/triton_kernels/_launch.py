@@ -13,13 +13,13 @@ from tinycomp.ops import _gpu
 from tinycomp.ops._registry import OPS, register
 
 # Rows of y, rows of w and columns per program, warps, pipeline stages. Decode pads its few inputs to 16. Compiled for
-# sm_80, no candidate spills registers (tests/test_gpu_triton.py): with 4 warps, 64 x 128 did on int4 weights, and
-# 64 x 32 in float32.
+# any GPU, no candidate spills registers (tests/test_gpu_triton.py): with 4 warps, 64 x 128 did on int4 weights, 64 x 32
+# and 16 x 16 x 64 in float32, and steps of 64 columns of 64 x 64 on sm_120.
 DECODE_INPUTS = 16
 PRODUCT_CONFIGS: dict[str, list[tuple[int, int, int, int, int]]] = {
     "decode": [(16, 16, 128, 4, 4), (16, 32, 128, 4, 4), (16, 64, 64, 4, 4)],
-    "tiles": [(64, 64, 64, 4, 3), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)],
-    "decode-float32": [(16, 16, 64, 4, 3), (16, 32, 32, 4, 3)],
+    "tiles": [(64, 64, 32, 4, 4), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)],
+    "decode-float32": [(16, 16, 64, 8, 3), (16, 32, 32, 4, 3)],
     "tiles-float32": [(32, 32, 32, 4, 2), (64, 32, 32, 8, 2)],
 }
 

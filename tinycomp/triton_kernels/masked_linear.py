@@ -12,7 +12,7 @@ from torch import Tensor
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, rows_of
 
 # Inputs, rows and columns per program, warps. A step of 32 columns is one block of "block32".
-MASKED_CONFIGS = {"decode": (16, 32, 32, 4), "tiles": (64, 64, 32, 4), "tiles-float32": (32, 64, 32, 8)}
+MASKED_CONFIGS = {"decode": (16, 32, 32, 4), "tiles": (64, 64, 32, 4), "tiles-float32": (16, 64, 32, 8)}
 
 
 @triton.jit
