@@ -163,11 +163,20 @@ def cuda_library(build: Path, output: Path) -> Path:
     return output
 
 
-def _device_flags() -> list[str | Path]:
+def host_objects(build: Path) -> list[Path]:
+    """Compile every source as nvcc does for the library, its host code included, without optimization."""
+    home = cuda_home()
+    assert home is not None
+    ptx_only = f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}"
+    flags = _device_flags("-O0")
+    return _compile_all(build / "host", sources(), [home / "bin" / "nvcc", "-c", ptx_only, "-Xcicc", "-O0", *flags])
+
+
+def _device_flags(level: str = "-O3") -> list[str | Path]:
     import torch
 
     return [
-        "-O3",
+        level,
         "-std=c++17",
         TORCH_TARGET,
         "-DUSE_CUDA",

@@ -129,6 +129,11 @@ def test_a_gpu_uses_its_own_instructions(architecture: str) -> None:
     assert all(seen[name] == 2 for name in wanted)
 
 
+def test_the_host_code_compiles() -> None:
+    """nvcc refuses host code that g++ takes in the emulation: calls of device functions, for one."""
+    assert len(gpu_build.host_objects(TESTS.parent / "build")) == len(gpu_build.sources())
+
+
 @pytest.mark.slow
 def test_the_library_links_where_torch_has_no_cuda(tmp_path: Path) -> None:
     output = tmp_path / "_C_cuda.so"

@@ -7,7 +7,7 @@ namespace tinycomp::cuda {
 constexpr int kGramTile = 64, kGramRows = 16, kGramThreads = 256;
 
 template <class T, class G>
-__global__ void __launch_bounds__(kGramThreads)
+__global__ void __launch_bounds__(kGramThreads, 4)
     gram_kernel(const T* x, int64_t x_stride, G* gram, int64_t gram_stride, int64_t gram_step, int rows, int columns) {
   __shared__ G left[kGramRows][kGramTile], right[kGramRows][kGramTile];
   const int first = blockIdx.x * kGramTile, second = blockIdx.y * kGramTile;

@@ -52,7 +52,7 @@ struct Output {
     y[m * y_stride + at] = from_float<T>(bias ? value + to_float(bias[at]) : value);
   }
   // What it kept, as the input of the next product.
-  __device__ __forceinline__ Matrix<T> next() const { return {kept, kept_stride, true}; }
+  __host__ __device__ __forceinline__ Matrix<T> next() const { return {kept, kept_stride, true}; }
 };
 
 template <class T, int kTiles>

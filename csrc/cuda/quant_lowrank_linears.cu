@@ -30,8 +30,8 @@ Tensor quant_lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& r_
           second(t, t_scales, t_zeros, r.size(0), bits, group_size, "quant_lowrank_linears: t");
       for (const RoundedWeight<T>* w : {&first, &second}) {
         group.held.push_back(w->levels.tensor);
-        for (const Optional& scales : {w->scales.tensor, w->zeros.tensor})
-          if (scales) group.held.push_back(*scales);
+        if (w->scales.tensor) group.held.push_back(*w->scales.tensor);
+        if (w->zeros.tensor) group.held.push_back(*w->zeros.tensor);
       }
       group.add(at, x, inputs.rows, first.storage, second.storage, order, bias);
     };

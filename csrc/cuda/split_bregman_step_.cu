@@ -36,7 +36,7 @@ __device__ __forceinline__ void group_factors(const float* dual, int64_t first, 
 // A warp takes `chunk` units at a time: whole groups (at most eight of them) and whole bytes of the support.
 // direction: momentum = beta momentum + mix grad, and with second (Adam) divided by its corrected root.
 template <bool kGroups>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 4)
     split_bregman_kernel(float* mask, float* dual, float* gamma, int* entry, const float* grad, float* momentum,
                          float* second, uint8_t* support, int64_t count, int64_t chunk, int group, int step, float lr,
                          float kappa, float nu, float threshold, float beta, float mix, float first_correction,
