@@ -158,7 +158,8 @@ def cuda_library(build: Path, output: Path) -> Path:
         torch_cuda.mkdir(exist_ok=True)
         (torch_cuda / "stub.c").write_text(_TORCH_CUDA)
         run("gcc", "-shared", "-fPIC", torch_cuda / "stub.c", "-o", torch_cuda / "libtorch_cuda.so")
-    links = ["-L", where / "lib", "-L", torch_cuda, "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
+    # nvcc finds lib64 itself; in the toolkit of pip it is lib.
+    links = ["-L", home / "lib", "-L", where / "lib", "-L", torch_cuda, "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
     run(home / "bin" / "nvcc", "-shared", "-cudart=static", "-Xlinker=-z,defs", *objects, *links, "-o", output)
     return output
 
