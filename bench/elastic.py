@@ -74,12 +74,23 @@ def models(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Modu
     elastic = copy.deepcopy(dense)
     tc.make_elastic_(elastic, path, uniform=True)
     set_ratio_(elastic, options.ratio)
-    own = copy.deepcopy(dense)
+    sliced = tc.export(elastic)
+    return {
+        "dense torch": dense,
+        "dense ours": with_own_kernel(dense),
+        "sliced torch": sliced,
+        "sliced ours": with_own_kernel(sliced),
+        "elastic": elastic,
+    }
+
+
+def with_own_kernel(model: nn.Module) -> nn.Module:
+    """A copy whose linears are DenseLinear."""
+    own = copy.deepcopy(model)
     for name, module in list(own.named_modules()):
         if isinstance(module, nn.Linear):
             own.set_submodule(name, DenseLinear.from_linear(module))
-    found = {"dense torch": dense, "dense ours": own, "sliced": tc.export(elastic), "elastic": elastic}
-    return found
+    return own
 
 
 def main() -> None:
