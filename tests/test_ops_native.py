@@ -67,14 +67,15 @@ def test_native_library_uses_only_the_stable_interface() -> None:
     ]
     assert not torch_cpp
     assert any(s.startswith("aoti_torch_") for s in symbols)
-    assert {"avx512", "avx2", "portable"} >= {native.build_info()["instruction_set"]}
+    assert {"avx512vnni", "avx512", "avx2", "portable"} >= {native.build_info()["instruction_set"]}
     assert all(isinstance(v, bool) for v in native.cpu_features().values())
 
 
-@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable", "mmx"])
+@pytest.mark.parametrize("instructions", ["avx512vnni", "avx512", "avx2", "portable", "mmx"])
 def test_every_instruction_set_computes_the_same_contract(instructions: str) -> None:
     native = pytest.importorskip("tinycomp._C", reason="the native library is not built")
-    if instructions != "mmx" and not native.cpu_features().get(instructions.replace("512", "512f"), True):
+    feature = {"avx512": "avx512f"}.get(instructions, instructions)
+    if instructions != "mmx" and not native.cpu_features().get(feature, True):
         pytest.skip(f"this processor has no {instructions}")
     done = python("import native_samples; native_samples.main()", TINYCOMP_CPU_INSTRUCTIONS=instructions)
     if instructions == "mmx":

@@ -28,8 +28,9 @@ Choice choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const RoundedTable* rounded512 = __builtin_cpu_supports("avx512vnni") ? &avx512_rounded : &avx2_rounded;
-  const Choice choices[] = {{"avx512", &avx512_dot, rounded512, &avx512_expand, has_avx512},
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const Choice choices[] = {{"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, has_vnni},
+                            {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, has_avx512},
                             {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, has_avx2},
                             {"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
 #else

@@ -25,7 +25,7 @@ void widen(Type type, const void* from, float* to, int64_t n);
 // n float32 values rounded to f32, bf16 or f16.
 void narrow(Type type, const float* from, void* to, int64_t n);
 
-// "avx512", "avx2" or "portable".
+// "avx512vnni", "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace tinycomp

@@ -56,7 +56,8 @@ const RoundedTable& rounded();
 extern const RoundedTable portable_rounded;
 #if defined(__x86_64__)
 extern const RoundedTable avx2_rounded;
-extern const RoundedTable avx512_rounded;  // needs VNNI too
+extern const RoundedTable avx512_rounded;
+extern const RoundedTable avx512vnni_rounded;
 #endif
 
 }  // namespace tinycomp

@@ -46,11 +46,16 @@ struct Avx2 {
   TINYCOMP_TARGET static void store_sums(int32_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   TINYCOMP_TARGET static Int set_bytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
   TINYCOMP_TARGET static Int dot(Int sums, Int levels, Int inputs) {
-    const Int low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(levels)),
-                                      _mm256_cvtepi8_epi16(_mm256_castsi256_si128(inputs)));
-    const Int high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(levels, 1)),
-                                       _mm256_cvtepi8_epi16(_mm256_extracti128_si256(inputs, 1)));
-    return _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
+    const Int even = _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8), odd = _mm256_srai_epi16(inputs, 8);
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_and_si256(levels, _mm256_set1_epi16(255)), even));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_srli_epi16(levels, 8), odd));
+  }
+  // Four products of levels below 16 fit in 16 bits.
+  TINYCOMP_TARGET static Int dot_halves(Int sums, Int v, Int even, Int odd) {
+    const Int low = _mm256_and_si256(v, _mm256_set1_epi8(15));
+    const Int high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+    const Int four = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
   }
   TINYCOMP_TARGET static Int load_bytes(const uint8_t* p, int64_t n) {
     if (n >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -59,8 +64,6 @@ struct Avx2 {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
   }
   TINYCOMP_TARGET static Int offset(Int v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
-  TINYCOMP_TARGET static Int low(Int v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-  TINYCOMP_TARGET static Int high(Int v) { return low(_mm256_srli_epi16(v, 4)); }
   TINYCOMP_TARGET static Vec to_float(Int v) { return _mm256_cvtepi32_ps(v); }
   TINYCOMP_TARGET static float largest(const float* x, int64_t n) {
     float most = 0;

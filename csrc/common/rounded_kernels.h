@@ -3,8 +3,8 @@
 // V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), load(p), store(p, v), load_i8(p, n)
 // and load_u4(p, n, low, high) of n <= width entries with zero levels (-8 for u4) after them; Int (32-bit sums), bytes
 // (levels per step), inputs (per tile), no_sums(), load_sums(p), store_sums(p, sums), set_bytes(v), dot(sums, unsigned
-// levels, signed levels), load_bytes(p, n) with zeros after n <= bytes, offset(v) adding 128 to signed levels, low(v),
-// high(v) halves of bytes, to_float(sums); largest(x, n) of magnitudes, round(x, factor, n, levels) to int8.
+// levels, signed levels), dot_halves(sums, v, even, odd) of the low halves of v with even, the high ones with odd,
+// load_bytes(p, n) with zeros after n <= bytes, offset(v) adding 128 to signed levels, to_float(sums); largest(x, n) of magnitudes, round(x, factor, n, levels) to int8.
 
 #include <algorithm>
 #include <cmath>
@@ -122,7 +122,7 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
         for (int j = 0; j < M; ++j) {
           const uint8_t* input = reinterpret_cast<const uint8_t*>(x) + j * width + b;
           const Int even = V::load_bytes(input, V::bytes), odd = V::load_bytes(input + half, V::bytes);
-          for (int r = 0; r < R; ++r) acc[j][r] = V::dot(V::dot(acc[j][r], V::low(v[r]), even), V::high(v[r]), odd);
+          for (int r = 0; r < R; ++r) acc[j][r] = V::dot_halves(acc[j][r], v[r], even, odd);
         }
       }
     }

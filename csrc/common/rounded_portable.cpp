@@ -45,6 +45,10 @@ struct Portable {
     for (int i = 0; i < bytes; ++i) to.sums[i / 4] += levels.levels[i] * static_cast<int8_t>(inputs.levels[i]);
     return to;
   }
+  static Int dot_halves(const Int& to, const Int& v, const Int& even, const Int& odd) {
+    const Int low = each(v, [](int level) { return level & 15; }), high = each(v, [](int level) { return level >> 4; });
+    return dot(dot(to, low, even), high, odd);
+  }
   static Int load_bytes(const uint8_t* p, int64_t n) {
     Int v{};
     std::copy_n(p, std::min<int64_t>(n, bytes), v.levels);
@@ -57,12 +61,6 @@ struct Portable {
   }
   static Int offset(const Int& v) {
     return each(v, [](int level) { return level ^ 128; });
-  }
-  static Int low(const Int& v) {
-    return each(v, [](int level) { return level & 15; });
-  }
-  static Int high(const Int& v) {
-    return each(v, [](int level) { return level >> 4; });
   }
   static Vec to_float(const Int& v) {
     Vec wide;

@@ -1,11 +1,9 @@
-// rounded.h for AVX-512 F, BW, DQ, VL and VNNI.
-#if defined(__x86_64__)
+// The loops of rounded.h for AVX-512 F, BW, DQ and VL. A file that includes this defines TINYCOMP_TARGET and
+// TINYCOMP_VNNI, 1 where VNNI is there as well.
 #include <immintrin.h>
 
 #include <array>
 #include <utility>
-
-#define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 #include "rounded_kernels.h"
 #include "transpose_avx512.h"
@@ -42,7 +40,29 @@ struct Avx512 {
   TINYCOMP_TARGET static Int load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
   TINYCOMP_TARGET static void store_sums(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
   TINYCOMP_TARGET static Int set_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+#if TINYCOMP_VNNI
   TINYCOMP_TARGET static Int dot(Int sums, Int levels, Int inputs) { return _mm512_dpbusd_epi32(sums, levels, inputs); }
+  TINYCOMP_TARGET static Int dot_halves(Int sums, Int v, Int even, Int odd) {
+    return dot(dot(sums, low(v), even), high(v), odd);
+  }
+#else
+  // Signed bytes of even and odd place in 16 bits each: products of pairs of them fit in 32 bits, of 8-bit ones in 16
+  // they need not.
+  TINYCOMP_TARGET static Int even_inputs(Int v) { return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8); }
+  TINYCOMP_TARGET static Int odd_inputs(Int v) { return _mm512_srai_epi16(v, 8); }
+  TINYCOMP_TARGET static Int dot_split(Int sums, Int levels, Int even, Int odd) {
+    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_and_si512(levels, _mm512_set1_epi16(255)), even));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_srli_epi16(levels, 8), odd));
+  }
+  TINYCOMP_TARGET static Int dot(Int sums, Int levels, Int inputs) {
+    return dot_split(sums, levels, even_inputs(inputs), odd_inputs(inputs));
+  }
+  // Four products of levels below 16 fit in 16 bits.
+  TINYCOMP_TARGET static Int dot_halves(Int sums, Int v, Int even, Int odd) {
+    const Int four = _mm512_add_epi16(_mm512_maddubs_epi16(low(v), even), _mm512_maddubs_epi16(high(v), odd));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(four, _mm512_set1_epi16(1)));
+  }
+#endif
   TINYCOMP_TARGET static Int load_bytes(const uint8_t* p, int64_t n) {
     return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << n) - 1, p);
   }
@@ -88,16 +108,36 @@ TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, cons
   __m512i acc[J][2];
   for (int j = 0; j < J; ++j)
     acc[j][0] = acc[j][1] = _mm512_set1_epi32(-(w.four_bits ? 8 : 128) * sums[j * w.groups + g]);
+#if TINYCOMP_VNNI
   for (int64_t s = 0; s < steps; ++s) {
     const __m512i low = panel[2 * s], high = panel[2 * s + 1];
     for (int j = 0; j < J; ++j) {
       int32_t four;
       __builtin_memcpy(&four, x + j * width + 4 * s, 4);
       const __m512i input = _mm512_set1_epi32(four);
-      acc[j][0] = _mm512_dpbusd_epi32(acc[j][0], low, input);
-      acc[j][1] = _mm512_dpbusd_epi32(acc[j][1], high, input);
+      acc[j][0] = Avx512::dot(acc[j][0], low, input);
+      acc[j][1] = Avx512::dot(acc[j][1], high, input);
     }
   }
+#else
+  // 16 steps of inputs are split at a time. Groups are padded to whole ones.
+  alignas(64) int32_t even[J][16], odd[J][16];
+  for (int64_t first = 0; first < steps; first += 16) {
+    for (int j = 0; j < J; ++j) {
+      const __m512i inputs = _mm512_loadu_si512(x + j * width + 4 * first);
+      _mm512_store_si512(even[j], Avx512::even_inputs(inputs));
+      _mm512_store_si512(odd[j], Avx512::odd_inputs(inputs));
+    }
+    for (int64_t s = 0; s < 16; ++s) {
+      const __m512i low = panel[2 * (first + s)], high = panel[2 * (first + s) + 1];
+      for (int j = 0; j < J; ++j) {
+        const __m512i pair = _mm512_set1_epi32(even[j][s]), other = _mm512_set1_epi32(odd[j][s]);
+        acc[j][0] = Avx512::dot_split(acc[j][0], low, pair, other);
+        acc[j][1] = Avx512::dot_split(acc[j][1], high, pair, other);
+      }
+    }
+  }
+#endif
   for (int j = 0; j < J; ++j)
     for (int h = 0; h < 2; ++h) {
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[j][h]), row_scales[h]);
@@ -151,10 +191,10 @@ TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const i
   }
 }
 
+RoundedTable make_avx512_rounded() {
+  return {round_inputs<Avx512>, order_inputs<Avx512>, dot_levels<Avx512>,
+          dot_many_levels,      dot_floats<Avx512>,   rebuild<Avx512>};
+}
+
 }  // namespace
-
-const RoundedTable avx512_rounded = {round_inputs<Avx512>, order_inputs<Avx512>, dot_levels<Avx512>,
-                                     dot_many_levels,      dot_floats<Avx512>,   rebuild<Avx512>};
-
 }  // namespace tinycomp
-#endif
