@@ -12,7 +12,7 @@ enum class Type { f32, bf16, f16, i8, u4 };  // rows of the last two are for rou
 constexpr int64_t kBlockRows = 4;
 
 // From this many inputs on, rows are transposed into panels of up to 32: that costs less than summing across registers.
-constexpr int64_t kPanelInputs = 16;
+constexpr int64_t kPanelInputs = 8;
 
 // out[j * ldo + i] = sum_c w[i, c] * x[j * ldx + c] for i < rows, j < m, summed in float32.
 // `w` points at row 0; rows are `stride` bytes apart and their entries adjacent.

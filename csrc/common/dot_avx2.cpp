@@ -11,7 +11,7 @@ namespace {
 
 struct Avx2 {
   using Vec = __m256;
-  static constexpr int width = 8, inputs = 2, panel_inputs = 5;
+  static constexpr int width = 8, inputs = 2, pair_inputs = 5, panel_inputs = 5;
   static constexpr bool narrows = false;
 
   TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }
@@ -40,6 +40,13 @@ struct Avx2 {
   }
   TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  TINYCOMP_TARGET static Vec load_pairs(const torch::headeronly::BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  TINYCOMP_TARGET static Vec first(Vec v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16)); }
+  TINYCOMP_TARGET static Vec second(Vec v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   template <class T>
   TINYCOMP_TARGET static Vec load_first(const T* p, int64_t n) {

@@ -12,7 +12,7 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int width = 16, inputs = 6, panel_inputs = 12;
+  static constexpr int width = 16, inputs = 6, pair_inputs = 12, panel_inputs = 12;
   static constexpr bool narrows = true;
 
   TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }
@@ -32,6 +32,13 @@ struct Avx512 {
   }
   TINYCOMP_TARGET static Vec load(const torch::headeronly::Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  TINYCOMP_TARGET static Vec load_pairs(const torch::headeronly::BFloat16* p) {
+    return _mm512_castsi512_ps(_mm512_loadu_si512(p));
+  }
+  TINYCOMP_TARGET static Vec first(Vec v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
+  TINYCOMP_TARGET static Vec second(Vec v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
   TINYCOMP_TARGET static __m256i first16(const void* p, int64_t n) {
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);

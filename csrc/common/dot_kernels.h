@@ -1,9 +1,10 @@
 // The loops behind dot.h, written once against a vector type V. Each instruction set includes this file after defining
 // TINYCOMP_TARGET (the function attribute that enables its instructions) and V.
 //
-// V has: Vec, width, inputs (2 or 6 input rows per tile, so that accumulators stay in registers), panel_inputs (the
-// same for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four vectors, out),
-// sum(vector), load(const T*) widening T to float32, load_first(const T*, n) with zeros after the first n < width,
+// V has: Vec, width, inputs (input rows per tile of four weight rows, so that accumulators stay in registers),
+// pair_inputs and panel_inputs (the same for two rows and for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four vectors, out),
+// sum(vector), load(const T*) widening T to float32, load_pairs(const BFloat16*) of 2 width numbers as they are, first(v)
+// and second(v) of these pairs widened, load_first(const T*, n) with zeros after the first n < width,
 // store(float*, vector), and where `narrows` also store to 16-bit types.
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -32,20 +33,46 @@ TINYCOMP_TARGET inline float scalar(T v) {
   return static_cast<float>(v);
 }
 
+// Up to 12 lines of floats, `ld` apart, read at one place that moves on. A pointer for every fourth, the others are an
+// addressing mode away: compilers would rather keep one for each, more than there are registers.
+struct Lines {
+  const float *first, *fifth, *ninth;
+  int64_t ld, three;
+
+  TINYCOMP_TARGET Lines(const float* x, int64_t ld)
+      : first(x), fifth(x + 4 * ld), ninth(x + 8 * ld), ld(ld), three(3 * ld) {}
+  TINYCOMP_TARGET const float* line(int j) const {
+    const float* from = j < 4 ? first : j < 8 ? fifth : ninth;
+    return from + (j % 4 == 3 ? three : j % 4 * ld);
+  }
+  TINYCOMP_TARGET void move(int64_t n) {
+    first += n, fifth += n, ninth += n;
+    asm("" : "+r"(first), "+r"(fifth), "+r"(ninth));
+  }
+};
+
 template <class V, int R, int M>
 TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo) {
-  for (int j = 0; j < M; ++j) {
-    float total[4];
-    if constexpr (R == 4) {
-      V::sum4(acc[j][0], acc[j][1], acc[j][2], acc[j][3], total);
-    } else {
-      for (int r = 0; r < R; ++r) total[r] = V::sum(acc[j][r]);
+  float total[4];
+  int j = 0;
+  if constexpr (R == 4) {
+#pragma GCC unroll 16
+    for (; j < M; ++j) V::sum4(acc[j][0], acc[j][1], acc[j][2], acc[j][3], out + j * ldo);
+  } else if constexpr (R == 2) {
+#pragma GCC unroll 16
+    for (; j + 2 <= M; j += 2) {
+      V::sum4(acc[j][0], acc[j][1], acc[j + 1][0], acc[j + 1][1], total);
+      std::copy_n(total, 2, out + j * ldo), std::copy_n(total + 2, 2, out + (j + 1) * ldo);
     }
-    for (int r = 0; r < R; ++r) out[j * ldo + r] = total[r];
   }
+#pragma GCC unroll 16
+  for (; j < M; ++j)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);
 }
 
-// R weight rows against M inputs, all M R accumulators in registers.
+// R weight rows against M inputs, all M R accumulators in registers: unrolled entirely, for one that a loop indexes would be
+// kept in memory.
 template <class V, class T, int R, int M>
 TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
                           int64_t ldo) {
@@ -53,58 +80,58 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   const T* row[R];
   for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const T*>(w + r * stride);
   Vec acc[M][R];
+#pragma GCC unroll 16
   for (int j = 0; j < M; ++j)
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
   const int64_t ahead = R * stride <= (prefetch_far ? kFarNear : kNear) ? R * stride
                         : prefetch_far                                  ? kFarAhead
                                                                         : kAhead;
+  Lines inputs(x, ldx);
   int64_t c = 0;
-  for (; c + V::width <= cols; c += V::width) {
+  for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {
     Vec v[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       v[r] = V::load(row[r] + c);
       prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
     }
+#pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
-      const Vec input = V::load(x + j * ldx + c);
+      const Vec input = V::load(inputs.line(j));
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
     }
   }
   if (c < cols) {
     Vec v[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) v[r] = V::load_first(row[r] + c, cols - c);
+#pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
-      const Vec input = V::load_first(x + j * ldx + c, cols - c);
+      const Vec input = V::load_first(inputs.line(j), cols - c);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
     }
   }
   finish<V, R, M>(acc, out, ldo);
 }
 
-// R rows against all inputs in tiles of equal size: the rows stay in the nearest cache while the inputs pass by.
-template <class V, class T, int R>
+template <class V, class T, int R, int... M>
+constexpr auto row_tiles(std::integer_sequence<int, M...>) {
+  return std::array{tile<V, T, R, M + 1>...};
+}
+
+// R rows against all inputs in tiles of equal size, of at most `most`: the rows stay in the nearest cache while the
+// inputs pass by.
+template <class V, class T, int R, int most>
 TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, int64_t m,
                                 float* out, int64_t ldo) {
-  for (int64_t j = 0; j < m;) {
-    const int64_t left = m - j, passes = (left + V::inputs - 1) / V::inputs, take = (left + passes - 1) / passes;
-    const float* from = x + j * ldx;
-    float* to = out + j * ldo;
-    switch (take) {
-      case 1:
-        tile<V, T, R, 1>(w, stride, cols, from, ldx, to, ldo);
-        break;
-      case 2:
-        tile<V, T, R, 2>(w, stride, cols, from, ldx, to, ldo);
-        break;
-      default:
-        if constexpr (V::inputs > 2) {
-          if (take == 3) tile<V, T, R, 3>(w, stride, cols, from, ldx, to, ldo);
-          if (take == 4) tile<V, T, R, 4>(w, stride, cols, from, ldx, to, ldo);
-          if (take == 5) tile<V, T, R, 5>(w, stride, cols, from, ldx, to, ldo);
-          if (take == 6) tile<V, T, R, 6>(w, stride, cols, from, ldx, to, ldo);
-        }
-    }
-    j += take;
+  static constexpr auto tiles = row_tiles<V, T, R>(std::make_integer_sequence<int, most>());
+  for (int64_t j = 0, take; j < m; j += take) {
+    const int64_t left = m - j, passes = (left + most - 1) / most;
+    take = (left + passes - 1) / passes;
+    tiles[take - 1](w, stride, cols, x + j * ldx, ldx, out + j * ldo, ldo);
   }
 }
 
@@ -112,36 +139,47 @@ TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, con
 // and meets inputs one number at a time; nothing is summed across a register.
 template <class V>
 constexpr int kPanelRows = 2 * V::width;
-constexpr int64_t kPanelColumns = 512;
-// Entries between a load of a row that is transposed and the prefetch that goes with it: so many rows at once are more
-// than the processor follows. Short rows: the next panel's.
-constexpr int64_t kPanelAhead = 64;
+constexpr int64_t kPanelColumns = 192, kKeptInputs = 1 << 17;
 
 // `lines` lines of a matrix, those beyond n as zeros, transposed: panel[c * lines + i].
 template <class V, int lines, class T>
 TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_t cols, float* panel) {
-  const bool next = prefetch_far && lines * stride <= kFarNear;
-  const int64_t ahead = next ? lines * stride : kPanelAhead * static_cast<int64_t>(sizeof(T));
-  for (int64_t first = 0; first < lines; first += V::width)
-    for (int64_t c = 0; c < cols; c += V::width) {
-      typename V::Vec v[V::width];
-      const int64_t left = cols - c;
-      for (int r = 0; r < V::width; ++r) {
-        const T* from = reinterpret_cast<const T*>(w + (first + r) * stride) + c;
-        const char* later = reinterpret_cast<const char*>(from) + ahead;
-        next ? prefetch(later) : __builtin_prefetch(later);
-        v[r] = first + r >= n ? V::zero() : left < V::width ? V::load_first(from, left) : V::load(from);
+  using torch::headeronly::BFloat16;
+  for (int64_t first = 0; first < lines; first += V::width) {
+    typename V::Vec v[V::width];
+    const auto row = [&](int r, int64_t c) { return reinterpret_cast<const T*>(w + (first + r) * stride) + c; };
+    float* to = panel + first;
+    int64_t c = 0;
+    // Two numbers of 16 bits are transposed as one, and widened by a shift and a mask.
+    if constexpr (std::is_same_v<T, BFloat16>)
+      for (; c + 2 * V::width <= cols; c += 2 * V::width) {
+        for (int r = 0; r < V::width; ++r) v[r] = first + r < n ? V::load_pairs(row(r, c)) : V::zero();
+        V::transpose(v);
+        for (int r = 0; r < V::width; ++r) {
+          V::store(to + (c + 2 * r) * lines, V::first(v[r]));
+          V::store(to + (c + 2 * r + 1) * lines, V::second(v[r]));
+        }
       }
+    for (; c < cols; c += V::width) {
+      const int64_t left = cols - c;
+      for (int r = 0; r < V::width; ++r)
+        v[r] = first + r >= n ? V::zero() : left < V::width ? V::load_first(row(r, c), left) : V::load(row(r, c));
       V::transpose(v);
-      for (int r = 0; r < V::width && r < left; ++r) V::store(panel + (c + r) * lines + first, v[r]);
+      for (int r = 0; r < V::width && r < left; ++r) V::store(to + (c + r) * lines, v[r]);
     }
+  }
 }
 
-// J inputs against the rows of a panel of P vectors. Unrolled entirely: accumulators that a loop indexes would be kept
-// in memory.
+// What a tile asks memory for while it computes: a line of each of kPanelRows rows, then their next ones.
+struct Ahead {
+  const char* from;
+  int64_t stride;
+};
+
+// J inputs against the rows of a panel of P vectors, unrolled as above.
 template <class V, int J, int P>
 TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x, int64_t ldx, float* out, int64_t ldo,
-                                int64_t n, bool add) {
+                                int64_t n, bool add, Ahead ahead) {
   constexpr int lines = P * V::width;
   typename V::Vec acc[J][P];
 #pragma GCC unroll 16
@@ -150,15 +188,23 @@ TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x
     for (int p = 0; p < P; ++p) acc[j][p] = V::zero();
   for (int j = 0; j < J; ++j)
     for (int p = 0; p < P; ++p) __builtin_prefetch(out + j * ldo + p * V::width, 1);
-  for (int64_t c = 0; c < cols; ++c) {
-    typename V::Vec w[P];
+  Lines inputs(x, ldx);
+  for (int64_t c = 0; c < cols; ahead.from += 64) {
+    const char* line = ahead.from;
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) w[p] = V::load(panel + c * lines + p * V::width);
+    for (const int64_t stop = std::min<int64_t>(cols, c + kPanelRows<V>); c < stop; ++c, line += ahead.stride) {
+      __builtin_prefetch(line, 0, 2);
+      typename V::Vec w[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) w[p] = V::load(panel + p * V::width);
+      panel += lines;
 #pragma GCC unroll 16
-    for (int j = 0; j < J; ++j) {
-      const auto input = V::set1(x[j * ldx + c]);
+      for (int j = 0; j < J; ++j) {
+        const auto input = V::set1(*inputs.line(j));
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) acc[j][p] = V::fma(w[p], input, acc[j][p]);
+        for (int p = 0; p < P; ++p) acc[j][p] = V::fma(w[p], input, acc[j][p]);
+      }
+      inputs.move(1);
     }
   }
   alignas(64) float some[lines];
@@ -191,19 +237,32 @@ TINYCOMP_TARGET void dot_panels(const char* w, int64_t stride, int64_t rows, int
   // Equal shares of the columns: a short last one would cost as many passes over the results.
   const int64_t shares = (cols + kPanelColumns - 1) / kPanelColumns, unit = V::width;
   const int64_t share = ((cols + shares - 1) / shares + unit - 1) / unit * unit;
-  for (int64_t c = 0; c < cols; c += share)
-    for (int64_t i = 0; i < rows; i += kPanelRows<V>) {
-      const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(share, cols - c);
-      const char* from = w + i * stride + c * sizeof(T);
-      const auto& tiles = n > V::width ? whole : half;
-      n > V::width ? fill_panel<V, kPanelRows<V>, T>(from, stride, n, depth, panel)
-                   : fill_panel<V, V::width, T>(from, stride, n, depth, panel);
-      for (int64_t j = 0, take; j < m; j += take) {
-        const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
-        take = (left + passes - 1) / passes;
-        tiles[take - 1](panel, depth, x + j * ldx + c, ldx, out + j * ldo + i, ldo, n, c > 0);
-      }
+  const int64_t columns = (cols + share - 1) / share, panels = columns * ((rows + kPanelRows<V> - 1) / kPanelRows<V>);
+  // All columns of some rows first, where the second-level cache keeps all inputs.
+  const bool by_rows = m * cols <= kKeptInputs;
+  const auto at = [&](int64_t number, int64_t& i, int64_t& c) {
+    const int64_t row = by_rows ? number / columns : number % (panels / columns);
+    i = row * kPanelRows<V>, c = (by_rows ? number % columns : number / (panels / columns)) * share;
+    return w + i * stride + c * static_cast<int64_t>(sizeof(T));
+  };
+  for (int64_t number = 0, i, c, next_i, next_c; number < panels; ++number) {
+    const char* from = at(number, i, c);
+    const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(share, cols - c);
+    const auto& tiles = n > V::width ? whole : half;
+    n > V::width ? fill_panel<V, kPanelRows<V>, T>(from, stride, n, depth, panel)
+                 : fill_panel<V, V::width, T>(from, stride, n, depth, panel);
+    // The next panel's lines, or the same one for ever where the first tiles have asked for all of them.
+    const char* next = at(number + 1, next_i, next_c);
+    int64_t missing = number + 1 < panels ? (depth * sizeof(T) + 63) / 64 : 0;
+    for (int64_t j = 0, take; j < m; j += take) {
+      const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
+      take = (left + passes - 1) / passes;
+      const Ahead ahead = missing > 0 ? Ahead{next, stride} : Ahead{from, 0};
+      tiles[take - 1](panel, depth, x + j * ldx + c, ldx, out + j * ldo + i, ldo, n, c > 0, ahead);
+      const int64_t done = depth / kPanelRows<V>;
+      next += 64 * done, missing -= done;
     }
+  }
 }
 
 template <class V, class T>
@@ -211,9 +270,12 @@ TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int6
                                int64_t m, float* out, int64_t ldo) {
   if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
+  if (m > V::inputs)
+    for (; i + 2 <= rows; i += 2)
+      all_inputs<V, T, 2, V::pair_inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
   for (; i + kBlockRows <= rows; i += kBlockRows)
-    all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
-  for (; i < rows; ++i) all_inputs<V, T, 1>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
+    all_inputs<V, T, kBlockRows, V::inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
+  for (; i < rows; ++i) all_inputs<V, T, 1, V::inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
 }
 
 template <class V, class T>

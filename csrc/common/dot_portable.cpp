@@ -8,7 +8,8 @@ namespace {
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
-  static constexpr int width = 4, inputs = 2, panel_inputs = 4;
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  static constexpr int width = 4, inputs = 2, pair_inputs = 4, panel_inputs = 4;
   static constexpr bool narrows = false;
 
   static Vec zero() { return Vec{}; }
@@ -28,6 +29,17 @@ struct Portable {
     for (int i = 0; i < width; ++i) v[i] = static_cast<float>(p[i]);
     return v;
   }
+  static Vec load_pairs(const torch::headeronly::BFloat16* p) {
+    Vec v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  // The first of two numbers in memory is the lower half of 32 bits only where bytes ascend.
+  static Vec lower(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(v) << 16); }
+  static Vec upper(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(v) & 0xffff0000); }
+  static constexpr bool ascending = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  static Vec first(Vec v) { return ascending ? lower(v) : upper(v); }
+  static Vec second(Vec v) { return ascending ? upper(v) : lower(v); }
   template <class T>
   static Vec load_first(const T* p, int64_t n) {
     T padded[width] = {};
