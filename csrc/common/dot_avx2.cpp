@@ -46,7 +46,8 @@ struct Avx2 {
   }
   TINYCOMP_TARGET static Vec first(Vec v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16)); }
   TINYCOMP_TARGET static Vec second(Vec v) {
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   template <class T>
   TINYCOMP_TARGET static Vec load_first(const T* p, int64_t n) {

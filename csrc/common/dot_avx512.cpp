@@ -38,7 +38,8 @@ struct Avx512 {
   }
   TINYCOMP_TARGET static Vec first(Vec v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
   TINYCOMP_TARGET static Vec second(Vec v) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
   TINYCOMP_TARGET static __m256i first16(const void* p, int64_t n) {
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);

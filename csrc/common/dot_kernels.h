@@ -2,10 +2,11 @@
 // TINYCOMP_TARGET (the function attribute that enables its instructions) and V.
 //
 // V has: Vec, width, inputs (input rows per tile of four weight rows, so that accumulators stay in registers),
-// pair_inputs and panel_inputs (the same for two rows and for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four vectors, out),
-// sum(vector), load(const T*) widening T to float32, load_pairs(const BFloat16*) of 2 width numbers as they are, first(v)
-// and second(v) of these pairs widened, load_first(const T*, n) with zeros after the first n < width,
-// store(float*, vector), and where `narrows` also store to 16-bit types.
+// pair_inputs and panel_inputs (the same for two rows and for panels), zero(), set1(v), add(a, b), fma(a, b, c),
+// transpose(width vectors), sum4(four vectors, out), sum(vector), load(const T*) widening T to float32,
+// load_pairs(const BFloat16*) of 2 width numbers as they are, first(v) and second(v) of these pairs widened,
+// load_first(const T*, n) with zeros after the first n < width, store(float*, vector), and where `narrows` also store
+// to 16-bit types.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -71,8 +72,8 @@ TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* ou
     for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);
 }
 
-// R weight rows against M inputs, all M R accumulators in registers: unrolled entirely, for one that a loop indexes would be
-// kept in memory.
+// R weight rows against M inputs, all M R accumulators in registers: unrolled entirely, for one that a loop indexes
+// would be kept in memory.
 template <class V, class T, int R, int M>
 TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
                           int64_t ldo) {

@@ -17,6 +17,9 @@ using Gather = float (*)(const float* values, const uint16_t* index, int64_t cou
 // The same for inputs x[index * ldx + j], j < inputs, at once.
 using GatherMany = void (*)(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                             int64_t inputs, float* sums);
+// The same for up to 32 inputs in 16 bits, bfloat16, of which word 16 i + k of `x` holds number k (below) and number
+// k + 16 (above) of column i; 32 sums.
+using GatherPairs = void (*)(const float* values, const uint16_t* index, int64_t count, const uint32_t* x, float* sums);
 // Set bits of 16 `blocks` columns.
 using CountBits = int64_t (*)(const uint16_t* mask, int64_t blocks);
 // Four rows of which row r takes values from number at[r] on, with `x` (16 `blocks` floats, arranged): their four sums.
@@ -32,6 +35,7 @@ struct ExpandTable {
   Expand expand;
   Gather gather;
   GatherMany gather_many;
+  GatherPairs gather_pairs;
   CountBits count;
   bool (*dots)(Type);  // types for which expand_dot is there
   ExpandDot expand_dot;
@@ -50,6 +54,7 @@ void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uin
                 const float* x, float* sums);
 bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                   int64_t blocks, const float* x, float* sums);
+float gather_scalars(const float* values, const uint16_t* index, int64_t count, const float* x);
 #endif
 
 // x for expand_dot and pairs_dot: of 16 columns of bf16 those of even number come first, for then a shift and a mask

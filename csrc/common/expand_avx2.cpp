@@ -111,6 +111,23 @@ TINYCOMP_TARGET bool pairs_as(const uint16_t* values, const int64_t (&start)[4],
   return _mm256_testz_si256(seen, _mm256_set1_epi8(kWrong)) != 0;
 }
 
+TINYCOMP_TARGET void gather_pairs(const float* values, const uint16_t* index, int64_t count, const uint32_t* x,
+                                  float* sums) {
+  __m256 sum[4];
+  for (__m256& s : sum) s = _mm256_setzero_ps();
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* words = reinterpret_cast<const __m256i*>(x + 16 * index[i]);
+    const __m256 value = _mm256_set1_ps(values[i]);
+    for (int h = 0; h < 2; ++h) {
+      const __m256i both = _mm256_loadu_si256(words + h);
+      const __m256i high = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+      sum[h] = _mm256_fmadd_ps(value, _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), sum[h]);
+      sum[h + 2] = _mm256_fmadd_ps(value, _mm256_castsi256_ps(high), sum[h + 2]);
+    }
+  }
+  for (int h = 0; h < 4; ++h) _mm256_storeu_ps(sums + 8 * h, sum[h]);
+}
+
 TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   int64_t bits = 0;
   for (int64_t b = 0; b < blocks; ++b) bits += __builtin_popcount(mask[b]);
@@ -118,6 +135,26 @@ TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
 }
 
 }  // namespace
+
+// One load for each input: gathers are slow on AMD's processors and, where they must not leak data, on Intel's.
+TINYCOMP_TARGET float gather_scalars(const float* values, const uint16_t* index, int64_t count, const float* x) {
+  __m128 sum[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      uint64_t four;
+      __builtin_memcpy(&four, index + i + 4 * k, 8);
+      const __m128 inputs =
+          _mm_setr_ps(x[four & 0xffff], x[four >> 16 & 0xffff], x[four >> 32 & 0xffff], x[four >> 48]);
+      sum[k] = _mm_fmadd_ps(_mm_loadu_ps(values + i + 4 * k), inputs, sum[k]);
+    }
+  float rest = 0;
+  for (; i < count; ++i) rest += values[i] * x[index[i]];
+  const __m128 all = _mm_add_ps(_mm_add_ps(sum[0], sum[1]), _mm_add_ps(sum[2], sum[3]));
+  const __m128 two = _mm_add_ps(all, _mm_movehl_ps(all, all));
+  return rest + _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 bool looked_up(Type type) { return type == Type::bf16 || type == Type::f16; }
 
@@ -136,8 +173,9 @@ bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const u
 }
 
 const ExpandTable avx2_expand = {portable_expand.expand,
-                                 portable_expand.gather,
+                                 gather_scalars,
                                  portable_expand.gather_many,
+                                 gather_pairs,
                                  count_bits,
                                  looked_up,
                                  lookup_dot,

@@ -119,17 +119,6 @@ TINYCOMP_TARGET int64_t expand_bits(Type type, const void* values, int64_t at, i
   }
 }
 
-TINYCOMP_TARGET float gather16(const float* values, const uint16_t* index, int64_t count, const float* x) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 16) {
-    const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1u << (count - i)) - 1);
-    const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index + i));
-    const __m512 inputs = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x, 4);
-    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, values + i), inputs, sum);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
 TINYCOMP_TARGET void gather_rows(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                                  int64_t inputs, float* sums) {
   constexpr int kWide = 4;
@@ -151,6 +140,27 @@ TINYCOMP_TARGET void gather_rows(const float* values, const uint16_t* index, int
   }
 }
 
+TINYCOMP_TARGET void gather_pairs(const float* values, const uint16_t* index, int64_t count, const uint32_t* x,
+                                  float* sums) {
+  __m512 low[4], high[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) low[k] = high[k] = _mm512_setzero_ps();
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const auto add = [&](int64_t i, __m512& first, __m512& second) TINYCOMP_TARGET {
+    const __m512i both = _mm512_loadu_si512(x + 16 * index[i]);
+    const __m512 value = _mm512_set1_ps(values[i]);
+    first = _mm512_fmadd_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), first);
+    second = _mm512_fmadd_ps(value, _mm512_castsi512_ps(_mm512_and_si512(both, upper)), second);
+  };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(i + k, low[k], high[k]);
+  for (; i < count; ++i) add(i, low[0], high[0]);
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3])));
+  _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_add_ps(high[0], high[1]), _mm512_add_ps(high[2], high[3])));
+}
+
 TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   int64_t bits = 0, b = 0;
   for (; b + 4 <= blocks; b += 4) {
@@ -166,8 +176,8 @@ bool any(Type) { return true; }
 
 }  // namespace
 
-const ExpandTable avx512_expand = {expand_bits, gather16,   gather_rows, count_bits,
-                                   any,         expand_dot, looked_up,   lookup_pairs};
+const ExpandTable avx512_expand = {expand_bits, gather_scalars, gather_rows, gather_pairs, count_bits,
+                                   any,         expand_dot,     looked_up,   lookup_pairs};
 
 }  // namespace tinycomp
 #endif

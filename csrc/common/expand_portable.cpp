@@ -56,10 +56,22 @@ int64_t count_bits(const uint16_t* mask, int64_t blocks) {
   return bits;
 }
 
+void gather_pairs(const float* values, const uint16_t* index, int64_t count, const uint32_t* x, float* sums) {
+  for (int j = 0; j < 32; ++j) sums[j] = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t word = x[16 * index[i] + k], low = word << 16, high = word & 0xffff0000;
+      float both[2];
+      __builtin_memcpy(&both[0], &low, 4), __builtin_memcpy(&both[1], &high, 4);
+      sums[k] += values[i] * both[0], sums[k + 16] += values[i] * both[1];
+    }
+}
+
 bool none(Type) { return false; }
 
 }  // namespace
 
-const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, count_bits, none, nullptr, none, nullptr};
+const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, gather_pairs, count_bits,
+                                     none,        nullptr,       none,        nullptr};
 
 }  // namespace tinycomp

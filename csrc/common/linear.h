@@ -190,8 +190,8 @@ enum {
   kMaskSlot
 };
 
-// Floats between rows of `cols` that kernels read together: not a multiple of 2 KiB, where rows would share the same few
-// places of the nearest cache.
+// Floats between rows of `cols` that kernels read together: not a multiple of 2 KiB, where rows would share the same
+// few places of the nearest cache.
 inline int64_t row_distance(int64_t cols, int64_t rows) { return rows >= 4 && cols % 512 == 0 ? cols + 16 : cols; }
 
 // The rows of an input in float32. Narrow ones are widened by `prepare`, the first stage of a call, and those that

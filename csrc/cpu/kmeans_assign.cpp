@@ -1,4 +1,4 @@
-// kmeans_assign: GEMM through torch for the scores of a chunk of points, then argmin and the distance by point.
+// kmeans_assign: products of a few points with all centroids, compared while they are in cache.
 #include <limits>
 
 #include "../common/lanes.h"
@@ -7,43 +7,51 @@
 namespace tinycomp {
 namespace {
 
-// Place of the least norms[c] - 2 products[c], the first among equals.
+// Place of the least norms[c] - 2 products[c * apart + i] for each of n points i, the first among equals.
 template <class A>
-int32_t nearest(const A* __restrict norms, const A* __restrict products, int64_t k) {
-  A least[kSumLanes];
-  int32_t place[kSumLanes];
-  std::fill_n(least, kSumLanes, std::numeric_limits<A>::infinity());
-  std::fill_n(place, kSumLanes, 0);
-  int64_t c = 0;
-  for (; c + kSumLanes <= k; c += kSumLanes)
-    for (int l = 0; l < kSumLanes; ++l) {
-      const A score = norms[c + l] - 2 * products[c + l];
-      place[l] = score < least[l] ? static_cast<int32_t>(c + l) : place[l];
-      least[l] = score < least[l] ? score : least[l];
+void nearest(const std::vector<A>& norms, const A* __restrict products, int64_t apart, int64_t n,
+             int32_t* __restrict labels, A* __restrict least) {
+  std::fill_n(least, n, std::numeric_limits<A>::infinity());
+  std::fill_n(labels, n, 0);
+  for (int64_t c = 0; c < static_cast<int64_t>(norms.size()); ++c) {
+    const A* __restrict line = products + c * apart;
+    const A norm = norms[c];
+    for (int64_t i = 0; i < n; ++i) {
+      const A score = norm - 2 * line[i];
+      labels[i] = score < least[i] ? static_cast<int32_t>(c) : labels[i];
+      least[i] = score < least[i] ? score : least[i];
     }
-  for (int l = 0; c < k; ++c, ++l) {
-    const A score = norms[c] - 2 * products[c];
-    if (score < least[l]) least[l] = score, place[l] = static_cast<int32_t>(c);
   }
-  int best = 0;
-  for (int l = 1; l < kSumLanes; ++l)
-    if (least[l] < least[best] || (least[l] == least[best] && place[l] < place[best])) best = l;
-  return place[best];
 }
 
-template <class A>
-void assign(const A* points, const A* centroids, const A* products, const std::vector<A>& norms, int64_t n, int64_t d,
-            int32_t* labels, float* distances) {
-  const int64_t k = static_cast<int64_t>(norms.size());
-  parallel_rows(n, k + d, [&](int64_t i) {
-    vectorised([&] { labels[i] = nearest(norms.data(), products + i * k, k); });
-    const A* __restrict point = points + i * d, * __restrict mine = centroids + labels[i] * d;
-    vectorised([&] {
-      distances[i] = static_cast<float>(lane_sum<A>(d, [&](int64_t c) {
-        const A difference = point[c] - mine[c];
-        return difference * difference;
-      }));
-    });
+// Points that are compared at a time: their products with 256 centroids fill a quarter of a megabyte.
+constexpr int64_t kPoints = 256;
+
+// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c.
+template <class A, class Products>
+void assign(const A* points, const A* centroids, int64_t n, int64_t d, int64_t k, int32_t* labels, float* distances,
+            const Products& products) {
+  std::vector<A> norms(k);
+  vectorised([&] {
+    for (int64_t c = 0; c < k; ++c)
+      norms[c] = lane_sum<A>(d, [&](int64_t i) { return centroids[c * d + i] * centroids[c * d + i]; });
+  });
+  torch::stable::parallel_for(0, (n + kPoints - 1) / kPoints, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> line(k * kPoints), least(kPoints);
+    for (int64_t first = begin * kPoints; first < std::min(n, end * kPoints); first += kPoints) {
+      const int64_t count = std::min(kPoints, n - first);
+      products(first, count, line.data());
+      vectorised([&] { nearest(norms, line.data(), kPoints, count, labels + first, least.data()); });
+      for (int64_t i = first; i < first + count; ++i) {
+        const A* __restrict point = points + i * d, * __restrict mine = centroids + labels[i] * d;
+        vectorised([&] {
+          distances[i] = static_cast<float>(lane_sum<A>(d, [&](int64_t e) {
+            const A difference = point[e] - mine[e];
+            return difference * difference;
+          }));
+        });
+      }
+    }
   });
 }
 
@@ -58,16 +66,24 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     const Tensor mu = torch::stable::contiguous(torch::stable::to(detach(centroids), scalar_type<A>));
     const Tensor labels = empty(points, {n}, ScalarType::Int), distances = empty(points, {n}, ScalarType::Float);
     const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
-    std::vector<A> norms(k);
-    for (int64_t c = 0; c < k; ++c) norms[c] = lane_sum<A>(d, [&](int64_t i) { return to[c * d + i] * to[c * d + i]; });
-    // Products of a chunk take at most 2 MiB, so that they are still in cache when they are compared.
-    const int64_t chunk = std::max<int64_t>(1, (2 << 20) / (k * static_cast<int64_t>(sizeof(A))));
-    for (int64_t start = 0; start < n; start += chunk) {
-      const int64_t size = std::min(chunk, n - start);
-      const Tensor products = torch::stable::contiguous(gemm(torch::stable::narrow(x, 0, start, size), mu));
-      assign<A>(from + start * d, to, static_cast<const A*>(products.const_data_ptr()), norms, size, d,
-                static_cast<int32_t*>(labels.mutable_data_ptr()) + start,
-                static_cast<float*>(distances.mutable_data_ptr()) + start);
+    int32_t* places = static_cast<int32_t*>(labels.mutable_data_ptr());
+    float* squares = static_cast<float*>(distances.mutable_data_ptr());
+    if constexpr (std::is_same_v<A, float>) {
+      // Centroids lie apart as inputs do.
+      const int64_t apart = row_distance(d, k);
+      std::vector<float> lines(k * apart);
+      for (int64_t c = 0; c < k; ++c) std::copy_n(to + c * d, d, lines.data() + c * apart);
+      assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
+        for (int64_t c = 0; c < k; c += kInputsAtOnce)
+          dot(Type::f32, from + first * d, d * 4, count, d, lines.data() + c * apart, apart,
+              std::min(kInputsAtOnce, k - c), line + c * kPoints, kPoints);
+      });
+    } else {
+      assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, double* line) {
+        const Tensor some = torch::stable::contiguous(gemm(mu, torch::stable::narrow(x, 0, first, count)));
+        const double* found = static_cast<const double*>(some.const_data_ptr());
+        for (int64_t c = 0; c < k; ++c) std::copy_n(found + c * count, count, line + c * kPoints);
+      });
     }
     return std::make_tuple(labels, distances);
   });

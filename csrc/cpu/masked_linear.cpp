@@ -55,13 +55,16 @@ struct Masked {
     // A missing last group has no code.
     if (cols % 8 > 0 && cols % 8 <= 4) bits[bytes - 1] &= 15;
   }
+  // Where the values of row i of a bit mask or of 2:4 begin and end.
+  std::pair<int64_t, int64_t> value_range(int64_t i) const {
+    const int64_t each = 2 * ((cols + 3) / 4);
+    return format == "2:4" ? std::pair{i * each, (i + 1) * each} : range(i, count);
+  }
   // Row i in float32; `to` has room for a multiple of 16.
   void expand_row(int64_t i, uint16_t* scratch, float* to) const {
     if (cols == 0) return;
     words(i, scratch);
-    const bool pairs = format == "2:4";
-    const int64_t each = 2 * ((cols + 3) / 4);
-    const auto [first, last] = pairs ? std::pair{i * each, (i + 1) * each} : range(i, count);
+    const auto [first, last] = value_range(i);
     if (expansion().expand(type, values.const_data_ptr(), first, count, scratch, (cols + 15) / 16, to) != last)
       bad = true;
   }
@@ -106,7 +109,7 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
       }
       uint16_t* mask = const_cast<uint16_t*>(all) + k * blocks;
       w.words(line, mask);
-      const auto [first, last] = two_of_four ? std::pair{line * each, (line + 1) * each} : w.range(line, w.count);
+      const auto [first, last] = w.value_range(line);
       at[k] = first, masks[k] = mask;
       together = expansion().count(mask, blocks) == last - first && last + 32 <= w.count;
     }
@@ -158,41 +161,99 @@ inline std::pair<int64_t, int64_t> checked_range(const Masked& w, const uint16_t
   return {0, 0};
 }
 
-// x is (cols, m) here where m > 1, so that a kept weight meets all inputs at once.
+// Set bits of a byte, in order, and how many they are.
+struct SetBits {
+  uint16_t places[8];
+  int64_t count;
+};
+constexpr std::array<SetBits, 256> set_bits = [] {
+  std::array<SetBits, 256> bits{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int i = 0; i < 8; ++i)
+      if (byte >> i & 1) bits[byte].places[bits[byte].count++] = static_cast<uint16_t>(i);
+  return bits;
+}();
+
+// Columns that the bytes of a mask keep, in order; eight are written for each byte, wherever its own end.
+inline void kept_columns(const uint8_t* mask, int64_t bytes, uint16_t* to) {
+  for (int64_t b = 0; b < bytes; ++b) {
+    const SetBits& bits = set_bits[mask[b]];
+    for (int i = 0; i < 8; ++i) to[i] = static_cast<uint16_t>(bits.places[i] + 8 * b);
+    to += bits.count;
+  }
+}
+
+// Inputs as columns, so that a kept weight meets all of them at once: groups of 32 in bfloat16, where many inputs are
+// that, else in float32.
+struct Columns {
+  const float* wide;
+  const uint32_t* pairs;  // null: `wide`
+  int64_t m;
+
+  static constexpr int64_t kGroup = 32, kWords = kGroup / 2;
+  static int64_t floats(bool narrow, int64_t m, int64_t cols) {
+    return narrow ? (m + kGroup - 1) / kGroup * cols * kWords : m * cols;
+  }
+};
+
+// sums of all m inputs with the weights `values` of columns `index`.
+inline void gather_all(const Columns& x, int64_t cols, const float* values, const uint16_t* index, int64_t kept,
+                       int64_t start, int64_t inputs, float* sums) {
+  if (x.pairs == nullptr) return expansion().gather_many(values, index, kept, x.wide + start, x.m, inputs, sums);
+  for (int64_t j = 0; j < inputs; j += Columns::kGroup)
+    expansion().gather_pairs(values, index, kept, x.pairs + (start + j) / Columns::kGroup * cols * Columns::kWords,
+                             sums + j);
+}
+
+// Kept weights alone are multiplied. One input: `x`; more: `columns`.
 template <class Store>
-void indexed(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+void indexed(const Masked& w, const float* x, const Columns& columns, int64_t first, int64_t last, const Store& store) {
+  static_assert(kInputsAtOnce % Columns::kGroup == 0);
+  const bool listed = w.format == "index";
   const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+  const int64_t words = (w.cols + 15) / 16;
   const Scratch wide(kRebuildSlot, w.cols + 16);
-  std::vector<uint16_t> all(w.cols / 16 + 2, 0xffff);
+  std::vector<uint16_t> all(words + 2, 0xffff), mask(words + 1), found(listed ? 0 : 16 * words + 8);
   batches(
-      m, first, last,
+      columns.m, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
         for (int64_t r = 0; r < n; ++r) {
-          const auto [from, to] = checked_range(w, index, i + r);
+          auto [from, to] = listed ? checked_range(w, index, i + r) : w.value_range(i + r);
+          const uint16_t* at = index + from;
+          if (!listed) {
+            w.words(i + r, mask.data());
+            if (expansion().count(mask.data(), words) != to - from) w.bad = true, to = from;
+            if (to > from) kept_columns(reinterpret_cast<const uint8_t*>(mask.data()), 2 * words, found.data());
+            at = found.data();
+          }
           // Only whole words of values are widened, what lies beyond `to` is not used.
           const int64_t kept = to - from, blocks = kept / 16;
           expansion().expand(w.type, w.values.const_data_ptr(), from, to, all.data(), blocks, wide.data());
           const uint16_t rest = static_cast<uint16_t>((1u << kept % 16) - 1);
           expansion().expand(w.type, w.values.const_data_ptr(), from + 16 * blocks, to, &rest, 1,
                              wide.data() + 16 * blocks);
-          if (m == 1) {
-            out[r] = expansion().gather(wide.data(), index + from, kept, x);
+          if (columns.m == 1) {
+            out[r] = expansion().gather(wide.data(), at, kept, x);
             continue;
           }
           float sums[kInputsAtOnce];
-          expansion().gather_many(wide.data(), index + from, kept, x + start, m, inputs, sums);
+          gather_all(columns, w.cols, wide.data(), at, kept, start, inputs, sums);
           for (int64_t j = 0; j < inputs; ++j) out[j * kBatch + r] = sums[j];
         }
       },
       store);
 }
 
-// Rows come in whole blocks; kept ones are dense weights of 32 rows, widened where they are rounded.
+// Rows come in whole blocks. Kept ones of the same 32 rows become one dense weight beside the inputs of its columns.
 template <class Store>
 void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
   static_assert(kBatch % kBlock == 0);
+  constexpr int64_t kBlocks = 16, kWidth = kBlocks * kBlock, kApart = kWidth + 16;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
-  const Scratch part(kShiftSlot, std::min(m, kInputsAtOnce) * kBlock), wide(kRebuildSlot, kBlock * kBlock);
+  const int64_t most = std::min(m, kInputsAtOnce);
+  const Scratch part(kShiftSlot, most * kBlock), some(kMaskSlot, most * kApart);
+  const Scratch wide(kRebuildSlot, kBlock * (kApart + kBlock));
+  float* one = wide.data() + kBlock * kApart;
   const std::vector<uint16_t> all(kBlock * kBlock / 16, 0xffff);
   batches(
       m, first, last,
@@ -201,6 +262,14 @@ void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_
         for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
           auto [at, end] = w.range(b, w.count / (kBlock * kBlock));
           const int64_t rows = std::min(kBlock, w.rows - b * kBlock);
+          int64_t taken = 0;
+          const auto multiply = [&] {
+            dot(Type::f32, wide.data(), kApart * 4, rows, taken * kBlock, some.data(), kApart, inputs, part.data(),
+                kBlock);
+            for (int64_t j = 0; j < inputs; ++j)
+              for (int64_t r = 0; r < rows; ++r) out[j * kBatch + b * kBlock - i + r] += part.data()[j * kBlock + r];
+            taken = 0;
+          };
           for (int64_t c = 0; c < columns; ++c) {
             if (!(w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1)) continue;
             if (at >= end) {
@@ -209,24 +278,60 @@ void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_
             }
             const int64_t number = at++ * kBlock * kBlock, cols = std::min(kBlock, w.cols - c * kBlock);
             expansion().expand(w.type, w.values.const_data_ptr(), number, w.count, all.data(), kBlock * kBlock / 16,
-                               wide.data());
-            dot(Type::f32, wide.data(), kBlock * 4, rows, cols, x + start * w.cols + c * kBlock, w.cols, inputs,
-                part.data(), kBlock);
-            for (int64_t j = 0; j < inputs; ++j)
-              for (int64_t r = 0; r < rows; ++r) out[j * kBatch + b * kBlock - i + r] += part.data()[j * kBlock + r];
+                               one);
+            for (int64_t r = 0; r < rows; ++r)
+              std::copy_n(one + r * kBlock, kBlock, wide.data() + r * kApart + taken * kBlock);
+            for (int64_t j = 0; j < inputs; ++j) {
+              const float* from = x + (start + j) * w.cols + c * kBlock;
+              float* to = some.data() + j * kApart + taken * kBlock;
+              if (cols == kBlock)
+                std::copy_n(from, kBlock, to);
+              else
+                std::fill(std::copy_n(from, cols, to), to + kBlock, 0.0f);
+            }
+            if (++taken == kBlocks) multiply();
           }
+          if (taken > 0) multiply();
         }
       },
       store);
 }
 
+// Columns [first, last) of m inputs that are exact in bfloat16, as Columns holds them. A few columns of all inputs of a
+// group at a time: lines of inputs are read whole, lines of words written whole.
+inline void pack_pairs(const float* x, int64_t cols, int64_t m, int64_t first, int64_t last, uint32_t* to) {
+  constexpr int64_t kSome = 16, kWords = Columns::kWords;
+  const std::vector<float> nothing(kSome, 0.0f);
+  for (int64_t start = 0; start < m; start += Columns::kGroup, to += cols * kWords)
+    for (int64_t c = first; c < last; c += kSome)
+      for (int64_t k = 0; k < kWords; ++k) {
+        const int64_t low = start + k, high = low + kWords;
+        const float* below = low < m ? x + low * cols + c : nothing.data();
+        const float* above = high < m ? x + high * cols + c : nothing.data();
+        for (int64_t i = 0; i < std::min(kSome, last - c); ++i) {
+          uint32_t words[2];
+          __builtin_memcpy(&words[0], below + i, 4), __builtin_memcpy(&words[1], above + i, 4);
+          to[(c + i) * kWords + k] = words[0] >> 16 | (words[1] & 0xffff0000);
+        }
+      }
+}
+
+// The share of kept weights up to which multiplying them alone is faster than a dense product.
+constexpr double kFewKept = 0.35;
+
 template <class T>
 void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows;
   const int64_t wide = (w.cols + 15) / 16 * 16;
-  const bool turned = w.format == "index" && m > 1, padded = m == 1 && w.format != "index" && w.format != "block32";
-  const Scratch columns(kMiddleSlot, turned ? m * w.cols : padded ? 2 * wide : 0);
+  // A row that keeps few weights meets the inputs of its columns alone, where a line of memory holds many of these.
+  const bool bits = w.format == "bitmask" || w.format == "2:4";
+  const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
+  const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * kFewKept;
+  const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
+  const Scratch columns(kMiddleSlot, turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : 0);
   const OneInput one{columns.data(), columns.data() + wide};
+  auto* pairs = reinterpret_cast<uint32_t*>(columns.data());
+  const Columns lines{columns.data(), turned && narrow ? pairs : nullptr, m};
   const Stage stages[] = {x.stage(), {turned ? w.cols : padded ? 1 : 0, 256}, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
@@ -236,6 +341,7 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
       return arrange_inputs(w.type, one.plain, wide / 16, columns.data() + wide);
     }
     if (stage == 1) {
+      if (narrow) return pack_pairs(x.data(), w.cols, m, first, last, pairs);
       for (int64_t c = first; c < last; ++c)
         for (int64_t j = 0; j < m; ++j) columns.data()[c * m + j] = x.data()[j * w.cols + c];
       return;
@@ -244,8 +350,8 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
       for (int64_t c = 0; c < n && !w.scale.empty(); ++c) values[c] *= w.scale[i + c];
       y.store(j, i, values, n);
     };
-    if (w.format == "index")
-      indexed(w, turned ? columns.data() : x.data(), m, first, last, store);
+    if (sparse || w.format == "index")
+      indexed(w, x.data(), lines, first, last, store);
     else if (w.format == "block32")
       blockwise(w, x.data(), m, first, last, store);
     else

@@ -193,10 +193,12 @@ def _cost(
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    def make(lead: tuple[int, ...], k: int, n: int, format: str, bits: int) -> tuple[Tensor | int | str | None, ...]:
+    def make(
+        lead: tuple[int, ...], k: int, n: int, format: str, bits: int, above: float = 0.3
+    ) -> tuple[Tensor | int | str | None, ...]:
         draw = Draw(dtype)
         w = draw(n, k)
-        keep = draw(n, k) > 0.3
+        keep = draw(n, k) > above
         if format == "block32":
             keep = (draw(-(-n // BLOCK), -(-k // BLOCK)) > 0).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
             keep = keep[:n, :k]
@@ -210,6 +212,7 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         for bits in (0, 8, 4):
             yield Sample(f"{format}-{bits}-odd", make((2, 3), 33, 41, format, bits))
         yield Sample(f"{format}-1row", make((1,), 96, 64, format, 0))
+        yield Sample(f"{format}-many-few-kept", make((37,), 1060, 41, format, 0, above=0.9))
         yield Sample(f"{format}-0rows", make((0,), 33, 41, format, 0))
         base = make((5,), 33, 41, format, 8)
         yield Sample(f"{format}-transposed", tuple(transposed(v) if isinstance(v, Tensor) else v for v in base))
