@@ -12,7 +12,7 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int width = 16, inputs = 6, pair_inputs = 12, panel_inputs = 12;
+  static constexpr int width = 16, inputs = 6, panel_inputs = 12;
   static constexpr bool narrows = true;
 
   TINYCOMP_TARGET static Vec zero() { return _mm512_setzero_ps(); }

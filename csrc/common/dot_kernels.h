@@ -2,7 +2,7 @@
 // TINYCOMP_TARGET (the function attribute that enables its instructions) and V.
 //
 // V has: Vec, width, inputs (input rows per tile of four weight rows, so that accumulators stay in registers),
-// pair_inputs and panel_inputs (the same for two rows and for panels), zero(), set1(v), add(a, b), fma(a, b, c),
+// panel_inputs (the same for panels), zero(), set1(v), add(a, b), fma(a, b, c),
 // transpose(width vectors), sum4(four vectors, out), sum(vector), load(const T*) widening T to float32,
 // load_pairs(const BFloat16*) of 2 width numbers as they are, first(v) and second(v) of these pairs widened,
 // load_first(const T*, n) with zeros after the first n < width, store(float*, vector), and where `narrows` also store
@@ -54,22 +54,15 @@ struct Lines {
 
 template <class V, int R, int M>
 TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo) {
-  float total[4];
-  int j = 0;
-  if constexpr (R == 4) {
 #pragma GCC unroll 16
-    for (; j < M; ++j) V::sum4(acc[j][0], acc[j][1], acc[j][2], acc[j][3], out + j * ldo);
-  } else if constexpr (R == 2) {
-#pragma GCC unroll 16
-    for (; j + 2 <= M; j += 2) {
-      V::sum4(acc[j][0], acc[j][1], acc[j + 1][0], acc[j + 1][1], total);
-      std::copy_n(total, 2, out + j * ldo), std::copy_n(total + 2, 2, out + (j + 1) * ldo);
+  for (int j = 0; j < M; ++j) {
+    if constexpr (R == 4) {
+      V::sum4(acc[j][0], acc[j][1], acc[j][2], acc[j][3], out + j * ldo);
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);
     }
   }
-#pragma GCC unroll 16
-  for (; j < M; ++j)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);
 }
 
 // R weight rows against M inputs, all M R accumulators in registers: unrolled entirely, for one that a loop indexes
@@ -123,14 +116,13 @@ constexpr auto row_tiles(std::integer_sequence<int, M...>) {
   return std::array{tile<V, T, R, M + 1>...};
 }
 
-// R rows against all inputs in tiles of equal size, of at most `most`: the rows stay in the nearest cache while the
-// inputs pass by.
-template <class V, class T, int R, int most>
+// R rows against all inputs in tiles of equal size: the rows stay in the nearest cache while the inputs pass by.
+template <class V, class T, int R>
 TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, int64_t m,
                                 float* out, int64_t ldo) {
-  static constexpr auto tiles = row_tiles<V, T, R>(std::make_integer_sequence<int, most>());
+  static constexpr auto tiles = row_tiles<V, T, R>(std::make_integer_sequence<int, V::inputs>());
   for (int64_t j = 0, take; j < m; j += take) {
-    const int64_t left = m - j, passes = (left + most - 1) / most;
+    const int64_t left = m - j, passes = (left + V::inputs - 1) / V::inputs;
     take = (left + passes - 1) / passes;
     tiles[take - 1](w, stride, cols, x + j * ldx, ldx, out + j * ldo, ldo);
   }
@@ -271,12 +263,9 @@ TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int6
                                int64_t m, float* out, int64_t ldo) {
   if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
-  if (m > V::inputs)
-    for (; i + 2 <= rows; i += 2)
-      all_inputs<V, T, 2, V::pair_inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
   for (; i + kBlockRows <= rows; i += kBlockRows)
-    all_inputs<V, T, kBlockRows, V::inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
-  for (; i < rows; ++i) all_inputs<V, T, 1, V::inputs>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
+    all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
+  for (; i < rows; ++i) all_inputs<V, T, 1>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
 }
 
 template <class V, class T>
