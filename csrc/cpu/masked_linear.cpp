@@ -1,5 +1,6 @@
 // masked_linear. Bit masks and 2:4: rows are expanded in float32, in cache, and multiplied like dense ones: the bytes
-// that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks: only kept blocks.
+// that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks:
+// only kept blocks.
 #include <array>
 #include <string>
 
