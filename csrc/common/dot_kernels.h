@@ -4,8 +4,8 @@
 // V has: Vec, width, inputs (input rows per tile of four weight rows, so that accumulators stay in registers),
 // panel_inputs (the same for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four
 // vectors, out), sum(vector), load(const T*) widening T to float32, load_pairs(const BFloat16*) of 2 width numbers as
-// they are, first(v) and second(v) of these pairs widened, load_first(const T*, n) with zeros after the first n < width,
-// store(float*, vector), and where `narrows` also store to 16-bit types.
+// they are, first(v) and second(v) of these pairs widened, load_first(const T*, n) with zeros after the first n <
+// width, store(float*, vector), and where `narrows` also store to 16-bit types.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
