@@ -69,7 +69,7 @@ class Free(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.out_features = linear.weight, linear.out_features
+        self.weight, self.in_features, self.out_features = linear.weight, linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
@@ -137,6 +137,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     found, tokenizer = models(options)
     protocol = DEFAULT.shortened(1024) if options.quick else DEFAULT
+    sizes = {name: size_of(model).bytes_memory for name, model in found.items()}
     with torch.no_grad():
         speeds = speed_of(found, 128, 16 if options.quick else 64, 3 if options.quick else 9)
         compiled: dict[str, float] = {}
@@ -154,7 +155,7 @@ def main() -> None:
             "name": name,
             "perplexity": quality[name],
             "protocol": protocol.name,
-            "bytes_memory": size_of(found[name]).bytes_memory,
+            "bytes_memory": sizes[name],
             "prefill_tokens_s": speed.prefill.median,
             "decode_tokens_s": speed.decode.median,
             "decode_vs_dense_bfloat16": speed.decode.median / base.decode.median,
