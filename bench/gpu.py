@@ -150,7 +150,9 @@ def layer_cases(inputs: int, rows: int, columns: int, device: str = "cuda") -> I
     x, w = (t.to(device) for t in _cases.make("sliced_linear", torch.bfloat16, 0, shape | {"whole": half})[:2])
     yield "dense F.linear", (whole,), lambda: F.linear(x, w)
     r, t = w[:rank], w[rank:, :rank].contiguous()
-    yield "low rank torch.compile", pivoted, torch.compile(lambda: F.linear(F.linear(x, r), t))
+    # Else it would compile for dynamic sizes from the second shape on, and run eagerly after the eighth.
+    torch.compiler.reset()
+    yield "low rank torch.compile", pivoted, torch.compile(lambda: F.linear(F.linear(x, r), t), dynamic=False)
     for name, label, fields, products in variants:
         args = moved(_cases.make(name, torch.bfloat16, 0, shape | fields), device)
         for case, call in on_backends(name, args, label):
@@ -174,17 +176,25 @@ def peers(x: Tensor, w: Tensor, whole: gpu_model.Product) -> Iterator[Case]:
         packed = torch.sparse.to_sparse_semi_structured(torch.where(keep.view_as(w), w, 0))
         return lambda: F.linear(x, packed)
 
-    def torchao(config: str, **fields: Any) -> Callable[[], Any]:
-        quantization = importlib.import_module("torchao.quantization")
+    def torchao(config: str, module: str = "torchao.quantization", **fields: Any) -> Callable[[], Any]:
         layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype, device=w.device)
         layer.weight.data.copy_(w)
-        quantization.quantize_(layer, getattr(quantization, config)(**fields))
+        # Without its settings of Inductor: they are global, and would change the torch.compile cases that follow.
+        made = getattr(importlib.import_module(module), config)(**fields, group_size=128, set_inductor_config=False)
+        importlib.import_module("torchao.quantization").quantize_(layer, made)
         return lambda: layer(x)
+
+    def gemlite() -> Callable[[], Any]:
+        try:
+            return torchao("UIntxWeightOnlyConfig", "torchao.prototype.quantization", bit_width=4)
+        except (ImportError, AttributeError):  # its name before torchao 0.17
+            return torchao("GemliteUIntXWeightOnlyConfig", bit_width=4)
 
     for name, bits, build in (
         ("2:4 torch.sparse", 9, semi_structured),
-        ("int4 torchao", 4.125, lambda: torchao("Int4WeightOnlyConfig", group_size=128)),
-        ("int4 gemlite", 4.125, lambda: torchao("GemliteUIntXWeightOnlyConfig", group_size=128, bit_width=4)),
+        ("int4 torchao", 4.25, lambda: torchao("Int4WeightOnlyConfig")),  # compute capability 9.0 and further packages
+        ("int4 torchao tiled", 4.25, lambda: torchao("Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d")),
+        ("int4 gemlite", 4.25, gemlite),
     ):
         try:
             call = build()
@@ -212,12 +222,15 @@ def method_cases(rows: int, columns: int, device: str = "cuda") -> Iterator[tupl
             yield case, ops.OPS[name].cost(*args).bytes, call
 
 
-def device_facts() -> dict[str, str]:
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+def nvidia_smi(query: str) -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return dict(zip(query.split(","), values, strict=True))
+
+
+def device_facts() -> dict[str, str]:
+    facts = nvidia_smi("name,driver_version,clocks.max.sm,power.limit")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    facts = dict(zip(query.split(","), values, strict=True))
     return facts | {"torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit.strip()}
 
 
@@ -237,6 +250,7 @@ def measure(output: Path | None) -> None:
             median, low, high = measure_us(call)
             row: dict[str, Any] = {"layer": layer, "rows": inputs, "case": name, "us": median}
             row |= {"us_p20": low, "us_p80": high, "gb_s": moved_bytes / median / 1e3, "modelled_bound_us": bound}
+            row |= nvidia_smi("clocks.sm,clocks.mem")  # right after the repeats: those of a GPU that has just worked
             print(f"{layer:9} {inputs:5} {name:28} {median:9.1f} us ({low:.1f}..{high:.1f})")
             file.write(json.dumps(row | facts) + "\n")
 

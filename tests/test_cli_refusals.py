@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from command_line import PROTOCOL, SMALL, compress, run
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_folder import write_folder
 
 from tinycomp import job
+from tinycomp.train.bregman import SplitBregman
+from tinycomp.train.path_search import CHECKPOINT
 
 # ---------------------------------------------------------------------------------------------------------- exit codes
 
@@ -137,9 +140,11 @@ BLOCKS = 60  # enough that a job is still at work when the first two are seen to
 JOB = ["--method", "svd", "--ratio", 0.6, *SMALL]
 
 
-def start(source: Path, out: Path, text: Path, **more: object) -> subprocess.Popen[str]:
+def start(
+    source: Path, out: Path, text: Path, words: Sequence[object] = JOB, **more: object
+) -> subprocess.Popen[str]:
     """The same job in a process of its own."""
-    command = [sys.executable, "-m", "tinycomp", "compress", source, "--output-dir", out, *JOB, "--data", text]
+    command = [sys.executable, "-m", "tinycomp", "compress", source, "--output-dir", out, *words, "--data", text]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen([str(a) for a in command], text=True, **pipes, **more)  # type: ignore[call-overload]
 
@@ -181,6 +186,33 @@ def test_interrupt_exits_with_130_and_keeps_the_finished_blocks(text, tmp_path):
     assert "the same command with --resume continues" in said
     assert child.returncode == 130, said
     assert sorted(os.listdir(tmp_path)) == [journal.name, "model"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_a_search_that_was_stopped_continues_from_its_checkpoint(how, text, tmp_path, monkeypatch):
+    """No block is finished then, and the checkpoint of the search is all that the journal has."""
+    source, out, steps = write_folder(tmp_path / "model"), tmp_path / "out", 300
+    fields = [f"steps={steps}", "samples=1", "length=16", "checkpoint_every=1", "warm=0"]
+    words = ["--method", "spp", "--ratio", 0.6, *SMALL, *(word for f in fields for word in ("--set", f))]
+    assert run("compress", source, "--output-dir", tmp_path / "whole", *words, "--data", text).exit_code == 0
+    child = start(source, out, text, words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    checkpoint = job.journal_dir(out) / "search" / CHECKPOINT
+    while child.poll() is None and not checkpoint.exists():
+        time.sleep(0.002)
+    child.send_signal(how)
+    said = child.communicate()[1]
+    assert child.returncode == (-how if how == signal.SIGKILL else 130), said
+    assert ("--resume continues" in said) == (how == signal.SIGINT)
+    assert run("compress", source, "--output-dir", out, *words, "--data", text).exit_code == 3
+    done, step = [], SplitBregman.step
+    monkeypatch.setattr(SplitBregman, "step", lambda self: (done.append(1), step(self)))
+    with safe_open(checkpoint, "pt") as stored:
+        before = int(stored.get_tensor("counts")[1])
+    assert run("compress", source, "--output-dir", out, *words, "--data", text, "--resume").exit_code == 0
+    assert (before, len(done)) == (before, steps - before)
+    assert 0 < before < steps
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not job.journal_dir(out).exists()
 
 
 def test_interrupt_that_native_code_turned_into_its_own_error_is_an_interrupt(monkeypatch):

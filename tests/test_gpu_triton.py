@@ -69,12 +69,32 @@ SLOW_TARGETS = ["80-float32-every", "90-bfloat16-every", "100-bfloat16-every"]
 SLOW_TARGETS += [f"{gpu}-{dtype}-every" for gpu in ("120", "gfx942") for dtype in ("bfloat16", "float32")]
 
 
+BUDGETS = json.loads((TESTS / "triton_budgets.json").read_text())
+REGISTERS, SHARED, WARPS = 65536, {"80": 164 << 10, "90": 228 << 10, "100": 228 << 10}, 64  # of one processor
+
+
+def check_budget(row: dict, architecture: str) -> None:
+    """Against tests/triton_budgets.json, which holds for every candidate on the GPUs of `SHARED`."""
+    budget, what = BUDGETS[row["kernel"]], json.dumps(row)
+    assert row["registers"] <= budget["registers"], what
+    assert row["shared_bytes"] <= budget["shared_bytes"], what
+    by_registers = REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+    by_shared = SHARED[architecture] // (row["shared_bytes"] + 1024)  # 1 KB of every block is the system's
+    assert min(by_registers, by_shared, WARPS // row["warps"]) >= budget["blocks_per_processor"], what
+    if row["dtype"] == "bfloat16":
+        assert [name for name in budget["bfloat16"] if not row[name]] == [], what
+
+
 @pytest.mark.parametrize("target", [*TARGETS, *(pytest.param(t, marks=pytest.mark.slow) for t in SLOW_TARGETS)])
 def test_compiled(target: str, request: pytest.FixtureRequest) -> None:
     rows = all_cores.result(compiled, selected(request, "target"), target)
     assert {row["op"] for row in rows} == set(KERNELS)
+    architecture = target.split("-")[0]
+    assert {row["kernel"] for row in rows} == set(BUDGETS)
     for row in rows:
         what = json.dumps(row)
+        if architecture in SHARED:
+            check_budget(row, architecture)
         assert row["registers"] > 0, what
         assert row["spill_bytes"] == 0, what
         assert row["shared_bytes"] <= 163 << 10, what

@@ -1,16 +1,19 @@
 """Run in its own process: compile every Triton kernel, in every configuration, for a GPU that is not here.
 
 The launchers run on shapes of a real layer with a driver that only names the target, and every launch stops after
-compilation. One JSON line per compiled kernel: registers, spilled bytes, shared memory, matrix instructions.
+compilation. One JSON line per compiled kernel: registers, spilled bytes, shared memory, matrix instructions, loads of
+16 bytes.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +51,8 @@ class Driver:
 
 
 def measured(kernel: Any) -> dict[str, Any]:
-    """`measure` of a kernel, once for each that is compiled."""
-    file = CACHE / f"{kernel.hash}.json"
+    """`measure` of a kernel, once for each that is compiled, as long as what is measured stays the same."""
+    file = CACHE / f"{kernel.hash}-{zlib.crc32(inspect.getsource(measure).encode())}.json"
     if not file.exists():
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(measure(kernel)))
@@ -58,12 +61,12 @@ def measured(kernel: Any) -> dict[str, Any]:
 
 
 def measure(kernel: Any) -> dict[str, Any]:
-    """Registers, spilled bytes and matrix instructions of a compiled kernel; a number that is missing is an error."""
+    """Registers, spilled bytes, and instructions that count; a number that is missing is an error."""
     if AMD:
         text = kernel.asm["amdgcn"]
         number = {k: int(re.search(rf"{k}:?\s+(\d+)", text)[1]) for k in (r"\.vgpr_count", r"\.vgpr_spill_count")}
         registers, spilled = number.values()
-        matrix = text.count("v_mfma")
+        matrix, wide = text.count("v_mfma"), len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
     else:
         cubin = CACHE / f"{kernel.hash}.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -71,8 +74,11 @@ def measure(kernel: Any) -> dict[str, Any]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         # What is spilled, and any array that is not in registers, lies on the stack.
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", kernel.asm["ptx"]))
-    return {"registers": registers, "spill_bytes": spilled, "matrix_instructions": matrix}
+        text = kernel.asm["ptx"]
+        matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", text))
+        wide = len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ag]\.[^;]*, 0x10\b", text))
+    counts = {"matrix_instructions": matrix, "loads_of_16_bytes": wide}
+    return {"registers": registers, "spill_bytes": spilled} | counts
 
 
 def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:

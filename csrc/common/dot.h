@@ -15,9 +15,16 @@ constexpr int64_t kBlockRows = 4;
 constexpr int64_t kPanelInputs = 8;
 
 // out[j * ldo + i] = sum_c w[i, c] * x[j * ldx + c] for i < rows, j < m, summed in float32.
-// `w` points at row 0; rows are `stride` bytes apart and their entries adjacent.
+// `w` points at row 0; rows are `stride` bytes apart and their entries adjacent. Behind them are `more` rows that are
+// soon wanted, too.
 void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
-         float* out, int64_t ldo);
+         float* out, int64_t ldo, int64_t more = 0);
+
+// Blocks of kBlock x kBlock weights, `count` of them one after another in memory, of which number b meets inputs from
+// columns[b] on: out[j * ldo + i] += sum_b sum_c w_b[i, c] * x[j * ldx + columns[b] + c] for i < kBlock, j < m.
+constexpr int64_t kBlock = 32;
+void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
+                float* out, int64_t ldo);
 
 // Exact float32 copies of n adjacent f32, bf16 or f16 values.
 void widen(Type type, const void* from, float* to, int64_t n);

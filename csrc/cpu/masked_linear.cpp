@@ -11,8 +11,6 @@
 namespace tinycomp {
 namespace {
 
-constexpr int64_t kBlock = 32;
-
 // Two codes of 2:4 (i0 + 4 i1 each) as the eight bits that they name.
 constexpr std::array<uint8_t, 256> two_of_four = [] {
   std::array<uint8_t, 256> bits{};
@@ -245,57 +243,62 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
       store);
 }
 
-// Rows come in whole blocks. Kept ones of the same 32 rows become one dense weight beside the inputs of its columns.
+// Rows come in whole blocks. Many inputs: blocks become panels, and as many inputs go through all rows as stay in
+// cache. Few inputs, and the columns of a last block that is cut off: block by block.
 template <class Store>
 void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
   static_assert(kBatch % kBlock == 0);
-  constexpr int64_t kBlocks = 16, kWidth = kBlocks * kBlock, kApart = kWidth + 16;
+  constexpr int64_t kValues = kBlock * kBlock, kTogether = 6, kKeptInputs = 1 << 17;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
-  const int64_t most = std::min(m, kInputsAtOnce);
-  const Scratch part(kShiftSlot, most * kBlock), some(kMaskSlot, most * kApart);
-  const Scratch wide(kRebuildSlot, kBlock * (kApart + kBlock));
-  float* one = wide.data() + kBlock * kApart;
-  const std::vector<uint16_t> all(kBlock * kBlock / 16, 0xffff);
-  batches(
-      m, first, last,
-      [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
-        for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, n, 0.0f);
-        for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
-          auto [at, end] = w.range(b, w.count / (kBlock * kBlock));
-          const int64_t rows = std::min(kBlock, w.rows - b * kBlock);
-          int64_t taken = 0;
-          const auto multiply = [&] {
-            dot(Type::f32, wide.data(), kApart * 4, rows, taken * kBlock, some.data(), kApart, inputs, part.data(),
-                kBlock);
-            for (int64_t j = 0; j < inputs; ++j)
-              for (int64_t r = 0; r < rows; ++r) out[j * kBatch + b * kBlock - i + r] += part.data()[j * kBlock + r];
-            taken = 0;
-          };
-          for (int64_t c = 0; c < columns; ++c) {
-            if (!(w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1)) continue;
-            if (at >= end) {
-              w.bad = true;
-              break;
+  const bool wide = w.type != Type::i8 && w.type != Type::u4;
+  const int64_t size = w.values.element_size();
+  const int64_t together = std::clamp(kKeptInputs / std::max<int64_t>(w.cols, 1), 2 * kPanelInputs, kInputsAtOnce);
+  const Scratch part(kShiftSlot, kPanelInputs * kBlock), values(kRebuildSlot, kTogether * kValues);
+  const std::vector<uint16_t> all(kTogether * kValues / 16, 0xffff);
+  std::vector<int32_t> places(columns);
+  // Blocks from number `at` of the stored ones, in float32.
+  const auto widened = [&](int64_t at, int64_t count) {
+    expansion().expand(w.type, w.values.const_data_ptr(), at * kValues, w.count, all.data(), count * kValues / 16,
+                       values.data());
+    return values.data();
+  };
+  for (int64_t start = 0; start < m; start += together) {
+    const float* from = x + start * w.cols;
+    batches(
+        std::min(together, m - start), first, last,
+        [&](int64_t i, int64_t n, int64_t, int64_t inputs, float* out) {
+          for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, kBatch, 0.0f);
+          for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
+            auto [at, end] = w.range(b, w.count / kValues);
+            int64_t kept = 0;
+            for (int64_t c = 0; c < columns; ++c)
+              if (w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1) places[kept++] = static_cast<int32_t>(c * kBlock);
+            if (kept > end - at) w.bad = true, kept = 0;
+            float* to = out + b * kBlock - i;
+            const bool cut = kept > 0 && places[kept - 1] + kBlock > w.cols;
+            const int64_t whole = inputs < kPanelInputs ? 0 : kept - cut;
+            if (wide) {
+              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), whole, from, w.cols, inputs, to,
+                         kBatch);
+            } else {
+              for (int64_t k = 0, count; k < whole; k += count) {
+                count = std::min(kTogether, whole - k);
+                dot_blocks(Type::f32, widened(at + k, count), places.data() + k, count, from, w.cols, inputs, to,
+                           kBatch);
+              }
             }
-            const int64_t number = at++ * kBlock * kBlock, cols = std::min(kBlock, w.cols - c * kBlock);
-            expansion().expand(w.type, w.values.const_data_ptr(), number, w.count, all.data(), kBlock * kBlock / 16,
-                               one);
-            for (int64_t r = 0; r < rows; ++r)
-              std::copy_n(one + r * kBlock, kBlock, wide.data() + r * kApart + taken * kBlock);
-            for (int64_t j = 0; j < inputs; ++j) {
-              const float* from = x + (start + j) * w.cols + c * kBlock;
-              float* to = some.data() + j * kApart + taken * kBlock;
-              if (cols == kBlock)
-                std::copy_n(from, kBlock, to);
-              else
-                std::fill(std::copy_n(from, cols, to), to + kBlock, 0.0f);
-            }
-            if (++taken == kBlocks) multiply();
+            for (int64_t k = whole; k < kept; ++k)
+              for (int64_t j = 0; j < inputs; j += kPanelInputs) {
+                const int64_t some = std::min(kPanelInputs, inputs - j);
+                dot(Type::f32, widened(at + k, 1), kBlock * 4, kBlock, std::min(kBlock, w.cols - places[k]),
+                    from + j * w.cols + places[k], w.cols, some, part.data(), kBlock);
+                for (int64_t q = 0; q < some; ++q)
+                  for (int64_t r = 0; r < kBlock; ++r) to[(j + q) * kBatch + r] += part.data()[q * kBlock + r];
+              }
           }
-          if (taken > 0) multiply();
-        }
-      },
-      store);
+        },
+        [&](int64_t j, int64_t i, float* line, int64_t n) { store(start + j, i, line, n); });
+  }
 }
 
 // Columns [first, last) of m inputs that are exact in bfloat16, as Columns holds them. A few columns of all inputs of a
