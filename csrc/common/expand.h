@@ -12,8 +12,8 @@ namespace tinycomp {
 // few. Type::u4 values stand two to a byte, as level + 8.
 using Expand = int64_t (*)(Type type, const void* values, int64_t at, int64_t count, const uint16_t* mask,
                            int64_t blocks, float* out);
-// sum_i values[i] * x[index[i]] for float32 values.
-using Gather = float (*)(const float* values, const uint16_t* index, int64_t count, const float* x);
+// sum_i values[i] * x[index[i]] for values of a floating type.
+using Gather = float (*)(Type type, const void* values, const uint16_t* index, int64_t count, const float* x);
 // The same for inputs x[index * ldx + j], j < inputs, at once.
 using GatherMany = void (*)(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                             int64_t inputs, float* sums);
@@ -54,7 +54,7 @@ void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uin
                 const float* x, float* sums);
 bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                   int64_t blocks, const float* x, float* sums);
-float gather_scalars(const float* values, const uint16_t* index, int64_t count, const float* x);
+float gather_scalars(Type type, const void* values, const uint16_t* index, int64_t count, const float* x);
 #endif
 
 // x for expand_dot and pairs_dot: of 16 columns of bf16 those of even number come first, for then a shift and a mask

@@ -1,6 +1,8 @@
 // expand.h for AVX2, FMA and F16C: values of 16 bits are shuffled to their columns, eight at a time, as a table says.
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <array>
 
@@ -11,6 +13,9 @@
 
 namespace tinycomp {
 namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 // For each byte, 16 bytes of a shuffle: where the two bytes of each of eight columns come from, 0x80 for none.
 using Shuffles = std::array<std::array<uint8_t, 16>, 256>;
@@ -67,24 +72,39 @@ TINYCOMP_TARGET inline void store_sums(__m256 a, __m256 b, __m256 c, __m256 d, f
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
 }
 
+// Four rows at once are what registers hold: each is a pointer to its mask (or codes), one to its values and a sum,
+// named one by one, for as arrays they would be kept in memory.
 template <Type type>
 TINYCOMP_TARGET void dot_as(const uint16_t* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
                             int64_t blocks, const float* x, float* sums) {
   // The next four rows, which follow these.
   const int64_t ahead = (start[3] - start[0]) * 4 / 3;
-  // Named one by one: as an array they would be kept in memory.
+  const bool far = prefetch_far;
   __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
-  int64_t at0 = start[0], at1 = start[1], at2 = start[2], at3 = start[3];
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m256 first = _mm256_loadu_ps(x + 16 * b), second = _mm256_loadu_ps(x + 16 * b + 8);
-    auto row = [&](const uint16_t* bits, int64_t& at, __m256& sum) TINYCOMP_TARGET {
-      const unsigned word = bits[b], low = word & 255;
-      const __m256i some = both(values + at, values + at + __builtin_popcount(low));
-      multiply<type>(_mm256_shuffle_epi8(some, both(&kBits[low], &kBits[word >> 8])), first, second, sum);
-      prefetch(values + at + ahead);
-      at += __builtin_popcount(word);
+  const uint16_t *from0 = values + start[0], *from1 = values + start[1];
+  const uint16_t *from2 = values + start[2], *from3 = values + start[3];
+  const auto* bits0 = reinterpret_cast<const uint8_t*>(mask[0]);
+  const int64_t to1 = reinterpret_cast<const uint8_t*>(mask[1]) - bits0;
+  const int64_t to2 = reinterpret_cast<const uint8_t*>(mask[2]) - bits0;
+  const int64_t to3 = reinterpret_cast<const uint8_t*>(mask[3]) - bits0;
+  for (int64_t b = 0; b < blocks; ++b, bits0 += 2, x += 16) {
+    const __m256 first = _mm256_loadu_ps(x), second = _mm256_loadu_ps(x + 8);
+    const auto row = [&](const uint8_t* bits, const uint16_t*& from, __m256& sum) TINYCOMP_TARGET {
+      const uint64_t low = bits[0], high = bits[1];
+      const uint16_t* middle = from + __builtin_popcountll(low);
+      const __m256i some = both(from, middle);
+      from = middle + __builtin_popcountll(high);
+      multiply<type>(_mm256_shuffle_epi8(some, both(&kBits[low], &kBits[high])), first, second, sum);
     };
-    row(mask[0], at0, sum0), row(mask[1], at1, sum1), row(mask[2], at2, sum2), row(mask[3], at3, sum3);
+    row(bits0, from0, sum0), row(bits0 + to1, from1, sum1), row(bits0 + to2, from2, sum2),
+        row(bits0 + to3, from3, sum3);
+    if (far) {
+      __builtin_prefetch(from0 + ahead, 0, 2), __builtin_prefetch(from1 + ahead, 0, 2);
+      __builtin_prefetch(from2 + ahead, 0, 2), __builtin_prefetch(from3 + ahead, 0, 2);
+    } else {
+      __builtin_prefetch(from0 + ahead), __builtin_prefetch(from1 + ahead);
+      __builtin_prefetch(from2 + ahead), __builtin_prefetch(from3 + ahead);
+    }
   }
   store_sums(sum0, sum1, sum2, sum3, sums);
 }
@@ -93,21 +113,34 @@ template <Type type>
 TINYCOMP_TARGET bool pairs_as(const uint16_t* values, const int64_t (&start)[4], const uint8_t* const (&codes)[4],
                               int64_t blocks, const float* x, float* sums) {
   const int64_t ahead = (start[3] - start[0]) * 4 / 3;
+  const bool far = prefetch_far;
   __m256i seen = _mm256_setzero_si256();
-  __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m256 first = _mm256_loadu_ps(x + 16 * b), second = _mm256_loadu_ps(x + 16 * b + 8);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const uint16_t* from = values + start[r] + 8 * b;
+  __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  const uint16_t* from0 = values + start[0];
+  const int64_t at1 = start[1] - start[0], at2 = start[2] - start[0], at3 = start[3] - start[0];
+  const uint8_t* codes0 = codes[0];
+  const int64_t to1 = codes[1] - codes0, to2 = codes[2] - codes0, to3 = codes[3] - codes0;
+  for (int64_t b = 0; b < blocks; ++b, codes0 += 2, from0 += 8, x += 16) {
+    const __m256 first = _mm256_loadu_ps(x), second = _mm256_loadu_ps(x + 8);
+    const auto row = [&](const uint8_t* code, const uint16_t* from, __m256& sum) TINYCOMP_TARGET {
       const __m256i some = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      const __m256i shuffle = both(&kPairs[0][codes[r][2 * b]], &kPairs[1][codes[r][2 * b + 1]]);
+      const uint64_t low = code[0], high = code[1];
+      const __m256i shuffle = both(&kPairs[0][low], &kPairs[1][high]);
       seen = _mm256_or_si256(seen, shuffle);
-      multiply<type>(_mm256_shuffle_epi8(some, shuffle), first, second, sum[r]);
-      prefetch(from + ahead);
+      multiply<type>(_mm256_shuffle_epi8(some, shuffle), first, second, sum);
+    };
+    row(codes0, from0, sum0), row(codes0 + to1, from0 + at1, sum1);
+    row(codes0 + to2, from0 + at2, sum2), row(codes0 + to3, from0 + at3, sum3);
+    const uint16_t* next = from0 + ahead;
+    if (far) {
+      __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + at1, 0, 2);
+      __builtin_prefetch(next + at2, 0, 2), __builtin_prefetch(next + at3, 0, 2);
+    } else {
+      __builtin_prefetch(next), __builtin_prefetch(next + at1);
+      __builtin_prefetch(next + at2), __builtin_prefetch(next + at3);
     }
   }
-  store_sums(sum[0], sum[1], sum[2], sum[3], sums);
+  store_sums(sum0, sum1, sum2, sum3, sums);
   return _mm256_testz_si256(seen, _mm256_set1_epi8(kWrong)) != 0;
 }
 
@@ -136,8 +169,20 @@ TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
 
 }  // namespace
 
+namespace {
+
+TINYCOMP_TARGET inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+TINYCOMP_TARGET inline __m128 load4(const BFloat16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+}
+TINYCOMP_TARGET inline __m128 load4(const Half* p) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
 // One load for each input: gathers are slow on AMD's processors and, where they must not leak data, on Intel's.
-TINYCOMP_TARGET float gather_scalars(const float* values, const uint16_t* index, int64_t count, const float* x) {
+template <class T>
+TINYCOMP_TARGET float gather_as(const T* values, const uint16_t* index, int64_t count, const float* x) {
   __m128 sum[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
   int64_t i = 0;
   for (; i + 16 <= count; i += 16)
@@ -147,13 +192,26 @@ TINYCOMP_TARGET float gather_scalars(const float* values, const uint16_t* index,
       __builtin_memcpy(&four, index + i + 4 * k, 8);
       const __m128 inputs =
           _mm_setr_ps(x[four & 0xffff], x[four >> 16 & 0xffff], x[four >> 32 & 0xffff], x[four >> 48]);
-      sum[k] = _mm_fmadd_ps(_mm_loadu_ps(values + i + 4 * k), inputs, sum[k]);
+      sum[k] = _mm_fmadd_ps(load4(values + i + 4 * k), inputs, sum[k]);
     }
   float rest = 0;
-  for (; i < count; ++i) rest += values[i] * x[index[i]];
+  for (; i < count; ++i) rest += static_cast<float>(values[i]) * x[index[i]];
   const __m128 all = _mm_add_ps(_mm_add_ps(sum[0], sum[1]), _mm_add_ps(sum[2], sum[3]));
   const __m128 two = _mm_add_ps(all, _mm_movehl_ps(all, all));
   return rest + _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+}  // namespace
+
+float gather_scalars(Type type, const void* values, const uint16_t* index, int64_t count, const float* x) {
+  switch (type) {
+    case Type::f32:
+      return gather_as(static_cast<const float*>(values), index, count, x);
+    case Type::bf16:
+      return gather_as(static_cast<const BFloat16*>(values), index, count, x);
+    default:
+      return gather_as(static_cast<const Half*>(values), index, count, x);
+  }
 }
 
 bool looked_up(Type type) { return type == Type::bf16 || type == Type::f16; }

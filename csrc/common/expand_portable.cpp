@@ -35,9 +35,9 @@ int64_t expand_bits(Type type, const void* values, int64_t at, int64_t count, co
   return at;
 }
 
-float gather_scalar(const float* values, const uint16_t* index, int64_t count, const float* x) {
+float gather_scalar(Type type, const void* values, const uint16_t* index, int64_t count, const float* x) {
   float sums[8] = {};
-  for (int64_t i = 0; i < count; ++i) sums[i % 8] += values[i] * x[index[i]];
+  for (int64_t i = 0; i < count; ++i) sums[i % 8] += value(type, values, i) * x[index[i]];
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 

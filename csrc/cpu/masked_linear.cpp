@@ -30,6 +30,7 @@ struct Masked {
   std::vector<float> scale;
   mutable std::atomic<bool> bad{false};
 
+  bool floating() const { return type != Type::i8 && type != Type::u4; }
   const char* value_data() const { return static_cast<const char*>(values.const_data_ptr()); }
   const uint8_t* mask_data() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
   int64_t offset(int64_t i) const { return static_cast<const int32_t*>(offsets.const_data_ptr())[i]; }
@@ -47,6 +48,8 @@ struct Masked {
     to[blocks - 1] = 0;
     if (format == "bitmask") {
       __builtin_memcpy(to, from, bytes);
+      // A bit beyond the last column is none of a column: cleared, and the counts will not agree.
+      if (cols % 8 > 0) reinterpret_cast<uint8_t*>(to)[bytes - 1] &= static_cast<uint8_t>((1 << cols % 8) - 1);
       return;
     }
     auto* bits = reinterpret_cast<uint8_t*>(to);
@@ -129,36 +132,62 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
 }
 
 template <class Store>
-void expanded(const Masked& w, const float* x, int64_t m, const OneInput& one, int64_t first, int64_t last,
-              const Store& store) {
-  const int64_t padded = (w.cols + 15) / 16 * 16;
-  const Scratch dense(kRebuildSlot, kBatch * padded), mask(kMaskSlot, padded / 16);
+void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t first, int64_t last, const Store& store) {
+  // As many rows as a panel has: the second-level cache keeps them.
+  constexpr int64_t kRows = 32;
+  const int64_t padded = row_distance((w.cols + 15) / 16 * 16, kRows);
+  const Scratch dense(kRebuildSlot, kRows * padded), mask(kMaskSlot, padded / 16);
   batches(
-      m, first, last,
+      x.rows, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
-        if (m == 1 && w.cols > 0) return expanded_once(w, one, i, n, out);
-        for (int64_t r = 0; r < n && start == 0; ++r)
-          w.expand_row(i + r, reinterpret_cast<uint16_t*>(mask.data()), dense.data() + r * padded);
-        dot(Type::f32, dense.data(), padded * 4, n, w.cols, x + start * w.cols, w.cols, inputs, out, kBatch);
+        if (x.rows == 1 && w.cols > 0) return expanded_once(w, one, i, n, out);
+        for (int64_t done = 0; done < n; done += kRows) {
+          const int64_t rows = std::min(kRows, n - done);
+          for (int64_t r = 0; r < rows; ++r)
+            w.expand_row(i + done + r, reinterpret_cast<uint16_t*>(mask.data()), dense.data() + r * padded);
+          dot(Type::f32, dense.data(), padded * 4, rows, w.cols, x.data() + start * x.stride, x.stride, inputs,
+              out + done, kBatch);
+        }
       },
       store);
 }
 
-// Indices of a row of the "index" format, [0, 0) if one of them cannot be right.
-inline std::pair<int64_t, int64_t> checked_range(const Masked& w, const uint16_t* index, int64_t i) {
-  const auto [from, to] = w.range(i, w.count);
-  const uint16_t* first = index + from;
-  const int64_t kept = to - from;
-  int64_t most = 0;
-  vectorised([&] {
-    uint16_t found = 0;
-    for (int64_t c = 0; c < kept; ++c) found = std::max(found, first[c]);
-    most = found;
-  });
-  if (kept == 0 || (kept <= w.cols && most < w.cols)) return {from, to};
-  w.bad = true;
-  return {0, 0};
-}
+// Where the values of `n` rows from row i on begin and end, and their columns, checked: numbers, and whether all are
+// columns. Rows that cannot be right are empty, and `bad` says so.
+struct Kept {
+  std::pair<int64_t, int64_t> row[kBatch];
+
+  Kept(const Masked& w, const uint16_t* index, int64_t i, int64_t n) {
+    bool fits = true;
+    for (int64_t r = 0; r < n; ++r) {
+      row[r] = w.range(i + r, w.count);
+      fits &= row[r].second - row[r].first <= w.cols;
+    }
+    const uint16_t* first = index + row[0].first;
+    const int64_t all = row[n - 1].second - row[0].first;
+    int64_t most = 0;
+    vectorised([&] {
+      uint16_t found = 0;
+      for (int64_t c = 0; c < all; ++c) found = std::max(found, first[c]);
+      most = found;
+    });
+    if (fits && !w.bad && (all == 0 || most < w.cols)) return;
+    w.bad = true;
+    std::fill_n(row, n, std::pair<int64_t, int64_t>{0, 0});
+  }
+
+  // Of bits, which are written to `words` words for each row.
+  Kept(const Masked& w, uint16_t* bits, int64_t words, int64_t i, int64_t n) {
+    for (int64_t r = 0; r < n; ++r) {
+      w.words(i + r, bits + r * words);
+      row[r] = w.value_range(i + r);
+      if (expansion().count(bits + r * words, words) == row[r].second - row[r].first) continue;
+      w.bad = true;
+      row[r] = {0, 0};
+      std::fill_n(bits + r * words, words, uint16_t{0});
+    }
+  }
+};
 
 // Set bits of a byte, in order, and how many they are.
 struct SetBits {
@@ -195,13 +224,22 @@ struct Columns {
   }
 };
 
-// sums of all m inputs with the weights `values` of columns `index`.
-inline void gather_all(const Columns& x, int64_t cols, const float* values, const uint16_t* index, int64_t kept,
-                       int64_t start, int64_t inputs, float* sums) {
-  if (x.pairs == nullptr) return expansion().gather_many(values, index, kept, x.wide + start, x.m, inputs, sums);
-  for (int64_t j = 0; j < inputs; j += Columns::kGroup)
-    expansion().gather_pairs(values, index, kept, x.pairs + (start + j) / Columns::kGroup * cols * Columns::kWords,
-                             sums + j);
+// Values [from, to) in float32.
+inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scratch& scratch) {
+  const auto* values = static_cast<const char*>(w.values.const_data_ptr());
+  if (w.floating()) {
+    // To the end of a register, where there are as many values.
+    const int64_t some = std::min((to - from + 15) / 16 * 16, w.count - from);
+    widen(w.type, values + from * static_cast<int64_t>(w.values.element_size()), scratch.data(), some);
+    return scratch.data();
+  }
+  static const std::vector<uint16_t> all(65536 / 16, 0xffff);
+  // Only whole words of values are read together, what lies beyond `to` is not used.
+  const int64_t blocks = (to - from) / 16;
+  const uint16_t rest = static_cast<uint16_t>((1u << (to - from) % 16) - 1);
+  expansion().expand(w.type, values, from, to, all.data(), blocks, scratch.data());
+  expansion().expand(w.type, values, from + 16 * blocks, to, &rest, 1, scratch.data() + 16 * blocks);
+  return scratch.data();
 }
 
 // Kept weights alone are multiplied. One input: `x`; more: `columns`.
@@ -212,31 +250,35 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
   const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
   const int64_t words = (w.cols + 15) / 16;
   const Scratch wide(kRebuildSlot, w.cols + 16);
-  std::vector<uint16_t> all(words + 2, 0xffff), mask(words + 1), found(listed ? 0 : 16 * words + 8);
+  std::vector<uint16_t> bits(listed ? 0 : kBatch * words + 1), found(listed ? 0 : 16 * words + 8);
   batches(
       columns.m, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
+        const Kept kept = listed ? Kept(w, index, i, n) : Kept(w, bits.data(), words, i, n);
         for (int64_t r = 0; r < n; ++r) {
-          auto [from, to] = listed ? checked_range(w, index, i + r) : w.value_range(i + r);
+          const auto [from, to] = kept.row[r];
           const uint16_t* at = index + from;
           if (!listed) {
-            w.words(i + r, mask.data());
-            if (expansion().count(mask.data(), words) != to - from) w.bad = true, to = from;
-            if (to > from) kept_columns(reinterpret_cast<const uint8_t*>(mask.data()), 2 * words, found.data());
+            kept_columns(reinterpret_cast<const uint8_t*>(bits.data() + r * words), 2 * words, found.data());
             at = found.data();
           }
-          // Only whole words of values are widened, what lies beyond `to` is not used.
-          const int64_t kept = to - from, blocks = kept / 16;
-          expansion().expand(w.type, w.values.const_data_ptr(), from, to, all.data(), blocks, wide.data());
-          const uint16_t rest = static_cast<uint16_t>((1u << kept % 16) - 1);
-          expansion().expand(w.type, w.values.const_data_ptr(), from + 16 * blocks, to, &rest, 1,
-                             wide.data() + 16 * blocks);
-          if (columns.m == 1) {
-            out[r] = expansion().gather(wide.data(), at, kept, x);
+          if (columns.m == 1 && w.floating()) {
+            const char* values = w.value_data() + from * static_cast<int64_t>(w.values.element_size());
+            out[r] = expansion().gather(w.type, values, at, to - from, x);
             continue;
           }
-          float sums[kInputsAtOnce];
-          gather_all(columns, w.cols, wide.data(), at, kept, start, inputs, sums);
+          const float* values = widened(w, from, to, wide);
+          if (columns.m == 1) {
+            out[r] = expansion().gather(Type::f32, values, at, to - from, x);
+            continue;
+          }
+          float sums[kInputsAtOnce] = {};
+          if (columns.pairs == nullptr)
+            expansion().gather_many(values, at, to - from, columns.wide + start, columns.m, inputs, sums);
+          for (int64_t j = 0; j < inputs && columns.pairs != nullptr; j += Columns::kGroup) {
+            const int64_t group = (start + j) / Columns::kGroup;
+            expansion().gather_pairs(values, at, to - from, columns.pairs + group * w.cols * Columns::kWords, sums + j);
+          }
           for (int64_t j = 0; j < inputs; ++j) out[j * kBatch + r] = sums[j];
         }
       },
@@ -246,26 +288,18 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
 // Rows come in whole blocks. Many inputs: blocks become panels, and as many inputs go through all rows as stay in
 // cache. Few inputs, and the columns of a last block that is cut off: block by block.
 template <class Store>
-void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_t last, const Store& store) {
+void blockwise(const Masked& w, const Inputs& x, int64_t first, int64_t last, const Store& store) {
   static_assert(kBatch % kBlock == 0);
   constexpr int64_t kValues = kBlock * kBlock, kTogether = 6, kKeptInputs = 1 << 17;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
-  const bool wide = w.type != Type::i8 && w.type != Type::u4;
   const int64_t size = w.values.element_size();
   const int64_t together = std::clamp(kKeptInputs / std::max<int64_t>(w.cols, 1), 2 * kPanelInputs, kInputsAtOnce);
   const Scratch part(kShiftSlot, kPanelInputs * kBlock), values(kRebuildSlot, kTogether * kValues);
-  const std::vector<uint16_t> all(kTogether * kValues / 16, 0xffff);
   std::vector<int32_t> places(columns);
-  // Blocks from number `at` of the stored ones, in float32.
-  const auto widened = [&](int64_t at, int64_t count) {
-    expansion().expand(w.type, w.values.const_data_ptr(), at * kValues, w.count, all.data(), count * kValues / 16,
-                       values.data());
-    return values.data();
-  };
-  for (int64_t start = 0; start < m; start += together) {
-    const float* from = x + start * w.cols;
+  for (int64_t start = 0; start < x.rows; start += together) {
+    const float* from = x.data() + start * x.stride;
     batches(
-        std::min(together, m - start), first, last,
+        std::min(together, x.rows - start), first, last,
         [&](int64_t i, int64_t n, int64_t, int64_t inputs, float* out) {
           for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, kBatch, 0.0f);
           for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
@@ -277,21 +311,22 @@ void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_
             float* to = out + b * kBlock - i;
             const bool cut = kept > 0 && places[kept - 1] + kBlock > w.cols;
             const int64_t whole = inputs < kPanelInputs ? 0 : kept - cut;
-            if (wide) {
-              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), whole, from, w.cols, inputs, to,
+            if (w.floating()) {
+              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), whole, from, x.stride, inputs, to,
                          kBatch);
             } else {
               for (int64_t k = 0, count; k < whole; k += count) {
                 count = std::min(kTogether, whole - k);
-                dot_blocks(Type::f32, widened(at + k, count), places.data() + k, count, from, w.cols, inputs, to,
-                           kBatch);
+                const float* some = widened(w, (at + k) * kValues, (at + k + count) * kValues, values);
+                dot_blocks(Type::f32, some, places.data() + k, count, from, x.stride, inputs, to, kBatch);
               }
             }
             for (int64_t k = whole; k < kept; ++k)
               for (int64_t j = 0; j < inputs; j += kPanelInputs) {
                 const int64_t some = std::min(kPanelInputs, inputs - j);
-                dot(Type::f32, widened(at + k, 1), kBlock * 4, kBlock, std::min(kBlock, w.cols - places[k]),
-                    from + j * w.cols + places[k], w.cols, some, part.data(), kBlock);
+                dot(Type::f32, widened(w, (at + k) * kValues, (at + k + 1) * kValues, values), kBlock * 4, kBlock,
+                    std::min(kBlock, w.cols - places[k]), from + j * x.stride + places[k], x.stride, some, part.data(),
+                    kBlock);
                 for (int64_t q = 0; q < some; ++q)
                   for (int64_t r = 0; r < kBlock; ++r) to[(j + q) * kBatch + r] += part.data()[q * kBlock + r];
               }
@@ -303,15 +338,15 @@ void blockwise(const Masked& w, const float* x, int64_t m, int64_t first, int64_
 
 // Columns [first, last) of m inputs that are exact in bfloat16, as Columns holds them. A few columns of all inputs of a
 // group at a time: lines of inputs are read whole, lines of words written whole.
-inline void pack_pairs(const float* x, int64_t cols, int64_t m, int64_t first, int64_t last, uint32_t* to) {
+inline void pack_pairs(const Inputs& x, int64_t first, int64_t last, uint32_t* to) {
   constexpr int64_t kSome = 16, kWords = Columns::kWords;
   const std::vector<float> nothing(kSome, 0.0f);
-  for (int64_t start = 0; start < m; start += Columns::kGroup, to += cols * kWords)
+  for (int64_t start = 0; start < x.rows; start += Columns::kGroup, to += x.cols * kWords)
     for (int64_t c = first; c < last; c += kSome)
       for (int64_t k = 0; k < kWords; ++k) {
         const int64_t low = start + k, high = low + kWords;
-        const float* below = low < m ? x + low * cols + c : nothing.data();
-        const float* above = high < m ? x + high * cols + c : nothing.data();
+        const float* below = low < x.rows ? x.data() + low * x.stride + c : nothing.data();
+        const float* above = high < x.rows ? x.data() + high * x.stride + c : nothing.data();
         for (int64_t i = 0; i < std::min(kSome, last - c); ++i) {
           uint32_t words[2];
           __builtin_memcpy(&words[0], below + i, 4), __builtin_memcpy(&words[1], above + i, 4);
@@ -345,9 +380,9 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
       return arrange_inputs(w.type, one.plain, wide / 16, columns.data() + wide);
     }
     if (stage == 1) {
-      if (narrow) return pack_pairs(x.data(), w.cols, m, first, last, pairs);
+      if (narrow) return pack_pairs(x, first, last, pairs);
       for (int64_t c = first; c < last; ++c)
-        for (int64_t j = 0; j < m; ++j) columns.data()[c * m + j] = x.data()[j * w.cols + c];
+        for (int64_t j = 0; j < m; ++j) columns.data()[c * m + j] = x.data()[j * x.stride + c];
       return;
     }
     auto store = [&](int64_t j, int64_t i, float* values, int64_t n) {
@@ -357,9 +392,9 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
     if (sparse || w.format == "index")
       indexed(w, x.data(), lines, first, last, store);
     else if (w.format == "block32")
-      blockwise(w, x.data(), m, first, last, store);
+      blockwise(w, x, first, last, store);
     else
-      expanded(w, x.data(), m, one, first, last, store);
+      expanded(w, x, one, first, last, store);
   });
 }
 
@@ -462,7 +497,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
       y = torch::stable::view(y, {shape.data(), shape.size()});
     } else {
       y = empty(x, shape, scalar_type<T>);
-      stream<T>(w, Inputs(x, zero), {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
+      stream<T>(w, Inputs(x, zero, true), {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     }
     STD_TORCH_CHECK(!w.bad, "masked_linear: offsets, mask and values disagree");
     return y;
