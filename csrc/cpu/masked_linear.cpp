@@ -1,76 +1,10 @@
 // masked_linear. Bit masks and 2:4: rows are expanded in float32, in cache, and multiplied like dense ones: the bytes
 // that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks:
 // only kept blocks.
-#include <array>
-#include <string>
-
-#include "../common/expand.h"
-#include "../common/lanes.h"
-#include "../common/linear.h"
+#include "../common/masked.h"
 
 namespace tinycomp {
 namespace {
-
-// Two codes of 2:4 (i0 + 4 i1 each) as the eight bits that they name.
-constexpr std::array<uint8_t, 256> two_of_four = [] {
-  std::array<uint8_t, 256> bits{};
-  for (int byte = 0; byte < 256; ++byte) {
-    const int low = 1 << (byte & 3) | 1 << (byte >> 2 & 3), high = 1 << (byte >> 4 & 3) | 1 << (byte >> 6 & 3);
-    bits[byte] = static_cast<uint8_t>(low | high << 4);
-  }
-  return bits;
-}();
-
-// Arguments after checking; what an index or an offset holds is checked where it is used, and `bad` reports it.
-struct Masked {
-  std::string format;
-  Type type;
-  Tensor values, mask, offsets, scales;
-  int64_t rows, cols, count;  // count: stored values
-  std::vector<float> scale;
-  mutable std::atomic<bool> bad{false};
-
-  bool floating() const { return type != Type::i8 && type != Type::u4; }
-  const char* value_data() const { return static_cast<const char*>(values.const_data_ptr()); }
-  const uint8_t* mask_data() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
-  int64_t offset(int64_t i) const { return static_cast<const int32_t*>(offsets.const_data_ptr())[i]; }
-  // Where the values of row (or row of blocks) i begin and end; empty if the offsets cannot be right.
-  std::pair<int64_t, int64_t> range(int64_t i, int64_t stored) const {
-    const int64_t first = offset(i), last = offset(i + 1);
-    if (first >= 0 && first <= last && last <= stored) return {first, last};
-    bad = true;
-    return {0, 0};
-  }
-  // The mask of a row as 16-bit words; 2:4 codes become the bits that they name.
-  void words(int64_t i, uint16_t* to) const {
-    const int64_t bytes = (cols + 7) / 8, blocks = (cols + 15) / 16;
-    const uint8_t* from = mask_data() + i * bytes;
-    to[blocks - 1] = 0;
-    if (format == "bitmask") {
-      __builtin_memcpy(to, from, bytes);
-      // A bit beyond the last column is none of a column: cleared, and the counts will not agree.
-      if (cols % 8 > 0) reinterpret_cast<uint8_t*>(to)[bytes - 1] &= static_cast<uint8_t>((1 << cols % 8) - 1);
-      return;
-    }
-    auto* bits = reinterpret_cast<uint8_t*>(to);
-    for (int64_t c = 0; c < bytes; ++c) bits[c] = two_of_four[from[c]];
-    // A missing last group has no code.
-    if (cols % 8 > 0 && cols % 8 <= 4) bits[bytes - 1] &= 15;
-  }
-  // Where the values of row i of a bit mask or of 2:4 begin and end.
-  std::pair<int64_t, int64_t> value_range(int64_t i) const {
-    const int64_t each = 2 * ((cols + 3) / 4);
-    return format == "2:4" ? std::pair{i * each, (i + 1) * each} : range(i, count);
-  }
-  // Row i in float32; `to` has room for a multiple of 16.
-  void expand_row(int64_t i, uint16_t* scratch, float* to) const {
-    if (cols == 0) return;
-    words(i, scratch);
-    const auto [first, last] = value_range(i);
-    if (expansion().expand(type, values.const_data_ptr(), first, count, scratch, (cols + 15) / 16, to) != last)
-      bad = true;
-  }
-};
 
 // Rows [first, last) times all inputs, in batches as dot_rows of linear.h.
 template <class Rows, class Store>
@@ -152,65 +86,6 @@ void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t fir
       store);
 }
 
-// Where the values of `n` rows from row i on begin and end, and their columns, checked: numbers, and whether all are
-// columns. Rows that cannot be right are empty, and `bad` says so.
-struct Kept {
-  std::pair<int64_t, int64_t> row[kBatch];
-
-  Kept(const Masked& w, const uint16_t* index, int64_t i, int64_t n) {
-    bool fits = true;
-    for (int64_t r = 0; r < n; ++r) {
-      row[r] = w.range(i + r, w.count);
-      fits &= row[r].second - row[r].first <= w.cols;
-    }
-    const uint16_t* first = index + row[0].first;
-    const int64_t all = row[n - 1].second - row[0].first;
-    int64_t most = 0;
-    vectorised([&] {
-      uint16_t found = 0;
-      for (int64_t c = 0; c < all; ++c) found = std::max(found, first[c]);
-      most = found;
-    });
-    if (fits && !w.bad && (all == 0 || most < w.cols)) return;
-    w.bad = true;
-    std::fill_n(row, n, std::pair<int64_t, int64_t>{0, 0});
-  }
-
-  // Of bits, which are written to `words` words for each row.
-  Kept(const Masked& w, uint16_t* bits, int64_t words, int64_t i, int64_t n) {
-    for (int64_t r = 0; r < n; ++r) {
-      w.words(i + r, bits + r * words);
-      row[r] = w.value_range(i + r);
-      if (expansion().count(bits + r * words, words) == row[r].second - row[r].first) continue;
-      w.bad = true;
-      row[r] = {0, 0};
-      std::fill_n(bits + r * words, words, uint16_t{0});
-    }
-  }
-};
-
-// Set bits of a byte, in order, and how many they are.
-struct SetBits {
-  uint16_t places[8];
-  int64_t count;
-};
-constexpr std::array<SetBits, 256> set_bits = [] {
-  std::array<SetBits, 256> bits{};
-  for (int byte = 0; byte < 256; ++byte)
-    for (int i = 0; i < 8; ++i)
-      if (byte >> i & 1) bits[byte].places[bits[byte].count++] = static_cast<uint16_t>(i);
-  return bits;
-}();
-
-// Columns that the bytes of a mask keep, in order; eight are written for each byte, wherever its own end.
-inline void kept_columns(const uint8_t* mask, int64_t bytes, uint16_t* to) {
-  for (int64_t b = 0; b < bytes; ++b) {
-    const SetBits& bits = set_bits[mask[b]];
-    for (int i = 0; i < 8; ++i) to[i] = static_cast<uint16_t>(bits.places[i] + 8 * b);
-    to += bits.count;
-  }
-}
-
 // Inputs as columns, so that a kept weight meets all of them at once: groups of 32 in bfloat16, where many inputs are
 // that, else in float32.
 struct Columns {
@@ -223,24 +98,6 @@ struct Columns {
     return narrow ? (m + kGroup - 1) / kGroup * cols * kWords : m * cols;
   }
 };
-
-// Values [from, to) in float32.
-inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scratch& scratch) {
-  const auto* values = static_cast<const char*>(w.values.const_data_ptr());
-  if (w.floating()) {
-    // To the end of a register, where there are as many values.
-    const int64_t some = std::min((to - from + 15) / 16 * 16, w.count - from);
-    widen(w.type, values + from * static_cast<int64_t>(w.values.element_size()), scratch.data(), some);
-    return scratch.data();
-  }
-  static const std::vector<uint16_t> all(65536 / 16, 0xffff);
-  // Only whole words of values are read together, what lies beyond `to` is not used.
-  const int64_t blocks = (to - from) / 16;
-  const uint16_t rest = static_cast<uint16_t>((1u << (to - from) % 16) - 1);
-  expansion().expand(w.type, values, from, to, all.data(), blocks, scratch.data());
-  expansion().expand(w.type, values, from + 16 * blocks, to, &rest, 1, scratch.data() + 16 * blocks);
-  return scratch.data();
-}
 
 // Kept weights alone are multiplied. One input: `x`; more: `columns`.
 template <class Store>
