@@ -56,9 +56,8 @@ const Choice& choice() {
 }  // namespace
 
 void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
-         float* out, int64_t ldo, int64_t more) {
-  const auto* from = static_cast<const char*>(w);
-  choice().table->dot[static_cast<int>(type)](from, stride, rows, cols, x, ldx, m, out, ldo, more);
+         float* out, int64_t ldo) {
+  choice().table->dot[static_cast<int>(type)](static_cast<const char*>(w), stride, rows, cols, x, ldx, m, out, ldo);
 }
 
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,

@@ -15,10 +15,9 @@ constexpr int64_t kBlockRows = 4;
 constexpr int64_t kPanelInputs = 8;
 
 // out[j * ldo + i] = sum_c w[i, c] * x[j * ldx + c] for i < rows, j < m, summed in float32.
-// `w` points at row 0; rows are `stride` bytes apart and their entries adjacent. Behind them are `more` rows that are
-// soon wanted, too.
+// `w` points at row 0; rows are `stride` bytes apart and their entries adjacent.
 void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
-         float* out, int64_t ldo, int64_t more = 0);
+         float* out, int64_t ldo);
 
 // Blocks of kBlock x kBlock weights, `count` of them one after another in memory, of which number b meets inputs from
 // columns[b] on: out[j * ldo + i] += sum_b sum_c w_b[i, c] * x[j * ldx + columns[b] + c] for i < kBlock, j < m.

@@ -131,16 +131,7 @@ TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, con
 // and meets inputs one number at a time; nothing is summed across a register.
 template <class V>
 constexpr int kPanelRows = 2 * V::width;
-#ifndef KP
-#define KP 192
-#endif
-#ifndef KI
-#define KI 17
-#endif
-#ifndef KB
-#define KB 18
-#endif
-constexpr int64_t kPanelColumns = KP, kKeptInputs = 1 << KI, kKeptBytes = 1 << KB;
+constexpr int64_t kPanelColumns = 192, kKeptInputs = 1 << 17;
 
 // `lines` lines of a matrix, those beyond n as zeros, transposed: panel[c * lines + i].
 template <class V, int lines, class T>
@@ -171,10 +162,10 @@ TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_
   }
 }
 
-// What a tile asks memory for while it computes, `step` bytes further with each column.
+// What a tile asks memory for while it computes: a line of each of kPanelRows rows, then their next ones.
 struct Ahead {
   const char* from;
-  int64_t step;
+  int64_t stride;
 };
 
 // J inputs against the rows of a panel of P vectors, unrolled as above. Columns of the panel are those of the inputs,
@@ -190,11 +181,14 @@ TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x
     for (int p = 0; p < P; ++p) acc[j][p] = V::zero();
   for (int j = 0; j < J; ++j)
     for (int p = 0; p < P; ++p) __builtin_prefetch(out + j * ldo + p * V::width, 1);
-  for (int64_t c = 0; c < cols;) {
-    Lines inputs(places == nullptr ? x : x + places[c / kBlock], ldx);
+  static_assert(kBlock % kPanelRows<V> == 0);
+  Lines inputs(x, ldx);
+  for (int64_t c = 0; c < cols; ahead.from += 64) {
+    if (places != nullptr && c % kBlock == 0) inputs = Lines(x + places[c / kBlock], ldx);
+    const char* line = ahead.from;
 #pragma GCC unroll 2
-    for (const int64_t stop = places == nullptr ? cols : c + kBlock; c < stop; ++c, ahead.from += ahead.step) {
-      __builtin_prefetch(ahead.from, 0, 2);
+    for (const int64_t stop = std::min<int64_t>(cols, c + kPanelRows<V>); c < stop; ++c, line += ahead.stride) {
+      __builtin_prefetch(line, 0, 2);
       typename V::Vec w[P];
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) w[p] = V::load(panel + p * V::width);
@@ -229,51 +223,39 @@ constexpr auto panel_tiles(std::integer_sequence<int, J...>) {
   return std::array{panel_tile<V, J + 1, P>...};
 }
 
-// `n` equal parts of `size`, each a multiple of `unit` but the last: a short one would cost as much as the others.
-inline int64_t equal_part(int64_t size, int64_t most, int64_t unit) {
-  const int64_t parts = (size + most - 1) / most;
-  return ((size + parts - 1) / parts + unit - 1) / unit * unit;
-}
-
 template <class V, class T>
 TINYCOMP_TARGET void dot_panels(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
-                                int64_t m, float* out, int64_t ldo, int64_t more) {
+                                int64_t m, float* out, int64_t ldo) {
   using Takes = std::make_integer_sequence<int, V::panel_inputs>;
   static constexpr auto whole = panel_tiles<V, 2>(Takes()), half = panel_tiles<V, 1>(Takes());
-  constexpr int64_t kRows = kPanelRows<V>, kSize = sizeof(T);
-  alignas(64) float panel[kPanelColumns * kRows];
-  // A band of columns: its inputs stay in the second-level cache, with its rows of this panel and of the next one.
-  const int64_t most = std::min(kKeptInputs / m, kKeptBytes / (kRows * kSize));
-  const int64_t band = equal_part(cols, std::max(most, kPanelColumns), V::width);
-  const int64_t passes = (m + V::panel_inputs - 1) / V::panel_inputs;
-  for (int64_t b = 0; b < cols; b += band) {
-    const int64_t width = std::min(band, cols - b), share = equal_part(width, kPanelColumns, V::width);
-    const int64_t calls = (width + share - 1) / share * passes;
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const int64_t n = std::min(kRows, rows - i);
-      const auto& tiles = n > V::width ? whole : half;
-      // The next rows are asked for while these are multiplied: from end to end, which memory answers fastest.
-      const bool last = i + kRows >= rows;
-      const int64_t next = last && more == 0 ? 0 : i + kRows, column = last && more == 0 ? b + band : b;
-      const int64_t wanted = column >= cols ? 0 : kSize * std::min(band, cols - column);
-      const int64_t bytes = wanted * std::min(kRows, next == 0 ? rows : rows + more - next);
-      const char* after = w + next * stride + column * kSize;
-      for (int64_t c = 0, call = 0; c < width; c += share) {
-        const char* from = w + i * stride + (b + c) * kSize;
-        const int64_t depth = std::min(share, width - c);
-        n > V::width ? fill_panel<V, kRows, T>(from, stride, n, depth, panel)
-                     : fill_panel<V, V::width, T>(from, stride, n, depth, panel);
-        for (int64_t j = 0, take; j < m; j += take, ++call) {
-          const int64_t left = m - j, turns = (left + V::panel_inputs - 1) / V::panel_inputs;
-          take = (left + turns - 1) / turns;
-          Ahead ahead{from, 0};
-          if (bytes > 0) {
-            const int64_t at = bytes / calls * call;
-            ahead = {after + at / wanted * stride + at % wanted, bytes / calls / depth};
-          }
-          tiles[take - 1](panel, depth, x + j * ldx + b + c, ldx, out + j * ldo + i, ldo, n, b + c > 0, ahead, nullptr);
-        }
-      }
+  alignas(64) float panel[kPanelColumns * kPanelRows<V>];
+  // Equal shares of the columns: a short last one would cost as many passes over the results.
+  const int64_t shares = (cols + kPanelColumns - 1) / kPanelColumns, unit = V::width;
+  const int64_t share = ((cols + shares - 1) / shares + unit - 1) / unit * unit;
+  const int64_t columns = (cols + share - 1) / share, panels = columns * ((rows + kPanelRows<V> - 1) / kPanelRows<V>);
+  // All columns of some rows first, where the second-level cache keeps all inputs.
+  const bool by_rows = m * cols <= kKeptInputs;
+  const auto at = [&](int64_t number, int64_t& i, int64_t& c) {
+    const int64_t row = by_rows ? number / columns : number % (panels / columns);
+    i = row * kPanelRows<V>, c = (by_rows ? number % columns : number / (panels / columns)) * share;
+    return w + i * stride + c * static_cast<int64_t>(sizeof(T));
+  };
+  for (int64_t number = 0, i, c, next_i, next_c; number < panels; ++number) {
+    const char* from = at(number, i, c);
+    const int64_t n = std::min<int64_t>(kPanelRows<V>, rows - i), depth = std::min(share, cols - c);
+    const auto& tiles = n > V::width ? whole : half;
+    n > V::width ? fill_panel<V, kPanelRows<V>, T>(from, stride, n, depth, panel)
+                 : fill_panel<V, V::width, T>(from, stride, n, depth, panel);
+    // The next panel's lines, or the same one for ever where the first tiles have asked for all of them.
+    const char* next = at(number + 1, next_i, next_c);
+    int64_t missing = number + 1 < panels ? (depth * sizeof(T) + 63) / 64 : 0;
+    for (int64_t j = 0, take; j < m; j += take) {
+      const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
+      take = (left + passes - 1) / passes;
+      const Ahead ahead = missing > 0 ? Ahead{next, stride} : Ahead{from, 0};
+      tiles[take - 1](panel, depth, x + j * ldx + c, ldx, out + j * ldo + i, ldo, n, c > 0, ahead, nullptr);
+      const int64_t done = depth / kPanelRows<V>;
+      next += 64 * done, missing -= done;
     }
   }
 }
@@ -285,21 +267,17 @@ TINYCOMP_TARGET void blocks_typed(const void* w, const int32_t* columns, int64_t
   constexpr int64_t kRows = kPanelRows<V>, kTogether = kPanelColumns / kBlock, kStride = kBlock * sizeof(T);
   static_assert(kBlock % kRows == 0);
   alignas(64) float panel[kPanelColumns * kRows];
-  const int64_t passes = (m + V::panel_inputs - 1) / V::panel_inputs;
   const auto* from = static_cast<const char*>(w);
   for (int64_t b = 0, taken; b < count; b += taken, from += taken * kBlock * kStride) {
     taken = std::min(kTogether, count - b);
-    // What follows these blocks in memory is wanted next.
-    const int64_t bytes = taken * kBlock * kStride, calls = kBlock / kRows * passes;
-    const char* after = from + bytes;
     for (int64_t i = 0; i < kBlock; i += kRows) {
       for (int64_t k = 0; k < taken; ++k)
         fill_panel<V, kRows, T>(from + (k * kBlock + i) * kStride, kStride, kRows, kBlock, panel + k * kBlock * kRows);
-      for (int64_t j = 0, take; j < m; j += take, after += bytes / calls) {
-        const int64_t left = m - j, turns = (left + V::panel_inputs - 1) / V::panel_inputs;
-        take = (left + turns - 1) / turns;
-        const Ahead ahead{after, bytes / calls / (taken * kBlock)};
-        tiles[take - 1](panel, taken * kBlock, x + j * ldx, ldx, out + j * ldo + i, ldo, kRows, true, ahead,
+      for (int64_t j = 0, take; j < m; j += take) {
+        const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
+        take = (left + passes - 1) / passes;
+        // Blocks follow one another in memory: nothing needs to be asked for ahead.
+        tiles[take - 1](panel, taken * kBlock, x + j * ldx, ldx, out + j * ldo + i, ldo, kRows, true, Ahead{from, 0},
                         columns + b);
       }
     }
@@ -308,8 +286,8 @@ TINYCOMP_TARGET void blocks_typed(const void* w, const int32_t* columns, int64_t
 
 template <class V, class T>
 TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
-                               int64_t m, float* out, int64_t ldo, int64_t more) {
-  if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo, more);
+                               int64_t m, float* out, int64_t ldo) {
+  if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
   for (; i + kBlockRows <= rows; i += kBlockRows)
     all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);

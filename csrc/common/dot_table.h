@@ -7,7 +7,7 @@ namespace tinycomp {
 
 struct DotTable {
   using Dot = void (*)(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
-                       int64_t m, float* out, int64_t ldo, int64_t more);
+                       int64_t m, float* out, int64_t ldo);
   using Blocks = void (*)(const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                           float* out, int64_t ldo);
   using Widen = void (*)(const void* from, float* to, int64_t n);

@@ -264,7 +264,7 @@ inline void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, in
                      int64_t ldo) {
   for (int64_t j = 0; j < m; j += kInputsAtOnce)
     dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * ldx, ldx,
-        std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo, w.rows - last);
+        std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo);
 }
 
 // to[i] = line[from[i]] + bias[i], all of them; no bias if that is empty.
@@ -326,8 +326,7 @@ void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t f
     const int64_t inputs = std::min(kInputsAtOnce, m - start);
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
-      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * ldx, ldx, inputs, out.data(), kBatch,
-          w.rows - i - n);
+      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * ldx, ldx, inputs, out.data(), kBatch);
       for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
     }
   }
