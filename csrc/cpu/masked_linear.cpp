@@ -142,51 +142,66 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
       store);
 }
 
-// Rows come in whole blocks. Many inputs: blocks become panels, and as many inputs go through all rows as stay in
-// cache. Few inputs, and the columns of a last block that is cut off: block by block.
+// Inputs that go through all rows of blocks together: as many as stay in cache.
+inline int64_t inputs_together(int64_t cols) {
+  constexpr int64_t kKeptInputs = 1 << 19;
+  return std::clamp(kKeptInputs / std::max<int64_t>(cols, 1), 2 * kPanelInputs, kInputsAtOnce);
+}
+
+// Whole blocks [first, last) of columns of all inputs, one block after another: in a matrix its rows would lie in as
+// many pages as there are inputs.
+inline void pack_blocks(const Inputs& x, int64_t first, int64_t last, float* to) {
+  const int64_t whole = x.cols / kBlock * kBlock, together = inputs_together(x.cols);
+  for (int64_t start = 0; start < x.rows; start += together) {
+    const int64_t inputs = std::min(together, x.rows - start);
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t j = 0; j < inputs; ++j)
+        std::copy_n(x.data() + (start + j) * x.stride + c * kBlock, kBlock,
+                    to + start * whole + (c * inputs + j) * kBlock);
+  }
+}
+
+// Kept blocks meet the inputs of their columns, `packed`; a last block that is cut off, its columns in x. Rows come in
+// whole blocks.
 template <class Store>
-void blockwise(const Masked& w, const Inputs& x, int64_t first, int64_t last, const Store& store) {
+void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t first, int64_t last, const Store& store) {
   static_assert(kBatch % kBlock == 0);
-  constexpr int64_t kValues = kBlock * kBlock, kTogether = 6, kKeptInputs = 1 << 17;
+  constexpr int64_t kValues = kBlock * kBlock, kTogether = 6;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
   const int64_t size = w.values.element_size();
-  const int64_t together = std::clamp(kKeptInputs / std::max<int64_t>(w.cols, 1), 2 * kPanelInputs, kInputsAtOnce);
-  const Scratch part(kShiftSlot, kPanelInputs * kBlock), values(kRebuildSlot, kTogether * kValues);
+  const int64_t together = inputs_together(w.cols), uncut = w.cols / kBlock;
+  const Scratch part(kShiftSlot, kInputsAtOnce * kBlock), values(kRebuildSlot, kTogether * kValues);
   std::vector<int32_t> places(columns);
   for (int64_t start = 0; start < x.rows; start += together) {
-    const float* from = x.data() + start * x.stride;
+    const float* from = packed + start * uncut * kBlock;
     batches(
         std::min(together, x.rows - start), first, last,
         [&](int64_t i, int64_t n, int64_t, int64_t inputs, float* out) {
           for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, kBatch, 0.0f);
           for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
             auto [at, end] = w.range(b, w.count / kValues);
+            const auto is_kept = [&](int64_t c) { return w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1; };
             int64_t kept = 0;
-            for (int64_t c = 0; c < columns; ++c)
-              if (w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1) places[kept++] = static_cast<int32_t>(c * kBlock);
-            if (kept > end - at) w.bad = true, kept = 0;
+            for (int64_t c = 0; c < uncut; ++c)
+              if (is_kept(c)) places[kept++] = static_cast<int32_t>(c * inputs * kBlock);
+            bool cut = uncut < columns && is_kept(uncut);
+            if (kept + cut > end - at) w.bad = true, kept = 0, cut = false;
             float* to = out + b * kBlock - i;
-            const bool cut = kept > 0 && places[kept - 1] + kBlock > w.cols;
-            const int64_t whole = inputs < kPanelInputs ? 0 : kept - cut;
             if (w.floating()) {
-              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), whole, from, x.stride, inputs, to,
+              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), kept, from, kBlock, inputs, to,
                          kBatch);
             } else {
-              for (int64_t k = 0, count; k < whole; k += count) {
-                count = std::min(kTogether, whole - k);
+              for (int64_t k = 0, count; k < kept; k += count) {
+                count = std::min(kTogether, kept - k);
                 const float* some = widened(w, (at + k) * kValues, (at + k + count) * kValues, values);
-                dot_blocks(Type::f32, some, places.data() + k, count, from, x.stride, inputs, to, kBatch);
+                dot_blocks(Type::f32, some, places.data() + k, count, from, kBlock, inputs, to, kBatch);
               }
             }
-            for (int64_t k = whole; k < kept; ++k)
-              for (int64_t j = 0; j < inputs; j += kPanelInputs) {
-                const int64_t some = std::min(kPanelInputs, inputs - j);
-                dot(Type::f32, widened(w, (at + k) * kValues, (at + k + 1) * kValues, values), kBlock * 4, kBlock,
-                    std::min(kBlock, w.cols - places[k]), from + j * x.stride + places[k], x.stride, some, part.data(),
-                    kBlock);
-                for (int64_t q = 0; q < some; ++q)
-                  for (int64_t r = 0; r < kBlock; ++r) to[(j + q) * kBatch + r] += part.data()[q * kBlock + r];
-              }
+            if (!cut) continue;
+            dot(Type::f32, widened(w, (at + kept) * kValues, (at + kept + 1) * kValues, values), kBlock * 4, kBlock,
+                w.cols % kBlock, x.data() + start * x.stride + uncut * kBlock, x.stride, inputs, part.data(), kBlock);
+            for (int64_t j = 0; j < inputs; ++j)
+              for (int64_t r = 0; r < kBlock; ++r) to[j * kBatch + r] += part.data()[j * kBlock + r];
           }
         },
         [&](int64_t j, int64_t i, float* line, int64_t n) { store(start + j, i, line, n); });
@@ -224,11 +239,17 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * kFewKept;
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
-  const Scratch columns(kMiddleSlot, turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : 0);
+  const bool blocks = w.format == "block32";
+  const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
+  const Scratch columns(kMiddleSlot, turned || padded || blocks ? floats : 0);
   const OneInput one{columns.data(), columns.data() + wide};
   auto* pairs = reinterpret_cast<uint32_t*>(columns.data());
   const Columns lines{columns.data(), turned && narrow ? pairs : nullptr, m};
-  const Stage stages[] = {x.stage(), {turned ? w.cols : padded ? 1 : 0, 256}, {w.rows, kBatch}};
+  const Stage packing = turned   ? Stage{w.cols, 256}
+                        : padded ? Stage{1, 1}
+                        : blocks ? Stage{w.cols / kBlock, 8}
+                                 : Stage{0, 1};
+  const Stage stages[] = {x.stage(), packing, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) return x.prepare(first, last);
@@ -236,6 +257,7 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
       std::fill_n(std::copy_n(x.data(), w.cols, columns.data()), wide - w.cols, 0.0f);
       return arrange_inputs(w.type, one.plain, wide / 16, columns.data() + wide);
     }
+    if (stage == 1 && blocks) return pack_blocks(x, first, last, columns.data());
     if (stage == 1) {
       if (narrow) return pack_pairs(x, first, last, pairs);
       for (int64_t c = first; c < last; ++c)
@@ -248,8 +270,8 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
     };
     if (sparse || w.format == "index")
       indexed(w, x.data(), lines, first, last, store);
-    else if (w.format == "block32")
-      blockwise(w, x, first, last, store);
+    else if (blocks)
+      blockwise(w, x, columns.data(), first, last, store);
     else
       expanded(w, x, one, first, last, store);
   });
