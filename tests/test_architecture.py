@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "serve": {"hf", "io", "layers", "ops"},
     "progress": set(),
     "parallel": set(),
-    "layer_times": {"edits", "eval", "layers", "methods"},
+    "layer_times": {"edits", "eval", "layers", "methods", "models"},
     "console": {"errors", "plain"},
     "plain": set(),
     "choosing": EVERYTHING,

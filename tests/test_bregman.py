@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
+from tinycomp import ops
 from tinycomp.train.bregman import SplitBregman, lipschitz, step_size
 
 CURVATURES = torch.logspace(-2, 1, 40, dtype=torch.float64)[torch.randperm(40, generator=torch.manual_seed(0))]
@@ -193,17 +194,36 @@ def test_the_released_form_is_the_repositorys_optimiser():
     assert torch.allclose(optimiser.gamma, gamma)
 
 
-def test_group_prox_lets_a_group_enter_as_one():
-    groups = torch.arange(40) // 8
-    optimiser, _ = run(quadratic, ones(), 200, lr=0.05, threshold=3.0, groups=groups)
-    sizes = torch.stack([part.norm() for part in optimiser.dual.split(8)])
-    expected = torch.cat(
-        [p * max(0.0, 1 - 3.0 / float(s)) for p, s in zip(optimiser.dual.split(8), sizes, strict=True)]
-    )
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_group_prox_lets_a_group_enter_as_one(nonnegative):
+    """Each group is pulled to 1, but the last, to -1: a twin that stays at least 0 leaves it out."""
+    groups, target = torch.arange(40) // 8, ones().where(torch.arange(40) < 32, -1.0)
+    optimiser, _ = run(
+        lambda mask: (0.0, CURVATURES * (mask - target)), target, 200, lr=0.05, threshold=3.0, groups=groups,
+        nonnegative=nonnegative,
+    )  # fmt: skip
+    duals = (optimiser.dual.clamp(min=0) if nonnegative else optimiser.dual).split(8)
+    expected = torch.cat([p * max(0.0, 1 - 3.0 / max(float(p.norm()), 1e-9)) for p in duals])
     assert torch.allclose(optimiser.gamma, expected)
     for part in optimiser.entry.split(8):
         assert len(set(part.tolist())) == 1
     assert len({int(part[0]) for part in optimiser.entry.split(8)}) > 1
+    assert bool((optimiser.entry[32:] < 0).all()) == nonnegative
+
+
+def test_group_prox_is_that_of_the_op():
+    """A group's norm leaves out what the projection takes away."""
+    dual = 3 * torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    dual[:8] *= 0.1
+    for nonnegative in (False, True):
+        optimiser = SplitBregman([ones()], lr=0.1, threshold=5.0, groups=torch.arange(40) // 8, nonnegative=nonnegative)
+        optimiser.dual.copy_(dual)
+        state = [t.clone() for t in (optimiser.mask, optimiser.dual, optimiser.gamma, optimiser.entry, optimiser.grad)]
+        optimiser.step()
+        ops.split_bregman_step_(*state, None, 1, 0.1, 1.0, 1.0, 5.0, 0.0, True, nonnegative, group_size=8)
+        assert torch.allclose(optimiser.gamma, state[2])
+        assert torch.equal(optimiser.entry, state[3])
+        assert 0 < int((optimiser.entry > 0).sum()) < 40
 
 
 def test_kicking_skips_waiting_and_keeps_entry_times():

@@ -140,9 +140,7 @@ BLOCKS = 60  # enough that a job is still at work when the first two are seen to
 JOB = ["--method", "svd", "--ratio", 0.6, *SMALL]
 
 
-def start(
-    source: Path, out: Path, text: Path, words: Sequence[object] = JOB, **more: object
-) -> subprocess.Popen[str]:
+def start(source: Path, out: Path, text: Path, words: Sequence[object] = JOB, **more: object) -> subprocess.Popen[str]:
     """The same job in a process of its own."""
     command = [sys.executable, "-m", "tinycomp", "compress", source, "--output-dir", out, *words, "--data", text]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -191,7 +189,7 @@ def test_interrupt_exits_with_130_and_keeps_the_finished_blocks(text, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_a_search_that_was_stopped_continues_from_its_checkpoint(how, text, tmp_path, monkeypatch):
     """No block is finished then, and the checkpoint of the search is all that the journal has."""
-    source, out, steps = write_folder(tmp_path / "model"), tmp_path / "out", 300
+    source, out, steps = write_folder(tmp_path / "model"), tmp_path / "out", 100
     fields = [f"steps={steps}", "samples=1", "length=16", "checkpoint_every=1", "warm=0"]
     words = ["--method", "spp", "--ratio", 0.6, *SMALL, *(word for f in fields for word in ("--set", f))]
     assert run("compress", source, "--output-dir", tmp_path / "whole", *words, "--data", text).exit_code == 0

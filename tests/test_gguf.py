@@ -21,6 +21,8 @@ from tinycomp.io import (
     save_model,
 )
 from tinycomp.io.gguf import load_gguf, unpermute
+from tinycomp.job import plan_source
+from tinycomp.methods import SVD
 
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 93)), "AB"]
 
@@ -81,6 +83,13 @@ def test_gguf_gives_the_model_back_exactly(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tokenizer.convert_ids_to_tokens(tokenizer("AB12").input_ids) == ["AB", "1", "2"]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_plan_of_a_gguf_file_counts_tied_weights_once(tmp_path):
+    model = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", model)
+    found = plan_source(str(tmp_path / "tiny.gguf"), [SVD(ratio=0.5)])
+    assert found["parameters_before"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])

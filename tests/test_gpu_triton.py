@@ -38,24 +38,44 @@ def run(script: str, *words: str, **environment: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def interpreted(names: tuple[str, ...]) -> list[dict]:
-    return run("triton_interpreter.py", *names, TRITON_INTERPRET="1")
+def interpreted(words: tuple[str, ...]) -> list[dict]:
+    return run("triton_interpreter.py", *words, TRITON_INTERPRET="1")
+
+
+def check_interpreted(name: str, request: pytest.FixtureRequest, *words: str) -> None:
+    names = selected(request, "name")
+    parts = [(*words, *names[i :: all_cores.CORES]) for i in range(min(all_cores.CORES, len(names)))]
+    mine = next(part for part in parts if name in part)
+    rows = [row for row in all_cores.result(interpreted, parts, mine) if row["op"] == name]
+    ran = [row for row in rows if row["why_not"] is None]
+    assert len(ran) >= max(len(rows) / 2, 1), f"{name}: most calls did not run: {rows[:1]}"
+    assert [row for row in ran if row["error"]] == []
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
-    names = selected(request, "name")
-    parts = [tuple(names[i :: all_cores.CORES]) for i in range(min(all_cores.CORES, len(names)))]
-    mine = next(part for part in parts if name in part)
-    rows = [row for row in all_cores.result(interpreted, parts, mine) if row["op"] == name]
-    ran = [row for row in rows if row["why_not"] is None]
-    assert len(ran) >= len(rows) / 2, f"{name}: most samples did not run: {rows[0]}"
-    assert [row for row in ran if row["error"]] == []
+    check_interpreted(name, request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_awkward_shapes(name: str, request: pytest.FixtureRequest) -> None:
+    check_interpreted(name, request, "--awkward")
 
 
 def test_every_op_has_both_backends() -> None:
     cuda = {p.stem for p in (TESTS.parent / "csrc" / "cuda").glob("*.cu")}
     assert set(OPS) == set(KERNELS) == cuda - set(gpu_build.NO_OPS)
+
+
+def test_compilers_see_through_every_op() -> None:
+    """torch.compile gets the launches themselves, no op of ours around them; q, k and v keep one for each stage."""
+    rows = {row.pop("op"): row for row in run("triton_traced.py")}
+    assert set(rows) == set(KERNELS)
+    for name, row in rows.items():
+        assert row["opaque"] == [], name
+        assert row["launches"] >= 1, name
+    assert rows["lowrank_linears"]["launches"] == rows["quant_lowrank_linears"]["launches"] == 2
 
 
 def compiled(target: str) -> list[dict]:

@@ -50,6 +50,14 @@ def test_a_budget_of_time_is_kept_and_used(ratio: float, guard: bool, seconds_pe
     assert 0.85 * ratio * whole < seconds_of(report) <= ratio * whole * (1 + 1e-6)
 
 
+def test_costs_of_units_share_the_time_of_their_linears(seconds_per_number: None) -> None:
+    """One second per weight: a unit costs a million microseconds per weight that goes with it."""
+    model = FAMILIES["llama"].build()
+    expected = {g.kind: 1e6 * g.parameters_per_unit for g in tc.unit_groups(model)}
+    assert tc.unit_costs(model) == pytest.approx(expected)
+    assert tc.unit_costs(model, tc.unit_groups(model)[:1]).keys() == {"qk"}
+
+
 def test_layers_slower_than_dense_are_not_offered(seconds_per_number: None) -> None:
     model = FAMILIES["llama"].build()
     report = tc.compress_(model, tc.Auto(ratio=0.9, families=("svd", "cur")), DATA, progress=False)

@@ -133,14 +133,38 @@ def test_entry_times_are_a_signal_of_blocks(tmp_path):
         block_entry_times(path, groups, ["elsewhere"])
 
 
-def test_the_report_plots_the_path(tmp_path):
+@pytest.mark.parametrize("steps", [6, 0])
+def test_the_report_plots_the_path(steps, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the plots")
-    _, report = tc.compress(FAMILIES["llama"].build(), tc.SPP(ratio=0.6, **QUICK), data("llama"), progress=False)
+    config = tc.SPP(ratio=0.6, **(QUICK | {"steps": steps}))
+    _, report = tc.compress(FAMILIES["llama"].build(), config, data("llama"), progress=False)
     rows = [{"name": "dense", "method": "dense"}, {"name": "SPP", "method": "SPP", "ratio": 0.6}]
     write_report(tmp_path, {"title": "t", "rows": rows, "compressions": [report.to_dict()]})
     picture = (tmp_path / "report-path.svg").read_text()
-    assert all(words in picture for words in ("loss of the masked model", "queries and keys", "kept share"))
+    assert all(words in picture for words in ("queries and keys", "kept share", "half of its units"))
+    assert ("loss of the masked model" in picture) == bool(steps)
     assert "report-path.svg" in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_says_where_a_sublayer_comes_in_the_order(tmp_path):
+    model = FAMILIES["llama"].build()
+    groups, file = unit_groups(model), tmp_path / "path.safetensors"
+    scores = {g.name: torch.full((g.count,), float(len(groups) - i)) for i, g in enumerate(groups)}
+    UnitPath.from_scores(scores).save(file)
+    config = tc.SPP(ratio=0.6, path=str(file), cost="unit", refit=False)
+    _, report = tc.compress(model, config, data("llama"), progress=False)
+    half = [g["half_at"] for g in report.methods[0]["groups"]]
+    assert half == sorted(half)
+    assert 0 < half[0] < half[-1] < 1
+
+
+def test_costs_may_be_measured():
+    model = FAMILIES["llama"].build()
+    costs = tc.unit_costs(model)
+    assert costs.keys() == {"ffn", "qk", "v"}
+    assert all(cost > 0 for cost in costs.values())
+    report = tc.compress_(model, tc.SPP(ratio=0.6, cost=costs, steps=0), data("llama"), progress=False)
+    assert report.ratio_achieved == pytest.approx(0.6, abs=0.07)
 
 
 def test_the_benchmark_keeps_what_is_finished(folder, tmp_path, capsys):

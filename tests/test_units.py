@@ -163,6 +163,9 @@ def test_ranking_prefers_early_entry_then_larger_tie_per_parameter(tiny: Callabl
     assert len(set(by_step)) == qk.count + v.count + ffn.count
     assert path.ranking(groups)[:4] == [(v.name, 6), (v.name, 5), (qk.name, 2), (ffn.name, 7)]  # 96, 96, 192 weights
     assert path.ranking(groups, {"qk": 1.0, "v": 5.0, "ffn": 1.0})[:2] == [(qk.name, 2), (v.name, 6)]
+    path = UnitPath.from_scores({g.name: torch.full((g.count,), -1.0) for g in groups})
+    names = dict.fromkeys(name for name, _ in path.ranking(groups, {"qk": 3.0, "v": 2.0, "ffn": 1.0}))
+    assert list(names) == [ffn.name, v.name, qk.name]  # the cheaper first, where ties are below zero too
 
 
 @pytest.mark.parametrize("uniform", [False, True])

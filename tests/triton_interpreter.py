@@ -2,7 +2,9 @@
 
 The interpreter of Triton 3.8 keeps bfloat16 and fp8 numbers as raw bits and computes on those, truncates where a GPU
 rounds, asks an absent driver in the autotuner, and reads 0 in masked-off lanes that a GPU leaves undefined.
-`repair` puts that right.
+`repair` puts that right, but for fp8, which no kernel uses.
+
+    triton_interpreter.py [--awkward] [OP ...]      --awkward: tests/awkward_shapes.py instead, the dtypes in turn
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def repair() -> None:
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str]) -> None:
+    from awkward_shapes import AWKWARD, unaligned
     from test_ops import fresh, run
     from tolerance import assert_close
 
@@ -94,17 +97,24 @@ def main(names: list[str]) -> None:
     from tinycomp.triton_kernels import _stages
 
     repair()
-    zeros_of = _stages.zeros_of
+    zeros_of, dtypes = _stages.zeros_of, (torch.float32, torch.bfloat16, torch.float16)
+    awkward, names = "--awkward" in words, [word for word in words if not word.startswith("--")]
     for name in names or sorted(op for op, backend in _registry._LAUNCHERS if backend == "triton"):
         op = ops.OPS[name]
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in dtypes:
             # One dtype stands for graphs and compilers, where every stage is a launch of its own.
             _stages.zeros_of = (lambda device: None) if dtype == torch.float16 else zeros_of
             # Also the calls that kernels_dump writes down, in one dtype.
             dumped = torch.float32 if name == "split_bregman_step_" else torch.bfloat16
             shapes = _cases.DEFAULTS[name] if dtype == dumped else []
             calls = [Sample(f"dump-{i}", _cases.make(name, dtype, 0, shape)) for i, shape in enumerate(shapes)]
-            for sample in (*op.samples(dtype), *calls):
+            calls = [*op.samples(dtype), *calls]
+            if awkward:
+                in_turn = [dumped] if name == "split_bregman_step_" else dtypes
+                mine = [shape for i, shape in enumerate(AWKWARD[name]) if in_turn[i % len(in_turn)] == dtype]
+                made = (_cases.make(name, dtype, 0, shape) for shape in mine)
+                calls = [Sample(f"awkward-{i}", tuple(map(unaligned, args))) for i, args in enumerate(made)]
+            for sample in calls:
                 row = {"op": name, "dtype": str(dtype).removeprefix("torch."), "sample": sample.id}
                 row["why_not"] = _registry.why_not(op, "triton", sample.args)
                 if row["why_not"] is None:

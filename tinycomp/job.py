@@ -51,7 +51,7 @@ def _data_identity(data: str | None) -> list[Any]:
 
 
 def _open_journal(path: Path, model: Any, configs: Any, calibration: Calibration, resume: bool) -> Journal:
-    if not any(path.glob("*.safetensors")):  # interrupted before any block was finished
+    if not any(path.rglob("*.safetensors")):  # interrupted before any block was finished, any search begun
         shutil.rmtree(path, ignore_errors=True)
     elif not resume:
         raise ValueError(
@@ -130,5 +130,9 @@ def plan_source(source: str, configs: Sequence[Any]) -> dict[str, Any]:
     """`pipeline.plan` for a model folder, config.json, Hub name or .gguf file, without looking at weights."""
     if len(configs) != 1:
         raise UsageError(f"plan: got {len(configs)} methods, allowed one; plan the next one on the first one's output")
-    model = load_model(source)[0].to("meta") if source.endswith(".gguf") else load_config(source)
+    if source.endswith(".gguf"):
+        model: Any = load_model(source)[0].to("meta")
+        model.tie_weights()  # the move to meta made two parameters of every shared one
+    else:
+        model = load_config(source)
     return pipeline.plan(model, configs[0])

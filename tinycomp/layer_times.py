@@ -16,6 +16,7 @@ from tinycomp.eval.timing import time_interleaved
 from tinycomp.layers import LAYERS, DenseLinear, MaskedLinear
 from tinycomp.methods import Method, MethodConfig, Option, Unit
 from tinycomp.methods._pruning import Pruning
+from tinycomp.models import UnitGroup, unit_groups
 
 POINTS = 5  # sizes measured per method and shape; times between them are interpolated
 REPEATS = 7
@@ -23,6 +24,30 @@ COLD_BYTES = 2**26  # weights rotate through this much memory, so that none stay
 MAX_COPIES = 64  # tiny matrices would need thousands of modules
 
 Shape = tuple[int, ...]
+
+
+def unit_costs(model: nn.Module, groups: Sequence[UnitGroup] | None = None, rows: int = 1) -> dict[str, float]:
+    """Microseconds that a unit of each kind takes in its linears on this CPU: for `cost` of `SPP` and `make_elastic_`.
+
+    Each linear is measured whole, and every row or column has an equal part of its time.
+
+    Args:
+        model: gives shapes and dtype; on meta too.
+        groups: its unit groups; all unless given.
+        rows: batch rows (sequences times tokens per step) of a call.
+
+    Returns:
+        kind ("ffn", "qk", "v") -> mean over the units of that kind.
+    """
+    times = LayerTimes(model, rows)
+    totals: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for group in unit_groups(model) if groups is None else groups:
+        for member in group.members:
+            share = member.features.numel() / member.shape[member.dim]
+            totals[group.kind] = totals.get(group.kind, 0.0) + share * 1e6 * times.linear(*member.shape)
+        counts[group.kind] = counts.get(group.kind, 0) + group.count
+    return {kind: total / counts[kind] for kind, total in totals.items()}
 
 
 class LayerTimes:
@@ -41,7 +66,13 @@ class LayerTimes:
 
     def dense(self, unit: Unit) -> float:
         """Seconds of the unit's own linears, one after another."""
-        return sum(self._dense_seconds(x.out_features, x.in_features) for x in unit.linears)
+        return sum(self.linear(x.out_features, x.in_features) for x in unit.linears)
+
+    def linear(self, m: int, n: int) -> float:
+        """Seconds of a dense linear with m outputs and n inputs."""
+        if (m, n) not in self._dense:
+            self._dense[m, n] = self._measure({"dense": self._linear(m, n)})["dense"]
+        return self._dense[m, n]
 
     def timed(self, unit: Unit, method: Method, config: MethodConfig, options: list[Option]) -> list[Option]:
         """The options with their `seconds`."""
@@ -62,11 +93,6 @@ class LayerTimes:
             for o in options
         ]
 
-    def _dense_seconds(self, m: int, n: int) -> float:
-        if (m, n) not in self._dense:
-            self._dense[m, n] = self._measure({"dense": self._linear(m, n)})["dense"]
-        return self._dense[m, n]
-
     def _widths(self, unit: Unit, points: list[Option]) -> np.ndarray:
         """Narrower plain linears."""
         full = unit.linears[-1].in_features
@@ -75,7 +101,7 @@ class LayerTimes:
             width = max(round(full * option.size / unit.size), 1)
             *inputs, down = unit.linears
             dims = [(width, x.in_features) for x in inputs] + [(down.out_features, width)]
-            seconds.append(sum(self._dense_seconds(m, n) for m, n in dims))
+            seconds.append(sum(self.linear(m, n) for m, n in dims))
         return np.array(seconds)
 
     def _layers(self, unit: Unit, method: Method, config: MethodConfig, points: list[Option]) -> np.ndarray:
@@ -87,7 +113,7 @@ class LayerTimes:
             assert isinstance(edit, Replace)
             runs[str(number)] = self._layer(edit, self._copies(linear.out_features, linear.in_features))
         found = self._measure(runs)
-        scale = self._dense_seconds(linear.out_features, linear.in_features) / found["dense"]  # drift of the machine
+        scale = self.linear(linear.out_features, linear.in_features) / found["dense"]  # drift of the machine
         return np.array([found[str(i)] * scale for i in range(len(points))])
 
     def _measure(self, runs: dict[str, tuple[Callable[[], None], int]]) -> dict[str, float]:

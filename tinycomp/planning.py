@@ -29,6 +29,7 @@ from tinycomp.models import ModelSpec, UnitGroup, UnitPath, spec_of
 from tinycomp.signals.collect import the_stack
 from tinycomp.surgery import apply_
 from tinycomp.targets import UnitSpec, find_targets, shapes, unit_specs
+from tinycomp.train.search_time import step_seconds
 
 LIBRARIES_BYTES = 500_000_000  # torch and transformers themselves
 
@@ -169,11 +170,13 @@ def _search_costs(model: Any, groups: Sequence[UnitGroup], config: SPP) -> list[
     passes = 3 if config.loss == "distill" or head is None else 2  # the dense model's answers are the third
     flops = 2 * passes * (sum(m * n for m, n in sizes) + vocabulary * hidden) * tokens * config.steps
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    seconds = flops / ceilings().gemm_gf_s / 1e9
+    measured = step_seconds(model, config, {g.kind for g in groups})
+    seconds = flops / ceilings().gemm_gf_s / 1e9 if measured is None else measured * config.steps
+    how = "at this machine's matrix rate, often twice that" if measured is None else "by steps on a few of its blocks"
     memory = weights + 4 * tokens * (4 * vocabulary + 3 * sum(m for m, _ in sizes)) + LIBRARIES_BYTES
     return [
         f"{search}, {config.samples} x {config.length} tokens each: {flops / 1e12:.3g} TFLOP, about "
-        f"{seconds:.0f} s at this machine's matrix rate, about {memory / 1e9:.1f} GB of memory"
+        f"{seconds:.0f} s {how}, about {memory / 1e9:.1f} GB of memory"
     ]
 
 

@@ -95,7 +95,7 @@ def _pictures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if searched is not None:
         caption = (
             "The path: loss of the masked model and share of the parameters whose units have entered, by step; what "
-            "was kept of each sublayer."
+            "was kept of each sublayer; the ratio from which on half of its units are kept, small is important."
         )
         pictures.append(("path", caption, path_plot.path_plot(searched)))
     return pictures

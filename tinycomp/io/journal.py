@@ -75,7 +75,7 @@ class Journal:
                     f"journal: {self.directory} belongs to another job (fingerprint {found}, this job is {fingerprint}:"
                     " its model, configuration or data differ); run that job again to finish it, or delete the folder"
                 )
-            for leftover in self.directory.glob("*.tmp"):
+            for leftover in self.directory.rglob("*.tmp"):
                 leftover.unlink()
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ class Journal:
         return self.directory / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
 
     def count(self) -> int:
-        """Number of finished pieces. (No `__len__`: an empty journal is not false.)"""
-        return len(list(self.directory.glob("*.safetensors")))
+        """Number of finished pieces and of checkpoints in folders below. (No `__len__`: an empty one is not false.)"""
+        return len(list(self.directory.rglob("*.safetensors")))
 
     def get(self, key: str) -> Entry | None:
         """The entry stored under `key`, or None when that piece is not finished."""

@@ -40,8 +40,8 @@ class SPP(PathSearch, MethodConfig):
         path: file of the path: read when it exists, else written after the search, for other ratios.
         refit: solve the projections that read units anew on those that stay.
         round_to: widths are multiples of this.
-        cost: units are ranked by entry time per "parameters", per "unit", or per measured cost (such as microseconds)
-            of a unit of each kind: {"ffn": 1.0, "qk": 2.4, "v": 1.3}.
+        cost: units are ranked by entry time per "parameters", per "unit", or per measured cost of a unit of each
+            kind, {"ffn": 1.0, "qk": 2.4, "v": 1.3}: `tinycomp.unit_costs(model)` measures microseconds.
         released_scale: divide attention scores by the root of the kept head width, as the repository does.
     """
 
@@ -128,11 +128,12 @@ def choose(
         _linears(model, spec, config, groups, kept, batches, progress), groups, kept, refit=config.refit,
         damping=config.damping, released_scale=config.released_scale,
     )  # fmt: skip
+    half = _half_at(path, groups, config)
     details = {
         "search_seconds": seconds,
         "search": path.config,
         "curve": path.curve,
-        "groups": [_summary(group, path, kept[group.name]) for group in groups],
+        "groups": [_summary(group, path, kept[group.name]) | {"half_at": half[group.name]} for group in groups],
     }
     return result, details
 
@@ -189,6 +190,17 @@ def _summary(group: UnitGroup, path: UnitPath, kept: Tensor) -> dict[str, Any]:
         "entered": len(entered),
         "median_entry": float(entered.median()) if len(entered) else None,
     }
+
+
+def _half_at(path: UnitPath, groups: Sequence[UnitGroup], config: SPP) -> dict[str, float]:
+    """Group name -> ratio from which on half of its units are kept, in one ranking of all: its place in the order."""
+    missing = {g.name: g.count / 2 for g in groups}
+    found: dict[str, float] = {}
+    for chunk in path.chunks(groups, config.round_to, None if config.cost == "unit" else config.cost):
+        missing[chunk.group] -= len(chunk.units)
+        if missing[chunk.group] <= 0:
+            found.setdefault(chunk.group, chunk.enters)
+    return found
 
 
 METHOD = Method(

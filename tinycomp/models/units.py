@@ -231,7 +231,7 @@ class UnitPath:
         """Every unit, the most important first: earlier entry, then larger tie.
 
         A unit's entry step and tie are taken per unit of cost: (step + 1) * cost ascending; units that never entered
-        follow, tie / cost descending.
+        follow, tie / cost descending (tie * cost where it is negative: of two equal ties the cheaper unit is first).
 
         Args:
             groups: of the model.
@@ -244,7 +244,9 @@ class UnitPath:
             price = 1.0 if cost is None else group.parameters_per_unit if cost == "parameters" else cost[group.kind]
             entry, tie = self.entry[group.name].tolist(), self.tie[group.name].tolist()
             keys = [
-                (0.0, (step + 1) * price, -score) if step >= 0 else (1.0, -score / price, 0.0)
+                (0.0, (step + 1) * price, -score)
+                if step >= 0
+                else (1.0, -score / price if score > 0 else -score * price, 0.0)
                 for step, score in zip(entry, tie, strict=True)
             ]
             if uniform:

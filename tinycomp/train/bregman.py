@@ -170,15 +170,14 @@ class SplitBregman:
 
     def _shrink(self) -> None:
         """G and the entry steps from V, for what the op does not know: groups, and a V moved after it."""
+        dual = self.dual.clamp(min=0) if self.nonnegative else self.dual  # negative ones do not let their group enter
         if self.groups is None:
-            size = self.dual.abs()
+            size = dual.abs()
         else:
-            squares = torch.zeros(int(self.groups.max()) + 1, dtype=self.dual.dtype, device=self.dual.device)
-            size = squares.index_add_(0, self.groups, self.dual.square()).sqrt_()[self.groups]
+            squares = torch.zeros(int(self.groups.max()) + 1, dtype=dual.dtype, device=dual.device)
+            size = squares.index_add_(0, self.groups, dual.square()).sqrt_()[self.groups]
         factor = (1 - self.threshold / size.clamp(min=1e-30)).clamp_(min=0)
-        torch.mul(self.dual, self.kappa * factor, out=self.gamma)
-        if self.nonnegative:
-            self.gamma.clamp_(min=0)
+        torch.mul(dual, self.kappa * factor, out=self.gamma)
         self.entry.masked_fill_((self.entry < 0) & (self.gamma != 0), self.steps)
 
     def _jump(self, mask: Tensor, gamma: Tensor) -> None:

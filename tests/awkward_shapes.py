@@ -1,0 +1,109 @@
+"""Shapes that are no multiple of anything, for every op: few and many inputs, ranks 1, 7 and 255; and random ones."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinycomp.kernels_dump import _cases
+
+_SIZES = {"in_features": 193, "out_features": 300}
+# Inputs and rank: decode and tiles, each with a rank that is short and one that is long.
+_LAYERS = [{"inputs": m, "rank": rank} | _SIZES for m, rank in ((1, 255), (7, 1), (33, 255), (129, 7))]
+_PLAIN = [{"inputs": m} | _SIZES for m in (1, 7, 33, 129)]
+_POINTS = [{"points": n, "clusters": k, "columns": d} for n, k, d in ((1, 7, 33), (7, 1, 129), (129, 255, 33))]
+_MATRICES = [{"rows": n, "columns": d} for n, d in ((1, 7), (33, 129), (129, 255))]
+
+
+def _turns(shapes: list[dict[str, Any]], *variants: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every variant with every second shape: with one of decode and one of tiles."""
+    return [shape | v for i, v in enumerate(variants) for shape in shapes[i % 2 :: 2]]
+
+
+def _grouped(shape: dict[str, Any]) -> dict[str, Any]:
+    rank = shape["rank"]
+    layers = [[300, rank, 1], [257, 7, 0], [256, rank, 1]]
+    return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": layers}
+
+
+AWKWARD: dict[str, list[dict[str, Any]]] = {
+    "lowrank_linear": _turns(_LAYERS, {"pivoted": True}, {"pivoted": False}),
+    "lowrank_linears": [_grouped(shape) for shape in _LAYERS],
+    "quant_lowrank_linear": _turns(
+        _LAYERS,
+        {"pivoted": True, "bits": 8, "group_size": 0},
+        {"pivoted": False, "bits": 8, "group_size": 32},
+        {"pivoted": True, "bits": 4, "group_size": 10},
+        {"pivoted": False, "bits": 4, "group_size": 0},
+    ),
+    "quant_lowrank_linears": _turns(
+        [_grouped(shape) for shape in _LAYERS], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
+    ),
+    "cur_linear": _LAYERS,
+    "swsc_linear": _turns(
+        _LAYERS,
+        {"clusters": 255, "axis": 0, "label_bits": 8},
+        {"clusters": 255, "axis": 1, "label_bits": 32},
+        {"clusters": 7, "axis": 1, "label_bits": 64},
+        {"clusters": 7, "axis": 0, "label_bits": 32},
+    ),
+    "sliced_linear": [shape | {"whole": [301, 195]} for shape in _PLAIN],
+    "quant_linear": _turns(
+        _PLAIN,
+        {"bits": 8, "group_size": 0, "symmetric": True},
+        {"bits": 8, "group_size": 10, "symmetric": False},
+        {"bits": 4, "group_size": 64, "symmetric": True},
+        {"bits": 4, "group_size": 10, "symmetric": False},
+    ),
+    "masked_linear": _turns(
+        _PLAIN, *({"format": f, "value_bits": b} for f in ("bitmask", "2:4", "block32") for b in (0, 8, 4))
+    ),
+    "column_norms": _MATRICES,
+    "gram_accumulate_": _MATRICES,
+    "kmeans_assign": _POINTS,
+    "kmeans_update": _POINTS,
+    "select_pivots": [
+        {"rows": n, "columns": d, "k": k, "method": method}
+        for n, d, k in ((1, 7, 1), (33, 129, 7), (129, 33, 33))
+        for method in ("qr", "lu")
+    ],
+    "sample_without_replacement": [{"count": n} for n in (1, 7, 33, 255)],
+    "split_bregman_step_": [
+        {"count": n, "momentum": n > 7, "coupled": n < 33, "gamma": n % 2 == 1, "support": True, "group_size": group}
+        for n, group in ((1, 0), (7, 7), (33, 0), (1029, 7))
+    ],
+}
+
+
+def unaligned(value: Any) -> Any:
+    """A tensor as a view whose rows start one number behind where an aligned load would, NaN around them."""
+    if not isinstance(value, Tensor) or value.dim() not in (1, 2):
+        return value
+    fill = float("nan") if value.is_floating_point() else 0
+    wide = torch.full((*value.shape[:-1], value.shape[-1] + 3), fill, dtype=value.dtype)
+    view = wide[..., 1 : 1 + value.shape[-1]]
+    return view.copy_(value)
+
+
+def random_shape(name: str, draw: random.Random) -> dict[str, Any]:
+    """One of the dumped shapes of an op with all its sizes drawn anew."""
+    shape = dict(draw.choice(_cases.DEFAULTS[name]))
+    most = {"inputs": 70, "in_features": 150, "out_features": 150, "clusters": 40, "rows": 80, "columns": 80}
+    for field, size in (most | {"points": 150, "count": 600}).items():
+        if field in shape:
+            shape[field] = draw.randint(1, size)
+    if "whole" in shape:
+        shape["whole"] = [shape["out_features"] + draw.randint(0, 9), shape["in_features"] + draw.randint(0, 9)]
+    if "rank" in shape:
+        shape["rank"] = draw.randint(1, shape["out_features"])
+    if "layers" in shape:
+        rows = [draw.randint(1, 90) for _ in shape["layers"]]
+        shape["layers"] = [[n, draw.randint(1, n), draw.randint(0, 1)] for n in rows]
+    if "k" in shape:
+        shape["k"] = draw.randint(1, min(shape["rows"], shape["columns"]))
+    if "count" in shape and shape.get("group_size"):
+        shape["count"] *= shape["group_size"]
+    return shape
