@@ -223,6 +223,28 @@ def test_packed_sizes() -> None:
     assert ops.pack_masked(torch.zeros(3, 9)).values.numel() == 0
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_bits_beyond_the_last_column_are_ignored(backend: str, rows: int) -> None:
+    w, keep = masked_weight("bitmask", 70, 77)
+    x, packed = normal(rows, 77, seed=2).bfloat16(), ops.pack_masked(w.bfloat16(), keep)
+    expected = ops.masked_linear(x, *packed, None, 70)
+    stray = packed._replace(mask=packed.mask.clone())
+    stray.mask[:, -1] |= 0xE0
+    assert torch.equal(ops.masked_linear(x, *stray, None, 70), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("value_bits", [0, 8, 4])
+def test_more_inputs_than_go_through_a_masked_weight_together(backend: str, format: str, value_bits: int) -> None:
+    w, keep = masked_weight(format, 70, 1060)
+    if format == "block32":  # more blocks than go through a panel together
+        keep = (normal(3, 34, seed=3) > -0.5).repeat_interleave(32, 0).repeat_interleave(32, 1)[:70, :1060]
+    x, packed = normal(300, 1060, seed=2), ops.pack_masked(w, keep, format, value_bits)
+    got = ops.masked_linear(x, *packed, None, 70, format, value_bits)
+    dense = ops.unpack_masked(packed, 70, 1060, format, value_bits)
+    assert_close(got, x @ dense.t(), x.double() @ dense.double().t(), format)
+
+
 # ---- bad input
 
 ONES = torch.ones

@@ -46,7 +46,7 @@ struct Masked {
     to[blocks - 1] = 0;
     if (format == "bitmask") {
       __builtin_memcpy(to, from, bytes);
-      // A bit beyond the last column is none of a column: cleared, and the counts will not agree.
+      // Bits beyond the last column have no values.
       if (cols % 8 > 0) reinterpret_cast<uint8_t*>(to)[bytes - 1] &= static_cast<uint8_t>((1 << cols % 8) - 1);
       return;
     }
@@ -129,7 +129,7 @@ inline void kept_columns(const uint8_t* mask, int64_t bytes, uint16_t* to) {
   }
 }
 
-// Values [from, to) in float32.
+// Values [from, to) in float32; `scratch` has room for them and 15 more.
 inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scratch& scratch) {
   const auto* values = static_cast<const char*>(w.values.const_data_ptr());
   if (w.floating()) {
@@ -143,7 +143,7 @@ inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scr
   const int64_t blocks = (to - from) / 16;
   const uint16_t rest = static_cast<uint16_t>((1u << (to - from) % 16) - 1);
   expansion().expand(w.type, values, from, to, all.data(), blocks, scratch.data());
-  expansion().expand(w.type, values, from + 16 * blocks, to, &rest, 1, scratch.data() + 16 * blocks);
+  if (rest != 0) expansion().expand(w.type, values, from + 16 * blocks, to, &rest, 1, scratch.data() + 16 * blocks);
   return scratch.data();
 }
 
