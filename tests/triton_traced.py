@@ -31,6 +31,10 @@ class Driver:
         return 0
 
 
+class Seen(Exception):
+    """Ends the compilation: there is nothing to run the graph on."""
+
+
 seen: list[dict[str, Any]] = []
 
 
@@ -38,7 +42,7 @@ def stop(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     words = [str(node.target) for node in graph.graph.nodes]
     launches, opaque = sum("triton_kernel" in word for word in words), [word for word in words if "tinycomp" in word]
     seen.append({"launches": launches, "opaque": opaque})
-    raise NotImplementedError
+    raise Seen
 
 
 def main() -> None:

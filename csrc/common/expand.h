@@ -14,7 +14,7 @@ using Expand = int64_t (*)(Type type, const void* values, int64_t at, int64_t co
                            int64_t blocks, float* out);
 // sum_i values[i] * x[index[i]] for values of a floating type.
 using Gather = float (*)(Type type, const void* values, const uint16_t* index, int64_t count, const float* x);
-// The same for inputs x[index * ldx + j], j < inputs, at once.
+// The same for float32 values and inputs x[index * ldx + j], j < inputs, at once.
 using GatherMany = void (*)(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                             int64_t inputs, float* sums);
 // The same for up to 32 inputs in 16 bits, bfloat16, of which word 16 i + k of `x` holds number k (below) and number
