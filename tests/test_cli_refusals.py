@@ -126,7 +126,9 @@ def test_failed_quality_gate_exits_with_4_and_saves_nothing(folder, text, tmp_pa
     assert run("eval", folder, "--protocol", PROTOCOL, "--max-perplexity", 1.5).exit_code == 4
 
 
-# ------------------------------------------------------------------------------------------ damaged files, rivals
+# ------------------------------------------------------------------------------------------------ damaged files, rivals
+
+
 def config(**changes: object) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         file = path / "config.json"
