@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tinycomp.edits import Plan
 from tinycomp.layers import LAYERS, LowRankLinear, QuantLowRankLinear
 from tinycomp.methods import CUR, METHODS, SVD, Linear, Unit, WidthPrune, svd
 from tinycomp.methods._low_rank import FactorRounding, Factors, rank_for, rank_grid, stored_size
-from tinycomp.models import FFNSpec
+from tinycomp.models import FFNSpec, UnitPath
 
 
 def linear(
@@ -157,22 +158,30 @@ def ffn(seed: int = 0, *, transposed: bool = False) -> Unit:
     hidden = torch.randn(300, 20, generator=g) * torch.logspace(0, -1.5, 20)
     inputs = tuple(
         Linear(name, torch.randn(20, 6, generator=g), torch.randn(20, generator=g), torch.eye(6), torch.eye(20))
-        for name in ("gate", "up")
+        for name in ("block.gate", "block.up")
     )
-    down = Linear("down", torch.randn(6, 20, generator=g), None, hidden.T @ hidden / 300, torch.eye(6), transposed)
-    spec = FFNSpec("mlp", ("gate", "up"), "down", 20, "intermediate_size", True)
-    return Unit("mlp#ffn", "ffn", (*inputs, down), 0, spec)
+    down = Linear(
+        "block.down", torch.randn(6, 20, generator=g), None, hidden.T @ hidden / 300, torch.eye(6), transposed
+    )
+    spec = FFNSpec("block", ("block.gate", "block.up"), "block.down", 20, "intermediate_size", True)
+    return Unit("block#ffn", "ffn", (*inputs, down), 0, spec)
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"refit": False}, {"selection": "energy"}], ids=["surgeon", "no-refit", "energy"]
+    "fields",
+    [{}, {"refit": False}, {"selection": "energy"}, {"path": "order.safetensors"}],
+    ids=["surgeon", "no-refit", "energy", "path"],
 )
-def test_width_options_predict_what_build_reaches(fields: dict[str, Any]) -> None:
+def test_width_options_predict_what_build_reaches(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    UnitPath.from_scores({"block.ffn": torch.arange(20.0)}).save("order.safetensors")
     config = WidthPrune(ratio=0.5, round_to=1, damping=1e-8, **fields)
     unit, method = ffn(), METHODS["WidthPrune"]
     for option in method.options(unit, config)[:-1:4]:
         result = method.build(unit, option.choice, config)
-        down = next(r for r in result.records if r["path"] == "down")
+        down = next(r for r in result.records if r["path"] == "block.down")
         assert down["predicted_loss"] == pytest.approx(option.loss, rel=0.1, abs=1e-5)
         weights = sum(t.numel() for name, t in result.tensors.items() if name.endswith("weight"))
         assert weights == option.size
@@ -205,10 +214,35 @@ def test_refit_beats_no_refit_and_surgeon_beats_energy() -> None:
     assert reached() <= reached(selection="energy") * 1.001
 
 
+def test_width_units_in_the_order_of_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "order.safetensors"
+    entry = torch.full((20,), -1, dtype=torch.int32)
+    entry[[7, 2, 11]] = torch.tensor([5, 9, 5], dtype=torch.int32)
+    tie = torch.rand(20, generator=torch.Generator().manual_seed(1))
+    tie[11] = 2.0  # of the two that entered together
+    path = UnitPath({"block.ffn": entry}, {"block.ffn": tie})
+    path.save(file)
+    never = [u for u in tie.argsort(descending=True).tolist() if entry[u] < 0]
+    assert path.order("block.ffn").tolist() == [11, 7, 2, *never]
+    config = WidthPrune(ratio=0.5, round_to=1, path=str(file))
+    assert config.selection == "path"
+    unit, method = ffn(), METHODS["WidthPrune"]
+    built = method.build(unit, {"width": 4}, config)
+    kept = sorted([11, 7, 2, never[0]])
+    assert torch.equal(built.tensors["block.gate.weight"], unit.linears[0].weight[kept])
+    with pytest.raises(ValueError, match=r"path='x', allowed is a path with selection='path'"):
+        WidthPrune(ratio=0.5, selection="energy", path="x")
+    with pytest.raises(ValueError, match="path=None"):
+        WidthPrune(ratio=0.5, selection="path")
+    UnitPath.from_scores({"block.ffn": torch.ones(19), "block.v": torch.ones(20)}).save(file)
+    with pytest.raises(ValueError, match="ranks 19 neurons of this block, allowed 20"):
+        method.options(unit, config)
+
+
 def test_transposed_storage() -> None:
     plain = METHODS["WidthPrune"].build(ffn(), {"width": 8}, WidthPrune(ratio=0.5))
     turned = METHODS["WidthPrune"].build(ffn(transposed=True), {"width": 8}, WidthPrune(ratio=0.5))
-    assert torch.equal(plain.tensors["down.weight"].T, turned.tensors["down.weight"])
+    assert torch.equal(plain.tensors["block.down.weight"].T, turned.tensors["block.down.weight"])
 
 
 @pytest.mark.parametrize("name", ["SVD", "CUR"])

@@ -269,6 +269,16 @@ def test_a_killed_search_continues_to_the_identical_path(fields, tmp_path):
     assert (killed / "path.safetensors").read_bytes() == (whole / "path.safetensors").read_bytes()
 
 
+def test_a_continued_search_predicts_no_losses_again(tmp_path, monkeypatch):
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    whole = search_path(model, groups, data("llama"), PathSearch(**QUICK), folder=tmp_path)
+    monkeypatch.setattr("tinycomp.train.path_search.unit_losses", None)  # a call would fail
+    again = search_path(model, groups, data("llama"), PathSearch(**QUICK), folder=tmp_path)
+    assert all(torch.equal(again.entry[name], whole.entry[name]) for name in whole.entry)
+    assert all(torch.equal(again.tie[name], whole.tie[name]) for name in whole.tie)
+
+
 def test_checkpoint_of_another_search_is_refused(tmp_path):
     model = FAMILIES["llama"].build()
     groups = unit_groups(model)

@@ -10,17 +10,18 @@ are weighted (K-FAC), and the whole curve over widths comes from one elimination
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Slice
-from tinycomp.linalg import Elimination, made_anew
+from tinycomp.linalg import Elimination, made_anew, refit_losses
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._options import dense_option, require_finite
 from tinycomp.methods._rounding import RoundedConfig, default_group, quantized, round_weight, rounded_bits
+from tinycomp.models import UnitPath
 
 GRID = 48
 
@@ -30,18 +31,36 @@ class WidthPrune(RoundedConfig):
 
     Args:
         selection: "surgeon" removes the unit whose loss is least after refitting the others; "energy" keeps the units
-            whose contribution to the output, |w_j|² E[h_j²], is largest.
+            whose contribution to the output, |w_j|² E[h_j²], is largest; "path" those that enter `path` first.
+        path: file of the unit path of an SPP search on this model; gives selection="path".
         refit: solve the down projection anew on the kept units.
         round_to: kept widths are multiples of this (kernels and tensor cores like 8 or 16).
     """
 
-    selection: str = Field(default="surgeon", pattern="^(surgeon|energy)$")
+    selection: Literal["surgeon", "energy", "path"] = "surgeon"
+    path: str | None = None
     refit: bool = True
     round_to: int = Field(default=8, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("path") is not None:
+            return {"selection": "path"} | values
+        return values
+
+    @model_validator(mode="after")
+    def _one_order(self) -> WidthPrune:
+        if (self.selection == "path") != (self.path is not None):
+            raise ValueError(
+                f"got selection={self.selection!r} and path={self.path!r}, allowed is a path with selection='path' "
+                "only; leave one of them out, or name the file of the path"
+            )
+        return self
+
 
 def needs(config: WidthPrune) -> frozenset[str]:
-    return frozenset({"gram", "output_gram"}) if config.selection == "surgeon" else frozenset({"gram"})
+    return frozenset({"gram"}) if config.selection == "energy" else frozenset({"gram", "output_gram"})
 
 
 def widths(width: int, round_to: int) -> list[int]:
@@ -61,9 +80,14 @@ class Selection:
         if config.selection == "surgeon":
             found = down.remember(f"elimination {config.damping}", self._eliminate)
             self.order, self.losses = found["order"], found["losses"]
+            return
+        if config.path is not None:
+            self.order = _path_order(config.path, down)
         else:
             energy = down.weight.float().pow(2).sum(0) * down.gram.diagonal()
             self.order = energy.argsort(stable=True)
+        if config.refit:
+            self.losses = refit_losses(down.weight, down.gram, down.output_gram, self.order, config.damping)
 
     def _eliminate(self) -> dict[str, Tensor]:
         found = Elimination(self.down.weight, self.down.gram, self.down.output_gram, self.config.damping)  # type: ignore[arg-type]
@@ -81,12 +105,25 @@ class Selection:
 
     def loss(self, count: int) -> float:
         """Predicted loss in nats per token."""
-        if self.config.selection == "surgeon" and self.config.refit:
+        if self.config.refit:
             return float(self.losses[len(self.order) - count])
         kept = self.kept(count)
         approximation = torch.zeros_like(self.down.weight, dtype=torch.float32)
         approximation[:, kept] = self.weight(kept)
         return self.down.predicted_loss(self.down.weight.float() - approximation)
+
+
+def _path_order(file: str, down: Linear) -> Tensor:
+    """The neurons that `down` reads, those that enter the path last first."""
+    path = UnitPath.load(file)
+    name = next((n for n in path.entry if n.endswith(".ffn") and down.path.startswith(n.removesuffix("ffn"))), None)
+    units = 0 if name is None else len(path.entry[name])
+    if name is None or units != down.in_features:
+        raise ValueError(
+            f"{down.path}: got {file}, which ranks {units} neurons of this block, allowed {down.in_features}; use a "
+            "path of this model"
+        )
+    return path.order(name).flip(0)
 
 
 def _bits(unit: Unit, width: int, config: WidthPrune) -> int:

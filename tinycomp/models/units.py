@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -224,6 +224,12 @@ class UnitPath:
         entry = {name: torch.full((len(score),), -1, dtype=torch.int32) for name, score in scores.items()}
         return cls(entry, {name: score.detach().float().cpu() for name, score in scores.items()}, [], config or {})
 
+    def order(self, name: str) -> Tensor:
+        """int64 (count,): the units of one group, the most important first; as `ranking` inside the group."""
+        entry, tie = self.entry[name].tolist(), self.tie[name].tolist()
+        late = max(entry) + 1
+        return torch.tensor(sorted(range(len(entry)), key=lambda u: (entry[u] if entry[u] >= 0 else late, -tie[u])))
+
     def ranking(
         self, groups: Sequence[UnitGroup], cost: Literal["parameters"] | Mapping[str, float] | None = "parameters",
         uniform: bool = False,
@@ -329,15 +335,22 @@ class UnitPath:
         """Inverse of `save`.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: there is no such file, or it holds something else.
         """
-        with safe_open(file, "pt") as stored:
-            found = (stored.metadata() or {}).get(_METADATA)
-            if found is None:
-                raise ValueError(f"units: {file} is no path of a search; name the file that UnitPath.save wrote")
-            names = list(stored.keys())
-            parts = [
-                {n.removeprefix(p): stored.get_tensor(n) for n in names if n.startswith(p)} for p in ("entry/", "tie/")
-            ]
+        allowed = "allowed is a file that UnitPath.save wrote; name that, or search anew"
+        try:
+            with safe_open(file, "pt") as stored:
+                found = (stored.metadata() or {}).get(_METADATA)
+                names = list(stored.keys())
+                parts = [
+                    {n.removeprefix(p): stored.get_tensor(n) for n in names if n.startswith(p)}
+                    for p in ("entry/", "tie/")
+                ]
+        except FileNotFoundError as error:
+            raise ValueError(f"units: got {file}, which does not exist, {allowed}") from error
+        except SafetensorError as error:
+            raise ValueError(f"units: got {file}, which cannot be read ({error}), {allowed}") from error
+        if found is None:
+            raise ValueError(f"units: got {file}, which is no path of a search, {allowed}")
         rest = json.loads(found)
         return cls(parts[0], parts[1], rest["curve"], rest["config"])

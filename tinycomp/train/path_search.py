@@ -131,7 +131,8 @@ def search_path(
     model.eval()
     try:
         losses: dict[str, Tensor] = {}
-        if config.warm or not config.steps:
+        started = folder is not None and (folder / CHECKPOINT).exists()  # V is in the checkpoint
+        if not config.steps or (config.warm and not started):
             where = _broken(model, batches[0]) if batches else None
             if where is not None:
                 raise ValueError(
