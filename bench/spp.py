@@ -44,6 +44,7 @@ from tinycomp.train.path_search import PathSearch, search_path
 
 AGAIN = 75
 MEASURES = ("perplexity", "feature_error", "accuracy")  # the first one that a row has is plotted
+LONG = "SPP coupled, 13 times the tokens"  # for language models, and only when it is named
 SEARCHES = {
     "SPP coupled": {},
     "SPP coupled, V from zero": {"warm": 0.0},
@@ -52,9 +53,16 @@ SEARCHES = {
         "coupled": False, "nonnegative": True, "per_head": False, "loss": "auto", "warm": 0.0,
     },
     "predicted loss, no search": {"steps": 0},
+    LONG: {"steps": 200, "samples": 4, "length": 256},  # of 60 steps of 2 x 128
 }  # fmt: skip
 EQUAL = ", equal widths"  # an order that is cut at the same share in every sublayer; else one ranking of all units
-ORDERS = (*SEARCHES, "Wanda-style score", "first-order Taylor", "output energy" + EQUAL, "random")
+ORDERS = (
+    *(name for name in SEARCHES if name != LONG),
+    "Wanda-style score",
+    "first-order Taylor",
+    "output energy" + EQUAL,
+    "random",
+)
 
 
 class OutOfTime(Exception):
