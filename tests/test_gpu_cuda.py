@@ -250,7 +250,17 @@ def run_with_fault(fault: str) -> subprocess.CompletedProcess[str]:
         return python(FAULTY_RUN, str(faulty_sources(Path(folder), *FAULTS[fault])))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# every fault compiles the kernels again: the suite has one of each kind, the slow one those of other instructions
+USUAL = (
+    "none",
+    "waits for too few copies",
+    "no barrier in the loop",
+    "no barrier before the sum",
+    "last tile left out",
+)
+
+
+@pytest.mark.parametrize("fault", [f if f in USUAL else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
 def test_seeded_faults_are_caught(fault: str, request: pytest.FixtureRequest) -> None:
     done = all_cores.result(run_with_fault, all_cores.selected(request, "fault"), fault)
     assert done.returncode == 0, done.stderr[-2000:]

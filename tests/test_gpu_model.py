@@ -61,12 +61,10 @@ def test_pivoted_rank_keeps_the_ratio(ratio: float) -> None:
     assert (rank + 1) * (rows + columns - rank - 1) > ratio * rows * columns
 
 
-def test_script_labels_what_it_prints() -> None:
-    for words, wanted in ((["--model", "A100"], "modelled, unmeasured"), ([], "nothing was measured")):
-        done = subprocess.run([sys.executable, BENCH / "gpu.py", *words], capture_output=True, text=True, check=True)
-        first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
-        assert wanted in first or "samples agree" in first
-        assert not words or wanted in last
+def test_script_says_when_nothing_was_measured() -> None:
+    done = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True, check=True)
+    first = done.stdout.splitlines()[0]
+    assert "nothing was measured" in first or "samples agree" in first
 
 
 def test_command_line_prints_the_bounds_and_measurements_beside_them(tmp_path: Path) -> None:

@@ -74,17 +74,17 @@ class Probe:
         order = sorted(range(len(length)), key=length.__getitem__)  # little padding
         found: list[Tensor] = []
         for start in range(0, len(order), BATCH):
-            batch = _joined([self.inputs[i] for i in order[start : start + BATCH]])
+            batch = joined([self.inputs[i] for i in order[start : start + BATCH]])
             found.append(self.features(model(**batch), batch))
         return torch.cat(found)[torch.tensor(order).argsort()]
 
     def calibration(self, rows: int, seed: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
         """Inputs of the training part, without labels, drawn with `seed`."""
         drawn = torch.randperm(self.train, generator=torch.Generator().manual_seed(seed))[:rows].tolist()
-        return [_joined([self.inputs[i] for i in drawn[s : s + batch_size]]) for s in range(0, len(drawn), batch_size)]
+        return [joined([self.inputs[i] for i in drawn[s : s + batch_size]]) for s in range(0, len(drawn), batch_size)]
 
 
-def _joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def joined(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """One batch; sequences are padded with zeros on the right."""
     if "input_ids" not in rows[0]:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
