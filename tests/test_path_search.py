@@ -279,6 +279,15 @@ def test_a_continued_search_predicts_no_losses_again(tmp_path, monkeypatch):
     assert all(torch.equal(again.tie[name], whole.tie[name]) for name in whole.tie)
 
 
+def test_a_released_search_too_short_for_its_threshold_warns():
+    model = FAMILIES["llama"].build()
+    groups = unit_groups(model)
+    with pytest.warns(UserWarning, match=r"4 steps of lr=0\.001 .* no unit enters.* needs about 3000 steps"):
+        path = search_path(model, groups, data("llama"), PathSearch(preset="paper", steps=4, samples=2, length=9))
+    assert all(int(entry.max()) == -1 for entry in path.entry.values())
+    assert len({float(v) for tie in path.tie.values() for v in tie}) > 1
+
+
 def test_checkpoint_of_another_search_is_refused(tmp_path):
     model = FAMILIES["llama"].build()
     groups = unit_groups(model)

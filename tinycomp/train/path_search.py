@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -181,8 +182,16 @@ class _Search:
         self.loss = search_loss(model, masks, self.batch(0), config.loss)
         units = sum(len(v) for v in masks.values)
         self.nu = (config.nu or units / (2 * config.rise)) if config.coupled else 1.0
+        lr = self._lr()
+        if not config.coupled and config.steps * lr < config.threshold:
+            warnings.warn(
+                f"SPP search: {config.steps} steps of lr={lr:g} move V by about {config.steps * lr:g} and the threshold "
+                f"is {config.threshold:g}: no unit enters, and V alone ranks them. The released iteration needs about "
+                f"{math.ceil(config.threshold / lr)} steps",
+                stacklevel=2,
+            )
         self.optimiser = SplitBregman(
-            masks.values, lr=self._lr(), kappa=config.kappa, threshold=config.threshold, direction=config.direction,
+            masks.values, lr=lr, kappa=config.kappa, threshold=config.threshold, direction=config.direction,
             beta=config.beta, coupled=config.coupled, nonnegative=config.nonnegative, dual=config.dual,
             nu=1.0 if config.coupled else config.nu or 1.0, kick=config.kick,
             groups=masks.head_numbers() if config.prox == "head" else None,
