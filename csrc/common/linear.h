@@ -69,8 +69,16 @@ inline Tensor as_matrix(const Tensor& x) {
   return torch::stable::reshape(x, {shape, 2});
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+// A contiguous tensor. The stable interface's own `new_empty` looks its op up by name in every call.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t d = shape.size(); d-- > 0; step *= std::max<int64_t>(shape[d], 1)) strides[d] = step;
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 inline std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
@@ -380,7 +388,7 @@ void low_rank_through_torch(const Tensor& y, int64_t m, int64_t rank, const std:
   const int64_t n = y.size(y.dim() - 1), shape[] = {m, n};
   T* to = static_cast<T*>(y.mutable_data_ptr());
   if (from.empty()) {
-    const Tensor z = empty(y, {m, rank}, scalar_type<T>);
+    const Tensor z = empty({m, rank}, scalar_type<T>);
     first(z);
     second(z, torch::stable::view(y, {shape, 2}));
     return add_bias<T>(to, m, n, bias);

@@ -29,7 +29,7 @@ Tensor column_norms(const Tensor& w) {
     const Tensor flat = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
     const int64_t rows = flat.size(0), cols = flat.size(1), stride = flat.stride(0);
     const T* from = static_cast<const T*>(flat.const_data_ptr());
-    const Tensor norms = empty(w, {cols}, ScalarType::Float);
+    const Tensor norms = empty({cols}, ScalarType::Float);
     float* to = static_cast<float*>(norms.mutable_data_ptr());
     // A strip is as wide as the threads leave it, up to what stays in cache: rows are read from end to end.
     constexpr int64_t kStrip = 4096, kRows = 16;

@@ -41,7 +41,7 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
         return torch::stable::view(y, {shape.data(), shape.size()});
       }
     }
-    const Tensor y = empty(x, shape, scalar_type<T>);
+    const Tensor y = empty(shape, scalar_type<T>);
     if constexpr (!std::is_same_v<T, double>) {
       T* out = static_cast<T*>(y.mutable_data_ptr());
       stream<T>(Inputs(x, zero, true), rows, link, columns, {out, columns.rows, shift});

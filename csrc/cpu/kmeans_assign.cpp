@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     const int64_t n = points.size(0), d = points.size(1), k = centroids.size(0);
     Tensor x = torch::stable::contiguous(torch::stable::to(detach(points), scalar_type<A>));
     const Tensor mu = torch::stable::contiguous(torch::stable::to(detach(centroids), scalar_type<A>));
-    const Tensor labels = empty(points, {n}, ScalarType::Int), distances = empty(points, {n}, ScalarType::Float);
+    const Tensor labels = empty({n}, ScalarType::Int), distances = empty({n}, ScalarType::Float);
     const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
     int32_t* places = static_cast<int32_t*>(labels.mutable_data_ptr());
     float* squares = static_cast<float*>(distances.mutable_data_ptr());

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> kmeans_update(const Tensor& points, const Tensor& lab
     using A = Accumulate<T>;
     const Tensor flat = torch::stable::contiguous(points);
     const T* from = static_cast<const T*>(flat.const_data_ptr());
-    const Tensor centroids = empty(points, {k, d}, scalar_type<T>), counts = empty(points, {k}, ScalarType::Long);
+    const Tensor centroids = empty({k, d}, scalar_type<T>), counts = empty({k}, ScalarType::Long);
     T* to = static_cast<T*>(centroids.mutable_data_ptr());
     int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
     std::fill_n(count, k, int64_t{0});

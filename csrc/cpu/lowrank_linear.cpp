@@ -11,7 +11,7 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
     using T = decltype(zero);
     const LowRank<T> layers[] = {{x, r, t, order, bias}};
     const int64_t out_features = layers[0].out_features;
-    const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
+    const Tensor y = empty(shape_with_last(x, out_features), scalar_type<T>);
     if constexpr (may_use_torch<T>) {
       if (uses_torch<T>(row_count(x))) {
         through_torch(x, layers[0], y);

@@ -8,13 +8,13 @@ template <class T, int L>
 Tensor compute(const Tensor& x, const LowRank<T> (&layers)[L]) {
   int64_t total = 0;
   for (const LowRank<T>& layer : layers) total += layer.out_features;
-  const Tensor y = empty(x, shape_with_last(x, total), scalar_type<T>);
+  const Tensor y = empty(shape_with_last(x, total), scalar_type<T>);
   T* to = static_cast<T*>(y.mutable_data_ptr());
   if constexpr (may_use_torch<T>) {
     if (uses_torch<T>(row_count(x))) {
       for (const LowRank<T>& layer : layers) {
         const int64_t m = row_count(x), n = layer.out_features;
-        const Tensor part = empty(x, {m, n}, scalar_type<T>);
+        const Tensor part = empty({m, n}, scalar_type<T>);
         through_torch(x, layer, part);
         const T* from = static_cast<const T*>(part.const_data_ptr());
         parallel_rows(m, n, [&](int64_t j) { std::copy_n(from + j * n, n, to + j * total); });

@@ -279,7 +279,7 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
 
 // Double: values fit in float32 only where they are rounded, so rows are rebuilt by scattering.
 Tensor dense(const Masked& w, const Tensor& like, const std::vector<double>& scale) {
-  const Tensor result = empty(like, {w.rows, w.cols}, ScalarType::Double);
+  const Tensor result = empty({w.rows, w.cols}, ScalarType::Double);
   double* to = static_cast<double*>(result.mutable_data_ptr());
   std::fill_n(to, w.rows * w.cols, 0.0);
   auto value = [&](int64_t i) {
@@ -375,7 +375,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
       add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
       y = torch::stable::view(y, {shape.data(), shape.size()});
     } else {
-      y = empty(x, shape, scalar_type<T>);
+      y = empty(shape, scalar_type<T>);
       stream<T>(w, Inputs(x, zero, true), {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     }
     STD_TORCH_CHECK(!w.bad, "masked_linear: offsets, mask and values disagree");

@@ -56,7 +56,7 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
   return with_float_type(x.scalar_type(), "quant_lowrank_linear", [&](auto zero) {
     using T = decltype(zero);
     const auto shift = entries<T>(bias, out_features, "quant_lowrank_linear: bias");
-    const Tensor y = empty(x, shape_with_last(x, out_features), scalar_type<T>);
+    const Tensor y = empty(shape_with_last(x, out_features), scalar_type<T>);
     if constexpr (std::is_same_v<T, double>)
       low_rank_through_torch<T>(
           y, row_count(x), rows.rows, from, shift,

@@ -54,7 +54,7 @@ Tensor sample_without_replacement(const Tensor& probabilities, int64_t k, int64_
   std::iota(order.begin(), order.end(), int64_t{0});
   std::partial_sort(order.begin(), order.begin() + k, order.end(),
                     [&](int64_t i, int64_t j) { return finish[i] < finish[j] || (finish[i] == finish[j] && i < j); });
-  const Tensor drawn = empty(probabilities, {k}, ScalarType::Long);
+  const Tensor drawn = empty({k}, ScalarType::Long);
   std::copy_n(order.begin(), k, static_cast<int64_t*>(drawn.mutable_data_ptr()));
   return drawn;
 }

@@ -91,7 +91,7 @@ Tensor select_pivots(const Tensor& a, int64_t k, const std::string& method) {
   double* values = static_cast<double*>(work.mutable_data_ptr());
   STD_TORCH_CHECK(std::all_of(values, values + m * n, [](double v) { return std::isfinite(v); }),
                   "select_pivots: a holds NaN or infinity");
-  const Tensor pivots = empty(a, {k}, ScalarType::Long);
+  const Tensor pivots = empty({k}, ScalarType::Long);
   int64_t* to = static_cast<int64_t*>(pivots.mutable_data_ptr());
   method == "qr" ? pivots_qr(values, m, n, k, to) : pivots_lu(values, m, n, k, to);
   return pivots;

@@ -29,7 +29,7 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
         return torch::stable::view(y, {shape.data(), shape.size()});
       }
     }
-    const Tensor result = empty(x, shape, scalar_type<T>);
+    const Tensor result = empty(shape, scalar_type<T>);
     if constexpr (!std::is_same_v<T, double>) {
       const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), out_features, shift};
       const Inputs inputs(cut, zero, true);

@@ -78,7 +78,7 @@ void through_torch(const Layer<T>& layer, const Tensor& x, const Tensor& centroi
   if (axis == 0) {
     shared = gemm(x, centroids);
   } else {
-    const Tensor inputs = torch::stable::contiguous(x), sums = empty(x, {m, k}, scalar_type<T>);
+    const Tensor inputs = torch::stable::contiguous(x), sums = empty({m, k}, scalar_type<T>);
     const T* from = static_cast<const T*>(inputs.const_data_ptr());
     T* to = static_cast<T*>(sums.mutable_data_ptr());
     parallel_rows(m, layer.in_features, [&](int64_t j) {
@@ -120,7 +120,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
         in,
         out};
     STD_TORCH_CHECK(axis == 0 || layer.centroids.rows == out, "swsc_linear: centroids: shape does not fit");
-    const Tensor y = empty(x, shape_with_last(x, out), scalar_type<T>);
+    const Tensor y = empty(shape_with_last(x, out), scalar_type<T>);
     T* to = static_cast<T*>(y.mutable_data_ptr());
     if constexpr (may_use_torch<T>) {
       if (uses_torch<T>(row_count(x))) {

@@ -73,20 +73,36 @@ def linear(in_features: int, out_features: int, device: Any, dtype: Any) -> nn.L
         return nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
 
 
-def is_plain(*children: nn.Module) -> bool:
-    """Whether a fused op may stand in for calling these children: nothing is attached to any of them.
+def tensors(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters and buffers, None where one is absent: `getattr` without the detours of `nn.Module`.
+
+    A call of one row asks for up to eight of them, and each detour takes as long as a kernel needs for a few kilobytes.
+    """
+    parameters, buffers = module._parameters, module._buffers
+    return [
+        parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name)
+        for name in names
+    ]
+
+
+def plain_weights(*children: nn.Module) -> list[Any] | None:
+    """Weights of children which a fused op may stand in for calling: None where anything is attached to one of them.
 
     Adapters and parametrisations change the class; hooks and replaced forwards show in the instance.
     """
-    return all(
-        type(child) is nn.Linear
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
-        and not child._backward_hooks
-        and not child._backward_pre_hooks
-        and "forward" not in child.__dict__
-        for child in children
-    )
+    weights = []
+    for child in children:
+        if (
+            type(child) is not nn.Linear
+            or child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+            or "forward" in child.__dict__
+        ):
+            return None
+        weights.append(child._parameters["weight"])
+    return weights
 
 
 def filled(target: nn.Linear, value: Tensor) -> None:

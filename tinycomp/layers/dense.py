@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tinycomp import ops
+from tinycomp.layers._base import tensors
 
 
 class DenseLinear(nn.Linear):
@@ -21,4 +22,5 @@ class DenseLinear(nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.sliced_linear(x, self.weight, self.bias, self.in_features, self.out_features)
+        weight, bias = tensors(self, "weight", "bias")
+        return ops.sliced_linear(x, weight, bias, self.in_features, self.out_features)

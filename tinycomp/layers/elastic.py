@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size, is_plain, linear
+from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
 
 BILLIONTHS = 10**9  # ratios are stored as integers, which casting a model to another dtype leaves alone
 
@@ -107,8 +107,10 @@ class ElasticLinear(CompressedLinear):
         return {**self.__dict__, "_one_pass": None}
 
     def _product(self, x: Tensor) -> Tensor:
-        if is_plain(self.full):
-            return ops.sliced_linear(x, self.full.weight, self.bias, self.active_in, self.active_out)
+        weights = plain_weights(self._modules["full"])  # type: ignore[arg-type]
+        if weights is not None:
+            (bias,) = tensors(self, "bias")
+            return ops.sliced_linear(x, weights[0], bias, self.active_in, self.active_out)
         if (self.active_in, self.active_out) != (self.full.in_features, self.full.out_features):
             raise RuntimeError(
                 "ElasticLinear: `full` has an adapter or a hook and only a part of it is active, "
@@ -149,7 +151,7 @@ class _OnePass:
         self.side = "inputs" if layer.gather else "outputs"
         self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers[self.side]
         self.state = self._state()
-        self.arguments = self._arguments(layer) if is_plain(layer.full) else None
+        self.arguments = self._arguments(layer) if plain_weights(layer.full) is not None else None
 
     def _arguments(self, layer: ElasticLinear) -> tuple[Any, ...] | None:
         weight = self.weight.detach()[: layer.active_out, : layer.active_in]
@@ -185,7 +187,7 @@ class _OnePass:
             and layer._parameters.get("bias") is self.bias
             and layer._buffers[self.side] is self.index
             and self.state == self._state()
-            and (self.arguments is None or is_plain(full))
+            and (self.arguments is None or plain_weights(full) is not None)
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size, filled, is_plain, linear
+from tinycomp.layers._base import CompressedLinear, check_size, filled, linear, plain_weights, tensors
 from tinycomp.layers.grouped import Group
 
 
@@ -69,7 +69,9 @@ class LowRankLinear(CompressedLinear):
         return layer
 
     def group_tensors(self) -> tuple[Any, ...] | None:
-        return (self.down.weight, self.up.weight, self.order, self.bias) if is_plain(self.down, self.up) else None
+        children = self._modules
+        weights = plain_weights(children["down"], children["up"])  # type: ignore[arg-type]
+        return None if weights is None else (*weights, *tensors(self, "order", "bias"))
 
     def group_numbers(self) -> tuple[int, ...]:
         return ()
@@ -78,9 +80,9 @@ class LowRankLinear(CompressedLinear):
         together = None if self.group is None else self.group.output(self, x)
         if together is not None:
             return together
-        tensors = self.group_tensors()
-        if tensors is not None:
-            return ops.lowrank_linear(x, *tensors)
+        held = self.group_tensors()
+        if held is not None:
+            return ops.lowrank_linear(x, *held)
         z = self.down(x)
         y = self.up(z)
         if self.order is not None:
@@ -154,8 +156,10 @@ class CURLinear(CompressedLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_plain(self.r, self.u, self.c):
-            return ops.cur_linear(x, self.r.weight, self.u.weight, self.c.weight, self.bias)
+        children = self._modules
+        weights = plain_weights(children["r"], children["u"], children["c"])  # type: ignore[arg-type]
+        if weights is not None:
+            return ops.cur_linear(x, *weights, *tensors(self, "bias"))
         y = self.c(self.u(self.r(x)))
         return y if self.bias is None else y + self.bias
 

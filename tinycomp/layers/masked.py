@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size
+from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.ops.masked_formats import BLOCK, Packed, check_format, pack_masked, unpack_masked
 
 
@@ -102,9 +102,9 @@ class MaskedLinear(CompressedLinear):
         return self.nnz + (0 if self.scales is None else self.scales.numel())
 
     def forward(self, x: Tensor) -> Tensor:
+        values, mask, offsets, scales, bias = tensors(self, "values", "mask", "offsets", "scales", "bias")
         return ops.masked_linear(
-            *(x, self.values, self.mask, self.offsets, self.scales, self.bias),
-            *(self.out_features, self.format, self.value_bits),
+            x, values, mask, offsets, scales, bias, self.out_features, self.format, self.value_bits
         )
 
     def dense_weight(self) -> Tensor:

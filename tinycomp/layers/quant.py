@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size
+from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
 
@@ -92,9 +92,8 @@ class QuantLinear(CompressedLinear):
         return self.in_features * self.out_features + self.scales.numel() + zeros
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.quant_linear(
-            *(x, self.qweight, self.scales, self.zeros, self.bias, self.bits, self.group_size, self.activation_bits)
-        )
+        qweight, scales, zeros, bias = tensors(self, "qweight", "scales", "zeros", "bias")
+        return ops.quant_linear(x, qweight, scales, zeros, bias, self.bits, self.group_size, self.activation_bits)
 
     def dense_weight(self) -> Tensor:
         w = dequantize(self.qweight, self.scales, self.zeros, self.in_features, self.bits, self.group_size)

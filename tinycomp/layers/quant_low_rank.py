@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size
+from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.layers.grouped import Group
 from tinycomp.layers.low_rank import LowRankLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
@@ -105,7 +105,7 @@ class QuantLowRankLinear(CompressedLinear):
         return factors + sum(t.numel() for t in kept if t is not None)
 
     def group_tensors(self) -> tuple[Any, ...]:
-        return self.r, self.r_scales, self.t, self.t_scales, self.order, self.r_zeros, self.t_zeros, self.bias
+        return tuple(tensors(self, "r", "r_scales", "t", "t_scales", "order", "r_zeros", "t_zeros", "bias"))
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits

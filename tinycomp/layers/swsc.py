@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size, is_plain, linear
+from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
 
 
 class ChannelSharing(CompressedLinear):
@@ -72,12 +72,14 @@ class SWSCLinear(ChannelSharing):
         self.a = linear(rank, out_features, device, dtype) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        children = [m for m in (self.centroids, self.b, self.a) if m is not None]
-        if is_plain(*children):
-            centroids = self.centroids.weight
-            b = centroids.new_empty(0, self.in_features) if self.b is None else self.b.weight
-            a = centroids.new_empty(self.out_features, 0) if self.a is None else self.a.weight
-            return ops.swsc_linear(x, centroids, self.labels, b, a, self.scales, self.bias, self.axis)
+        children = self._modules
+        names = ("centroids", "b", "a") if self.rank else ("centroids",)
+        weights = plain_weights(*(children[name] for name in names))  # type: ignore[arg-type]
+        if weights is not None:
+            centroids, *factors = weights
+            b, a = factors or (centroids.new_empty(0, self.in_features), centroids.new_empty(self.out_features, 0))
+            labels, scales, bias = tensors(self, "labels", "scales", "bias")
+            return ops.swsc_linear(x, centroids, labels, b, a, scales, bias, self.axis)
         labels = self.labels.long()
         if self.axis == 0:
             y = self.centroids(x).index_select(-1, labels)

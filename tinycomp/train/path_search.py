@@ -185,9 +185,9 @@ class _Search:
         lr = self._lr()
         if not config.coupled and config.steps * lr < config.threshold:
             warnings.warn(
-                f"SPP search: {config.steps} steps of lr={lr:g} move V by about {config.steps * lr:g} and the threshold "
-                f"is {config.threshold:g}: no unit enters, and V alone ranks them. The released iteration needs about "
-                f"{math.ceil(config.threshold / lr)} steps",
+                f"SPP search: {config.steps} steps of lr={lr:g} move V by about {config.steps * lr:g}, and the "
+                f"threshold is {config.threshold:g}: no unit enters, and V alone ranks them. The released iteration "
+                f"needs about {math.ceil(config.threshold / lr)} steps",
                 stacklevel=2,
             )
         self.optimiser = SplitBregman(
