@@ -82,11 +82,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     seeds = options.seeds[:1] if options.quick else options.seeds
     probe = minilm(2000, 500 if options.quick else 4000)
-    made = {seed: compressed(probe, options.ratio, seed) for seed in seeds}
+    made = {}
+    for seed in seeds:
+        made[seed] = compressed(probe, options.ratio, seed)
+        print(f"seed {seed}: compressed", flush=True)
     found = dense(probe) | made[seeds[0]]
     work = batches(probe, options.batch, 8)
     timed = found | {"no linear layers": replaced(copy.deepcopy(probe.model), lambda _, module: Free(module))}
     times = time_interleaved({name: over(model, work) for name, model in timed.items()}, 3 if options.quick else 15)
+    print("timed; measuring accuracy", flush=True)
     rates = {name: timing.rate(options.batch * len(work)) for name, timing in times.items()}
     about = machine()
     for name in timed:
