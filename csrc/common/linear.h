@@ -221,8 +221,10 @@ class Inputs {
   const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : wide_.data(); }
   Stage stage() const { return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
   void prepare(int64_t first, int64_t last) const {
-    for (int64_t j = first; j < last; ++j) widen(type_, from_ + j * cols * width_, wide_.data() + j * stride, cols);
+    for (int64_t j = first; j < last; ++j) take(j, 0, cols, wide_.data() + j * stride);
   }
+  // Columns [c, c + n) of row j in float32; needs no `prepare`.
+  void take(int64_t j, int64_t c, int64_t n, float* to) const { widen(type_, from_ + (j * cols + c) * width_, to, n); }
 
  private:
   static constexpr int64_t one = 1;

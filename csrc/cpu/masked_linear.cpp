@@ -156,8 +156,7 @@ inline void pack_blocks(const Inputs& x, int64_t first, int64_t last, float* to)
     const int64_t inputs = std::min(together, x.rows - start);
     for (int64_t c = first; c < last; ++c)
       for (int64_t j = 0; j < inputs; ++j)
-        std::copy_n(x.data() + (start + j) * x.stride + c * kBlock, kBlock,
-                    to + start * whole + (c * inputs + j) * kBlock);
+        x.take(start + j, c * kBlock, kBlock, to + start * whole + (c * inputs + j) * kBlock);
   }
 }
 
@@ -249,7 +248,8 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
                         : padded ? Stage{1, 1}
                         : blocks ? Stage{w.cols / kBlock, 8}
                                  : Stage{0, 1};
-  const Stage stages[] = {x.stage(), packing, {w.rows, kBatch}};
+  const bool packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
+  const Stage stages[] = {packed_alone ? Stage{0, 1} : x.stage(), packing, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) return x.prepare(first, last);
