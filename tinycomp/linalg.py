@@ -324,22 +324,6 @@ class Elimination:
         return torch.cholesky_solve((weight.double() @ s[:, kept]).T, factor).T.float()
 
 
-def refit_losses(
-    weight: Tensor, gram: Tensor, output_gram: Tensor | None, order: Tensor, damping: float
-) -> Tensor:  # fmt: skip
-    """Loss after removing the first 0, 1, ... n columns of `order`, the others refit: float32 (n + 1,).
-
-    With the last of `order` first and L the Cholesky factor of S in that order, column j of W L is what column j adds
-    to the outputs that the columns before it cannot: an error tr(G (W - W') S (W - W')ᵀ)/2 is a sum over columns.
-    """
-    kept_first = order.flip(0)
-    factor = cholesky(gram[kept_first][:, kept_first], damping, "hidden gram").float()
-    own = weight[:, kept_first].float() @ factor
-    weighted = own if output_gram is None else output_gram.float() @ own
-    costs = (own * weighted).sum(0).clamp(min=0).flip(0) / 2
-    return torch.cat([costs.new_zeros(1), costs.cumsum(0)])
-
-
 def _remove(w: Tensor, gw: Tensor, h: Tensor, picked: Tensor) -> float:
     """Take rows out of the solution w (n, m), and of gw = w Gᵀ and h = the inverse of S, in place; what it costs."""
     rows = h[picked]

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinycomp.edits import Slice
-from tinycomp.linalg import Elimination, made_anew, refit_losses
+from tinycomp.linalg import Elimination, cholesky, made_anew
 from tinycomp.methods._base import Linear, Method, Option, Result, Unit, record
 from tinycomp.methods._options import dense_option, require_finite
 from tinycomp.methods._rounding import RoundedConfig, default_group, quantized, round_weight, rounded_bits
@@ -87,7 +87,7 @@ class Selection:
             energy = down.weight.float().pow(2).sum(0) * down.gram.diagonal()
             self.order = energy.argsort(stable=True)
         if config.refit:
-            self.losses = refit_losses(down.weight, down.gram, down.output_gram, self.order, config.damping)
+            self.losses = _refit_losses(down.weight, down.gram, down.output_gram, self.order, config.damping)
 
     def _eliminate(self) -> dict[str, Tensor]:
         found = Elimination(self.down.weight, self.down.gram, self.down.output_gram, self.config.damping)  # type: ignore[arg-type]
@@ -111,6 +111,22 @@ class Selection:
         approximation = torch.zeros_like(self.down.weight, dtype=torch.float32)
         approximation[:, kept] = self.weight(kept)
         return self.down.predicted_loss(self.down.weight.float() - approximation)
+
+
+def _refit_losses(
+    weight: Tensor, gram: Tensor, output_gram: Tensor | None, order: Tensor, damping: float
+) -> Tensor:  # fmt: skip
+    """Loss after removing the first 0, 1, ... n columns of `order`, the others refit: float32 (n + 1,).
+
+    With the last of `order` first and L the Cholesky factor of S in that order, column j of W L is what column j adds
+    to the outputs that the columns before it cannot: an error tr(G (W - W') S (W - W')ᵀ)/2 is a sum over columns.
+    """
+    kept_first = order.flip(0)
+    factor = cholesky(gram[kept_first][:, kept_first], damping, "hidden gram").float()
+    own = weight[:, kept_first].float() @ factor
+    weighted = own if output_gram is None else output_gram.float() @ own
+    costs = (own * weighted).sum(0).clamp(min=0).flip(0) / 2
+    return torch.cat([costs.new_zeros(1), costs.cumsum(0)])
 
 
 def _path_order(file: str, down: Linear) -> Tensor:

@@ -341,16 +341,10 @@ class UnitPath:
         try:
             with safe_open(file, "pt") as stored:
                 found = (stored.metadata() or {}).get(_METADATA)
-                names = list(stored.keys())
-                parts = [
-                    {n.removeprefix(p): stored.get_tensor(n) for n in names if n.startswith(p)}
-                    for p in ("entry/", "tie/")
-                ]
-        except FileNotFoundError as error:
-            raise ValueError(f"units: got {file}, which does not exist, {allowed}") from error
-        except SafetensorError as error:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(f"units: got {file}, which cannot be read ({error}), {allowed}") from error
         if found is None:
             raise ValueError(f"units: got {file}, which is no path of a search, {allowed}")
-        rest = json.loads(found)
-        return cls(parts[0], parts[1], rest["curve"], rest["config"])
+        parts = [{n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in ("entry/", "tie/")]
+        return cls(*parts, **json.loads(found))
