@@ -347,4 +347,4 @@ class UnitPath:
         if found is None:
             raise ValueError(f"units: got {file}, which is no path of a search, {allowed}")
         parts = [{n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in ("entry/", "tie/")]
-        return cls(*parts, **json.loads(found))
+        return cls(parts[0], parts[1], **json.loads(found))
