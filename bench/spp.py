@@ -56,13 +56,8 @@ SEARCHES = {
     LONG: {"steps": 200, "samples": 4, "length": 256},  # of 60 steps of 2 x 128
 }  # fmt: skip
 EQUAL = ", equal widths"  # an order that is cut at the same share in every sublayer; else one ranking of all units
-ORDERS = (
-    *(name for name in SEARCHES if name != LONG),
-    "Wanda-style score",
-    "first-order Taylor",
-    "output energy" + EQUAL,
-    "random",
-)
+SCORES = ("Wanda-style score", "first-order Taylor", "output energy" + EQUAL, "random")
+ORDERS = (*(name for name in SEARCHES if name != LONG), *SCORES)
 
 
 class OutOfTime(Exception):
@@ -301,8 +296,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     pairs = sorted({(r["model"], r["part"]) for r in rows if r["part"] != "-"})
     names = sorted({r["name"] for r in rows if r["part"] != "-"})
-    tab = pyplot.colormaps["tab20"].colors
-    colours = dict(zip(names, tab[::2] + tab[1::2], strict=False))
+    colours = dict(zip(names, (tab := pyplot.colormaps["tab20"].colors)[::2] + tab[1::2], strict=False))
     height = -(-len(pairs) // 3)
     figure, axes = pyplot.subplots(height, 3, figsize=(12, 3.4 * height), layout="constrained", squeeze=False)
     lines: dict[str, Any] = {}
@@ -335,9 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=("ffn", "all"), default=["ffn"])
     parser.add_argument("--only", nargs="*", default=[], help="names of orders; also followed by ', equal widths'")
     parser.add_argument("--tokens", type=int, default=DEFAULT.max_tokens)
-    parser.add_argument(
-        "--examples", type=int, nargs=2, default=[300, 300], help="training, test part of an encoder's probe"
-    )
+    parser.add_argument("--examples", type=int, nargs=2, default=[300, 300], help="training, test part of the probe")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--taylor", type=int, default=1000, help="batches of the Taylor score")
     parser.add_argument("--search", type=json.loads, default={}, help="fields of PathSearch as JSON")

@@ -50,7 +50,7 @@ class RoundedWeight {
   }
 
   // The (rows, cols) weight in double.
-  Tensor dense(const Tensor& like) const {
+  Tensor dense() const {
     const Tensor w = empty({rows, cols}, ScalarType::Double);
     double* to = static_cast<double*>(w.mutable_data_ptr());
     with_float_type(scales_.scalar_type(), "scales", [&](auto zero) {

@@ -278,7 +278,7 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
 }
 
 // Double: values fit in float32 only where they are rounded, so rows are rebuilt by scattering.
-Tensor dense(const Masked& w, const Tensor& like, const std::vector<double>& scale) {
+Tensor dense(const Masked& w, const std::vector<double>& scale) {
   const Tensor result = empty({w.rows, w.cols}, ScalarType::Double);
   double* to = static_cast<double*>(result.mutable_data_ptr());
   std::fill_n(to, w.rows * w.cols, 0.0);
@@ -371,7 +371,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
     const std::vector<int64_t> shape = shape_with_last(x, out_features);
     Tensor y;
     if constexpr (std::is_same_v<T, double>) {
-      y = torch::stable::contiguous(gemm(as_matrix(x), dense(w, x, scale)));
+      y = torch::stable::contiguous(gemm(as_matrix(x), dense(w, scale)));
       add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
       y = torch::stable::view(y, {shape.data(), shape.size()});
     } else {

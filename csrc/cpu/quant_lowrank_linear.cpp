@@ -60,8 +60,8 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
     if constexpr (std::is_same_v<T, double>)
       low_rank_through_torch<T>(
           y, row_count(x), rows.rows, from, shift,
-          [&](const Tensor& z) { gemm(rows.inputs(as_matrix(x)), rows.dense(x), z); },
-          [&](const Tensor& z, const Tensor& out) { gemm(rest.inputs(z), rest.dense(x), out); });
+          [&](const Tensor& z) { gemm(rows.inputs(as_matrix(x)), rows.dense(), z); },
+          [&](const Tensor& z, const Tensor& out) { gemm(rest.inputs(z), rest.dense(), out); });
     else
       stream<T>(Inputs(x, zero), rows, rest, from, {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     return y;
