@@ -133,11 +133,6 @@ class ElasticLinear(CompressedLinear):
         return f"{super().extra_repr()}, active_in={self.active_in}, active_out={self.active_out}"
 
 
-def _version(t: Tensor | None) -> int:
-    """How often a tensor was changed in place; inference tensors do not count it."""
-    return 0 if t is None or t.is_inference() else t._version
-
-
 class _OnePass:
     """Gather or scatter and the product as one call of `swsc_linear`, for inference.
 
@@ -150,6 +145,8 @@ class _OnePass:
     def __init__(self, layer: ElasticLinear) -> None:
         self.side = "inputs" if layer.gather else "outputs"
         self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers[self.side]
+        # Inference tensors do not count their changes.
+        self.copied = [t for t in (self.bias, self.index) if t is not None and not t.is_inference()]
         self.state = self._state()
         self.arguments = self._arguments(layer) if plain_weights(layer.full) is not None else None
 
@@ -171,9 +168,9 @@ class _OnePass:
         b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
         return weight, labels, b, a, scales, bias, int(layer.gather)
 
-    def _state(self) -> tuple[int, ...]:
-        """Where the weight is, and versions of what is copied."""
-        return self.weight.data_ptr(), _version(self.bias), _version(self.index)
+    def _state(self) -> list[int]:
+        """Where the weight is, and how often what is copied was changed in place."""
+        return [self.weight.data_ptr(), *[t._version for t in self.copied]]
 
     def holds(self, layer: ElasticLinear) -> bool:
         """Whether the layer has the same tensors as before, unchanged where they were copied, and nothing attached.
