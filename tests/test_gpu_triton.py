@@ -57,6 +57,13 @@ def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
     check_interpreted(name, request)
 
 
+def test_the_interpreter_computes_with_narrow_numbers() -> None:
+    rows = {row.pop("type"): row for row in interpreted(("--narrow",))}
+    assert set(rows) == {"bfloat16", "e4m3", "e5m2"}
+    for name, same in rows.items():
+        assert all(same.values()), (name, same)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_awkward_shapes(name: str, request: pytest.FixtureRequest) -> None:

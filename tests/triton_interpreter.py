@@ -2,9 +2,10 @@
 
 The interpreter of Triton 3.8 keeps bfloat16 and fp8 numbers as raw bits and computes on those, truncates where a GPU
 rounds, asks an absent driver in the autotuner, and reads 0 in masked-off lanes that a GPU leaves undefined.
-`repair` puts that right, but for fp8, which no kernel uses.
+`repair` puts that right.
 
     triton_interpreter.py [--awkward] [OP ...]      --awkward: tests/awkward_shapes.py instead, the dtypes in turn
+    triton_interpreter.py --narrow                  what the repaired interpreter makes of bfloat16 and fp8 numbers
 """
 
 from __future__ import annotations
@@ -15,34 +16,40 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import TensorHandle
 
-BF16 = tl.bfloat16
+# What the interpreter keeps as bits.
+NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
-def widened(bits: Any) -> np.ndarray:
-    """bfloat16 bits -> float32."""
+def widened(bits: Any, kind: Any) -> np.ndarray:
+    """Bits of narrow numbers -> float32."""
     bits = np.asarray(bits)
-    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(NARROW[kind]).float().numpy().reshape(bits.shape)
 
 
-def rounded(values: Any) -> np.ndarray:
-    """float32 -> bfloat16 bits, to nearest, ties to even, as a GPU does."""
+def rounded(values: Any, kind: Any) -> np.ndarray:
+    """float32 -> bits, to nearest, ties to even, as a GPU does; fp8 ends at its largest number instead of infinity."""
     values = np.asarray(values, dtype=np.float32)
-    bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
-    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FFF), nearest)
+    wide = torch.from_numpy(np.ascontiguousarray(values))
+    if kind != tl.bfloat16:
+        largest = torch.finfo(NARROW[kind]).max
+        wide = wide.clamp(-largest, largest)
+    bits = wide.to(NARROW[kind]).view(torch.uint16 if kind == tl.bfloat16 else torch.uint8)
+    return bits.numpy().reshape(values.shape)
 
 
 def wide_handle(handle: TensorHandle) -> TensorHandle:
-    return TensorHandle(widened(handle.data), tl.float32) if handle.dtype.scalar == BF16 else handle
+    kind = handle.dtype.scalar
+    return TensorHandle(widened(handle.data, kind), tl.float32) if kind in NARROW else handle
 
 
 def repair() -> None:
-    """Make bfloat16, autotuning and masked loads behave as on a GPU."""
+    """Make bfloat16, fp8, autotuning and masked loads behave as on a GPU."""
     builder = interpreter.InterpreterBuilder
     cast, dot, load = builder.cast_impl, builder.create_dot, builder.create_masked_load
 
@@ -51,8 +58,8 @@ def repair() -> None:
         if source.dtype.scalar == wanted:
             return TensorHandle(source.data, wanted)
         source = wide_handle(source)
-        if wanted == BF16:
-            return TensorHandle(rounded(source.data), wanted)
+        if wanted in NARROW:
+            return TensorHandle(rounded(source.data, wanted), wanted)
         return cast(self, source, target)
 
     def create_dot(self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, *rest: Any) -> TensorHandle:
@@ -60,10 +67,10 @@ def repair() -> None:
 
     def on_wide(operation: Any) -> Any:
         def call(self: Any, *args: Any) -> TensorHandle:
-            narrow = any(isinstance(a, TensorHandle) and a.dtype.scalar == BF16 for a in args)
+            narrow = [a.dtype.scalar for a in args if isinstance(a, TensorHandle) and a.dtype.scalar in NARROW]
             result = operation(self, *[wide_handle(a) if isinstance(a, TensorHandle) else a for a in args])
             if narrow and result.dtype.scalar == tl.float32:
-                return TensorHandle(rounded(result.data), BF16)
+                return TensorHandle(rounded(result.data, narrow[0]), narrow[0])
             return result
 
         return call
@@ -72,7 +79,8 @@ def repair() -> None:
         result = load(self, pointers, mask, other, *rest)
         if other is None and not mask.data.all():
             kind, data = result.dtype.scalar, result.data.copy()
-            poison = 0x7FC1 if kind == BF16 else np.nan if kind.is_floating() else np.iinfo(data.dtype).max
+            nan = 0x7FC1 if kind == tl.bfloat16 else 0x7F if kind in NARROW else np.nan
+            poison = nan if kind.is_floating() else np.iinfo(data.dtype).max
             data[~np.broadcast_to(mask.data, data.shape)] = poison
             result = TensorHandle(data, kind)
         return result
@@ -83,6 +91,56 @@ def repair() -> None:
     builder.ternary_op = on_wide(builder.ternary_op)
     # Every configuration runs once, so every one of them is checked for faults.
     Autotuner.do_bench = property(lambda self: lambda call, quantiles: (call(), [1.0] * 3)[1], lambda self, value: None)
+
+
+@triton.jit
+def round_trip_kernel(wide, narrow, again, sums, count: tl.constexpr) -> None:
+    """wide -> narrow -> again; sums = narrow + narrow, in its own type."""
+    at = tl.arange(0, count)
+    value = tl.load(wide + at).to(narrow.dtype.element_ty)
+    tl.store(narrow + at, value)
+    back = tl.load(narrow + at)
+    tl.store(again + at, back.to(tl.float32))
+    tl.store(sums + at, back + back)
+
+
+@triton.jit
+def product_kernel(a, b, y, poisoned, size: tl.constexpr) -> None:
+    """y = a b, in float32; poisoned: what lanes behind a mask hold."""
+    at = tl.arange(0, size)
+    places = at[:, None] * size + at[None, :]
+    tl.store(y + places, tl.dot(tl.load(a + places), tl.load(b + places)))
+    tl.store(poisoned + at, tl.load(a + at, mask=at < 0).to(tl.float32))
+
+
+def narrow_numbers() -> None:
+    """A JSON line for each narrow type: how many results differ from torch's."""
+    repair()
+    generator = torch.Generator().manual_seed(0)
+    for name, kind in (("bfloat16", torch.bfloat16), ("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
+        # All fp8 numbers, or some of bfloat16, the middles between each and its neighbour, others and those beyond.
+        bits = torch.arange(-128, 128, dtype=torch.int8)
+        bits = bits if kind.itemsize == 1 else bits.short() * 251
+        numbers, next_ones = bits.view(kind).float(), (bits + 1).view(kind).float()
+        others = 1e3 * torch.randn(510, generator=generator)
+        wide = torch.cat([numbers, (numbers + next_ones) / 2, others, torch.tensor([torch.inf, torch.nan])])
+        narrow, sums = torch.zeros(1024, dtype=kind), torch.zeros(1024, dtype=kind)
+        again = torch.zeros(1024)
+        round_trip_kernel[(1,)](wide, narrow, again, sums, 1024)
+        limit = torch.finfo(kind).max if kind.itemsize == 1 else torch.inf
+        wanted = wide.clamp(-limit, limit).to(kind).float()
+        twice = (2 * wanted).clamp(-limit, limit).to(kind).float()
+        a, b = (torch.randn(16, 16, generator=generator).to(kind) for _ in range(2))
+        y, poisoned = torch.zeros(16, 16), torch.zeros(16)
+        product_kernel[(1,)](a, b, y, poisoned, 16)
+        same = {
+            "narrow": torch.equal(narrow.float().nan_to_num(7), wanted.nan_to_num(7)),
+            "again": torch.equal(again.nan_to_num(7), wanted.nan_to_num(7)),
+            "sums": torch.equal(sums.float().nan_to_num(7), twice.nan_to_num(7)),
+            "product": torch.allclose(y, a.float() @ b.float(), rtol=1e-5, atol=1e-5),
+            "poisoned": bool(poisoned.isnan().all()),
+        }
+        print(json.dumps({"type": name, **same}), flush=True)
 
 
 def main(words: list[str]) -> None:
@@ -136,4 +194,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    narrow_numbers() if sys.argv[1:] == ["--narrow"] else main(sys.argv[1:])
