@@ -22,6 +22,7 @@ PREVIOUS := $(VENV)/transformers-previous
 DATA := $(VENV)/share/tinycomp
 INTERFACES := $(addprefix tests/test_,models.py surgery.py hf.py round_trip.py pipeline.py elastic.py)
 SEEDS ?= 0 1 2
+PEERS = $(if $(wildcard .venv-peers),--peers .venv-peers)
 # the suite in one process for each core, a test file in one of them; a named selection (PYTEST_ARGS) in this one
 WORKERS ?= $(shell nproc)
 PYTEST := $(BIN)/python -m pytest
@@ -93,16 +94,17 @@ test-all: setup models
 	$(if $(PYTEST_ARGS),$(PYTEST),$(PARALLEL)) -m '' $(PYTEST_ARGS)
 
 bench: setup $(VENV)/.default-model
-	$(BIN)/python bench/ops.py $(BENCH_ARGS)
+	$(BIN)/python bench/ops.py $(PEERS) $(BENCH_ARGS)
 	$(BIN)/python bench/call_overhead.py
 	$(BIN)/python bench/selection.py
-	$(BIN)/python bench/model.py
+	$(BIN)/python bench/model.py $(PEERS)
 
-# libraries that bench/ops.py is held against: make peers bench BENCH_ARGS="--peers .venv-peers"
+# libraries that the benchmarks are then held against; llama.cpp is compiled, half an hour on a small machine
 peers: .venv-peers/.installed
 .venv-peers/.installed: requirements-peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -r requirements-peers.txt
+	.venv-peers/bin/python -m pip install llama-cpp-python || echo "make: llama.cpp was not built; its rows stay empty"
 	@touch $@
 
 # the native library with address and undefined-behaviour checks, and its tests

@@ -1,12 +1,13 @@
 """SmolLM2 as a whole: prefill and decode of dense and compressed forms, perplexity beside speed.
 
-    python bench/model.py [--quick] [--compile] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
+    python bench/model.py [--quick] [--compile] [--peers DIR] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
 head on our dense kernel, and with factors and head in int8 and int4, inputs rounded to 8 bits. "No linear layers" is
 the model whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with
-torch.compile and a static cache, a minute or two per model. All models run interleaved in this process. Lines are
-appended to bench/results/model.jsonl.
+torch.compile and a static cache, a minute or two per model. --peers names the environment of requirements-peers.txt:
+OpenVINO and llama.cpp on the same GGUF file, as it is and in F16 and Q8_0. All models run interleaved in this process.
+Lines are appended to bench/results/model.jsonl.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_peers import PeerModel, peer_models
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -128,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one ratio, little calibration and evaluation text")
     parser.add_argument("--compile", action="store_true", help="decode compiled, too")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="environment of requirements-peers.txt")
     parser.add_argument("--ratio", type=float, nargs="+")
     parser.add_argument("--model", help="default: SmolLM2-135M")
     parser.add_argument("--threads", type=int, default=2)
@@ -135,14 +139,25 @@ def main() -> None:
     options = parser.parse_args()
     options.ratio = options.ratio or ([0.5] if options.quick else [0.8, 0.6, 0.5])
     torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
     found, tokenizer = models(options)
     protocol = DEFAULT.shortened(1024) if options.quick else DEFAULT
     sizes = {name: size_of(model).bytes_memory for name, model in found.items()}
+    if options.peers is not None:
+        source, dense = Path(options.model or default_model()), found["dense float32"]
+        with torch.no_grad():
+            peers = peer_models(options.peers, source, dense, folder, options.threads)
+        found |= {name: model for name, (model, _) in peers.items()}
+        sizes |= {name: size for name, (_, size) in peers.items()}
     with torch.no_grad():
         speeds = speed_of(found, 128, 16 if options.quick else 64, 3 if options.quick else 9)
         compiled: dict[str, float] = {}
         if options.compile:
-            able = {name: model for name, model in found.items() if name != "dense int8, torch"}
+            able = {n: m for n, m in found.items() if n != "dense int8, torch" and not isinstance(m, PeerModel)}
             compiled = compiled_decode(able, 8, 7)
         quality = {name: perplexity(model, tokenizer, protocol).perplexity for name, model in found.items()}
     base = speeds["dense bfloat16"]
@@ -162,6 +177,7 @@ def main() -> None:
             "prefill_vs_dense_bfloat16": speed.prefill.median / base.prefill.median,
             "compiled_decode_tokens_s": compiled.get(name),
             "speed": speed.to_dict(),
+            "version": getattr(found[name], "version", None),
             "machine": about,
         }
         rows.append(row)
