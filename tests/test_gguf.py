@@ -24,6 +24,9 @@ from tinycomp.io.gguf import load_gguf, unpermute
 from tinycomp.job import plan_source
 from tinycomp.methods import SVD
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from model_peers import reencoded
+
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 93)), "AB"]
 
 
@@ -100,6 +103,18 @@ def test_gguf_quantised_types_are_dequantised(kind, tmp_path):
     w, found = model.model.layers[0].self_attn.q_proj.weight, loaded.model.layers[0].self_attn.q_proj.weight
     bound = {"F16": 1e-3, "Q8_0": 0.02, "Q4_1": 0.15}[kind]
     assert 0 < (w - found).norm() / w.norm() < bound
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_benchmark_writes_the_file_in_another_encoding(kind, tmp_path):
+    """As if it had been made so at once: matrices, vectors, tokenizer and metadata."""
+    model = tiny_llama()
+    for name, first in (("plain", "F32"), ("direct", kind)):
+        write_gguf(tmp_path / f"{name}.gguf", model, first)
+    reencoded(tmp_path / "plain.gguf", tmp_path / "again.gguf", kind)
+    (again, reader), (direct, wanted) = (load_model(tmp_path / f"{name}.gguf") for name in ("again", "direct"))
+    assert model_fingerprint(again) == model_fingerprint(direct)
+    assert reader("ABC 42").input_ids == wanted("ABC 42").input_ids
 
 
 def test_gguf_saved_folder_carries_the_tokenizer(tmp_path):
