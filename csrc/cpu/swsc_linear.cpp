@@ -16,7 +16,6 @@ struct Layer {
   double estimate(int64_t m) const {
     return weight_estimate(centroids, m) + weight_estimate(b, m) + weight_estimate(a, m);
   }
-  Accumulate<T> shift(int64_t i) const { return bias.empty() ? 0 : bias[i]; }
 };
 
 // Output channels share: everything that reads x is one stage, the second gathers and corrects.
@@ -70,34 +69,54 @@ void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   });
 }
 
+// to[i] = scales[i] from[labels[i]]
+template <class T>
+void take(const T* __restrict from, const std::vector<int32_t>& labels, const std::vector<T>& scales,
+          T* __restrict to) {
+  const int64_t n = static_cast<int64_t>(labels.size());
+  const int32_t* __restrict at = labels.data();
+  const T* __restrict scale = scales.data();
+  if (scales.empty())
+    for (int64_t i = 0; i < n; ++i) to[i] = from[at[i]];
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = scale[i] * from[at[i]];
+}
+
+// to[labels[i]] += scales[i] from[i]
+template <class T>
+void give(const T* __restrict from, const std::vector<int32_t>& labels, const std::vector<T>& scales,
+          T* __restrict to) {
+  const int64_t n = static_cast<int64_t>(labels.size());
+  for (int64_t i = 0; i < n; ++i) to[labels[i]] += scales.empty() ? from[i] : scales[i] * from[i];
+}
+
 template <class T>
 void through_torch(const Layer<T>& layer, const Tensor& x, const Tensor& centroids, const Tensor& b, const Tensor& a,
-                   int64_t axis, T* y) {
-  const int64_t m = x.size(0), n = layer.out_features, k = layer.clusters;
-  Tensor shared;
+                   int64_t axis, const Tensor& y) {
+  const int64_t m = x.size(0), n = layer.out_features, k = layer.clusters, in = layer.in_features;
+  const int64_t matrix[] = {m, n};
+  T* const results = static_cast<T*>(y.mutable_data_ptr());
   if (axis == 0) {
-    shared = gemm(x, centroids);
+    const Tensor shared = torch::stable::contiguous(gemm(x, centroids));
+    const T* z = static_cast<const T*>(shared.const_data_ptr());
+    parallel_rows(m, n, [&](int64_t j) { take(z + j * k, layer.labels, layer.scales, results + j * n); });
   } else {
     const Tensor inputs = torch::stable::contiguous(x), sums = empty({m, k}, scalar_type<T>);
     const T* from = static_cast<const T*>(inputs.const_data_ptr());
     T* to = static_cast<T*>(sums.mutable_data_ptr());
-    parallel_rows(m, layer.in_features, [&](int64_t j) {
-      std::vector<T> total(k, 0);
-      for (int64_t i = 0; i < layer.in_features; ++i)
-        total[layer.labels[i]] += layer.scale(i) * from[j * layer.in_features + i];
-      for (int64_t c = 0; c < k; ++c) to[j * k + c] = total[c];
+    parallel_rows(m, in, [&](int64_t j) {
+      give(from + j * in, layer.labels, layer.scales, std::fill_n(to + j * k, k, T(0)) - k);
     });
-    shared = gemm(sums, centroids);
+    gemm(sums, centroids, torch::stable::view(y, {matrix, 2}));
   }
-  shared = torch::stable::contiguous(shared);
-  const Tensor low = torch::stable::contiguous(gemm(gemm(x, b), a));
-  const T *z = static_cast<const T*>(shared.const_data_ptr()), *rest = static_cast<const T*>(low.const_data_ptr());
-  parallel_rows(m, n, [&](int64_t j) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T value = axis == 0 ? layer.scale(i) * z[j * k + layer.labels[i]] : z[j * n + i];
-      y[j * n + i] = value + rest[j * n + i] + layer.shift(i);
-    }
-  });
+  if (layer.b.rows > 0) {
+    const Tensor low = torch::stable::contiguous(gemm(gemm(x, b), a));
+    const T* rest = static_cast<const T*>(low.const_data_ptr());
+    parallel_rows(m, n, [&](int64_t j) {
+      for (int64_t i = j * n; i < (j + 1) * n; ++i) results[i] += rest[i];
+    });
+  }
+  add_bias<T>(results, m, n, layer.bias);
 }
 
 Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& b, const Tensor& a,
@@ -121,16 +140,15 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
         out};
     STD_TORCH_CHECK(axis == 0 || layer.centroids.rows == out, "swsc_linear: centroids: shape does not fit");
     const Tensor y = empty(shape_with_last(x, out), scalar_type<T>);
-    T* to = static_cast<T*>(y.mutable_data_ptr());
     if constexpr (may_use_torch<T>) {
       if (uses_torch<T>(row_count(x))) {
-        through_torch(layer, as_matrix(x), centroids, b, a, axis, to);
+        through_torch(layer, as_matrix(x), centroids, b, a, axis, y);
         return y;
       }
     }
     if constexpr (!std::is_same_v<T, double>) {
       const Inputs inputs(x, zero, true);
-      const Output<T> results{to, out, layer.bias};
+      const Output<T> results{static_cast<T*>(y.mutable_data_ptr()), out, layer.bias};
       axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }
     return y;
