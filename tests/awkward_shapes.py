@@ -14,6 +14,8 @@ _SIZES = {"in_features": 193, "out_features": 300}
 # Inputs and rank: decode and tiles, each with a rank that is short and one that is long.
 _LAYERS = [{"inputs": m, "rank": rank} | _SIZES for m, rank in ((1, 255), (7, 1), (33, 255), (129, 7))]
 _PLAIN = [{"inputs": m} | _SIZES for m in (1, 7, 33, 129)]
+# Rows that are read 16 bytes at a time, several times by each warp.
+_ALIGNED = [{"inputs": m, "in_features": 1056, "out_features": 20} for m in (3, 17)]
 _POINTS = [{"points": n, "clusters": k, "columns": d} for n, k, d in ((1, 7, 33), (7, 1, 129), (129, 255, 33))]
 _MATRICES = [{"rows": n, "columns": d} for n, d in ((1, 7), (33, 129), (129, 255))]
 
@@ -57,7 +59,12 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "group_size": 10, "symmetric": False},
         {"bits": 4, "group_size": 64, "symmetric": True},
         {"bits": 4, "group_size": 10, "symmetric": False},
-    ),
+    )
+    + [
+        shape | {"bits": bits, "group_size": group, "symmetric": False}
+        for shape in _ALIGNED
+        for bits, group in ((8, 0), (8, 10), (4, 10))
+    ],
     "masked_linear": _turns(
         _PLAIN, *({"format": f, "value_bits": b} for f in ("bitmask", "2:4", "block32") for b in (0, 8, 4))
     ),

@@ -2,7 +2,8 @@
 
 The budgets (csrc/cuda/budgets.json) hold for every compiled instance of a kernel; a kernel without a budget, a budget
 without a kernel, or a number that ptxas did not print is a failure. "instructions" must be in every instance for
-bfloat16 and float16, "instructions_90a" and "instructions_100a" in what is made of it for sm_90a and sm_100a.
+bfloat16 and float16, "instructions_90a" and "instructions_100a" in what is made of it for sm_90a and sm_100a. Instances
+on rounded weights have at least "rounded_loads" streamed loads of 16 bytes, which only weights are read by.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def check_budgets(found: list[Kernel], architecture: str) -> None:
 
 
 def instructions(cubin: Path) -> dict[str, Counter[str]]:
-    """Instructions of each kernel of a compiled source; "LDG.128" counts those of 16 bytes as well."""
+    """Instructions of each kernel of a compiled source; "LDG.128" and "LDG.NA.128" count some of them once more.
+
+    LDG.E.NA.128.CONSTANT is ld.global.nc.L1::no_allocate.v4, ptx::load_streamed.
+    """
     triton = pytest.importorskip("triton", reason="nvdisasm comes with triton, which is not installed (make gpu-tools)")
     tool = shutil.which("nvdisasm") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     listing = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
@@ -96,7 +100,9 @@ def instructions(cubin: Path) -> dict[str, Counter[str]]:
     for part in re.split(r"^\.text\.", listing, flags=re.M)[1:]:
         found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part, re.M)
         plain = Counter(name.split(".")[0] for name in found)
-        counts[part.split(":")[0]] = plain + Counter(name.split(".")[0] + ".128" for name in found if ".128" in name)
+        wide = Counter(name.split(".")[0] + ".128" for name in found if ".128" in name)
+        streamed = Counter("LDG.NA.128" for name in found if name == "LDG.E.NA.128.CONSTANT")
+        counts[part.split(":")[0]] = plain + wide + streamed
     return counts
 
 
@@ -107,11 +113,15 @@ def test_instructions() -> None:
             name = family(symbol)
             assert count["EXIT"] > 0, f"{symbol}: no instructions were read"
             assert count["LDL"] == count["STL"] == 0, symbol
+            if "Rounded" in symbol and name.endswith("_decode"):
+                assert count["LDG.NA.128"] >= BUDGETS[name]["rounded_loads"] > 0, symbol
+                seen["rounded"] += 1
             if "bfloat16" in symbol or "__half" in symbol:
                 missing = [word for word in BUDGETS[name]["instructions"] if not count[word]]
                 assert not missing, (symbol, missing)
                 seen[name] += 1
     assert {name for name, budget in BUDGETS.items() if budget["instructions"]} <= set(seen)
+    assert seen["rounded"] == 3 * 2 * 3  # kernels, bits, dtypes
 
 
 @pytest.mark.parametrize("architecture", gpu_build.ARCHITECTURES[1:])

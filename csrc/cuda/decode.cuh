@@ -2,7 +2,8 @@
 //
 // A block of 8 warps makes 8 * kTiles outputs for all inputs: every warp takes a slice of the columns, lanes read 16
 // bytes of a row at a time straight into the registers of mma.sync. Its operand order is free, because a sum over
-// columns may be taken in any order: lane t of a group of four holds columns 8t..8t+7 of both operands.
+// columns may be taken in any order: lane t of a group of four holds the same run of columns of both operands, as many
+// as are in 16 bytes of the row (8, of int8 16, of int4 32), and multiplies eight of them at a time.
 #pragma once
 
 #include "weights.cuh"
@@ -45,28 +46,33 @@ template <class T, int kTiles, class Weight>
 __device__ __forceinline__ void decode_slice(const Weight& w, const Matrix<T>& x, int inputs, int first_row,
                                              int first_column, int last_column, float* partial) {
   const int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+  constexpr int kEights = Weight::kEights, kRun = 8 * kEights;
   typename Weight::Cursor cursors[kTiles];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) cursors[j] = w.start(first_row + 8 * j + group, first_column);
   if constexpr (sizeof(T) == 2) {
     float sums[kTiles][4] = {};
-#pragma unroll 4
-    for (int column = first_column + 8 * t; column - 8 * t < last_column; column += 32) {
-      Eight<T> rows[kTiles];
+#pragma unroll(4 / kEights)
+    for (int column = first_column + kRun * t; column - kRun * t < last_column; column += 4 * kRun) {
+      typename Weight::Run runs[kTiles];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) rows[j] = w.next(first_row + 8 * j + group, column, cursors[j]);
-      const Eight<T> low = load_activations(x, group, inputs, column, w.columns),
-                     high = load_activations(x, group + 8, inputs, column, w.columns);
-      uint32_t a0[4], a1[4];
-      words_of(&low, a0);
-      words_of(&high, a1);
-      const uint32_t first[4] = {a0[0], a1[0], a0[1], a1[1]}, second[4] = {a0[2], a1[2], a0[3], a1[3]};
+      for (int j = 0; j < kTiles; ++j) runs[j] = w.load(first_row + 8 * j + group, column, cursors[j]);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        uint32_t b[4];
-        words_of(&rows[j], b);
-        ptx::mma(T{}, sums[j], first, {b[0], b[1]});
-        ptx::mma(T{}, sums[j], second, {b[2], b[3]});
+      for (int i = 0; i < kEights; ++i) {
+        const Eight<T> low = load_activations(x, group, inputs, column + 8 * i, w.columns),
+                       high = load_activations(x, group + 8, inputs, column + 8 * i, w.columns);
+        uint32_t a0[4], a1[4];
+        words_of(&low, a0);
+        words_of(&high, a1);
+        const uint32_t first[4] = {a0[0], a1[0], a0[1], a1[1]}, second[4] = {a0[2], a1[2], a0[3], a1[3]};
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const Eight<T> row = w.next(runs[j]);
+          uint32_t b[4];
+          words_of(&row, b);
+          ptx::mma(T{}, sums[j], first, {b[0], b[1]});
+          ptx::mma(T{}, sums[j], second, {b[2], b[3]});
+        }
       }
     }
 #pragma unroll
@@ -75,18 +81,26 @@ __device__ __forceinline__ void decode_slice(const Weight& w, const Matrix<T>& x
       for (int e = 0; e < 4; ++e) partial[(group + 8 * (e / 2)) * 8 * kTiles + 8 * j + 2 * t + e % 2] = sums[j][e];
   } else {
     float sums[kTiles][kDecodeRows] = {};
-    for (int column = first_column + 8 * t; column - 8 * t < last_column; column += 32) {
-      Eight<T> rows[kTiles];
+    for (int column = first_column + kRun * t; column - kRun * t < last_column; column += 4 * kRun) {
+      typename Weight::Run runs[kTiles];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) rows[j] = w.next(first_row + 8 * j + group, column, cursors[j]);
+      for (int j = 0; j < kTiles; ++j) runs[j] = w.load(first_row + 8 * j + group, column, cursors[j]);
+#pragma unroll 1
+      for (int i = 0; i < kEights; ++i) {
+        Eight<T> rows[kTiles];
 #pragma unroll
-      for (int m = 0; m < kDecodeRows; ++m) {
-        if (m >= inputs) break;
-        const Eight<T> v = load_activations(x, m, inputs, column, w.columns);
+        for (int j = 0; j < kTiles; ++j) rows[j] = w.next(runs[j]);
+        // Sixteen addresses computed before the loop would not fit into registers.
+        const Matrix<T> rows_of_x{x.data, ptx::opaque(x.stride), x.vector};
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
+        for (int m = 0; m < kDecodeRows; ++m) {
+          if (m >= inputs) break;
+          const Eight<T> v = load_activations(rows_of_x, m, inputs, column + 8 * i, w.columns);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sums[j][m] += to_float(rows[j].at[i]) * to_float(v.at[i]);
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sums[j][m] += to_float(rows[j].at[e]) * to_float(v.at[e]);
+        }
       }
     }
 #pragma unroll
@@ -108,7 +122,8 @@ __device__ __forceinline__ void decode_rows(const Weight& w, const Matrix<T>& x,
   TINYCOMP_SHARED_MEMORY(float, partial);
   constexpr int kOutputs = kDecodeRows * 8 * kTiles;
   const int warp = threadIdx.x / 32;
-  const int slice = (w.columns + 32 * kDecodeWarps - 1) / (32 * kDecodeWarps) * 32;
+  constexpr int kStep = 32 * Weight::kEights;  // columns that a warp reads at once
+  const int slice = (w.columns + kStep * kDecodeWarps - 1) / (kStep * kDecodeWarps) * kStep;
   const int first = min(warp * slice, w.columns), last = min(first + slice, w.columns);
   decode_slice<T, kTiles>(w, x, inputs, first_row, first, last, partial + warp * kOutputs);
   __syncthreads();

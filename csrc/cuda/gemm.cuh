@@ -50,15 +50,21 @@ __device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int
                                    column, shared);
   } else {
     // A thread keeps its rows through all stages, so that cursors only move forward.
-    constexpr int kPerRow = 128 / sizeof(T) / 8, kRounds = kRows * kPerRow / kThreads;
+    constexpr int kEights = Weight::kEights, kRuns = 128 / sizeof(T) / 8 / kEights;
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int item = i * kThreads + threadIdx.x, row = item / kPerRow, part = item % kPerRow;
-      const Eight<T> v = w.next(first_row + row, column + 8 * part, cursors[i]);
-      constexpr int kChunks = sizeof(T) / 2;
+    for (int i = 0; i * kThreads < kRows * kRuns; ++i) {
+      const int item = i * kThreads + threadIdx.x, row = item / kRuns, first = item % kRuns * kEights;
+      if (kRows * kRuns % kThreads != 0 && item >= kRows * kRuns) break;
+      typename Weight::Run run = w.load(first_row + row, column + 8 * first, cursors[i]);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        *reinterpret_cast<uint4*>(shared + swizzled(row, part * kChunks + c)) = reinterpret_cast<const uint4*>(&v)[c];
+      for (int e = 0; e < kEights; ++e) {
+        const Eight<T> v = w.next(run);
+        constexpr int kChunks = sizeof(T) / 2;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+          *reinterpret_cast<uint4*>(shared + swizzled(row, (first + e) * kChunks + c)) =
+              reinterpret_cast<const uint4*>(&v)[c];
+      }
     }
   }
 }
@@ -155,13 +161,14 @@ __device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, i
   constexpr int kTilesM = Tile::kM / Tile::kWarpsM / 16, kTilesN = Tile::kN / Tile::kWarpsN / 8;
   constexpr int kStages = Tile::kStages, kColumns = Tile::kRowBytes / sizeof(T);
   constexpr int kStageBytes = (Tile::kM + Tile::kN) * Tile::kRowBytes;
-  constexpr int kRounds = Tile::kN * kColumns / 8 / Tile::kThreads;
+  constexpr int kRuns = kColumns / 8 / Weight::kEights;  // of a row in a stage
+  constexpr int kRounds = (Tile::kN * kRuns + Tile::kThreads - 1) / Tile::kThreads;
   const int first_input = blockIdx.x * Tile::kM, first_row = blockIdx.y * Tile::kN;
   const int steps = (w.columns + kColumns - 1) / kColumns;
   typename Weight::Cursor cursors[kRounds];
 #pragma unroll
   for (int i = 0; i < kRounds; ++i)
-    cursors[i] = w.start(first_row + (i * Tile::kThreads + static_cast<int>(threadIdx.x)) / (kColumns / 8), 0);
+    cursors[i] = w.start(first_row + (i * Tile::kThreads + static_cast<int>(threadIdx.x)) / kRuns, 0);
   auto stage = [&](int step) {
     char* at = shared + step % kStages * kStageBytes;
     if (step < steps) {

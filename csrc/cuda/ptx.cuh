@@ -89,6 +89,11 @@ __device__ __forceinline__ uint4 load_streamed(const uint4* p) {
                : "l"(p));
   return v;
 }
+// The same value, of which the compiler knows nothing: what follows from it is not computed ahead.
+__device__ __forceinline__ int64_t opaque(int64_t v) {
+  asm volatile("" : "+l"(v));
+  return v;
+}
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
   unsigned v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -176,6 +181,7 @@ inline uint4 load_streamed(const uint4* p) {
   aligned(p, "a 16-byte load");
   return *p;
 }
+inline int64_t opaque(int64_t v) { return v; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 
 #endif

@@ -1,7 +1,9 @@
-// How a row of a weight is read, eight inputs at a time. Each format gives the same things:
-//   rows, columns;  Cursor start(row, column);  Eight<T> next(row, column, cursor)
-// where `next` reads inputs column..column + 7 of a row and a cursor carries what a packed format counts on its way.
-// Kernels take plain arguments, so that a launch can be written down: TINYCOMP_WEIGHT names those of one weight.
+// How a row of a weight is read. Each format gives the same things:
+//   rows, columns, kEights;  Cursor start(row, column);  Run load(row, column, cursor);  Eight<T> next(run)
+// where `load` reads a run of 8 * kEights inputs of a row, `column` being a multiple of that, `next` makes numbers of
+// the next eight of them, and a cursor carries what a packed format counts on its way. Behind the last column numbers
+// are finite: inputs are zero there. Kernels take plain arguments, so that a launch can be written down:
+// TINYCOMP_WEIGHT names those of one weight.
 #pragma once
 
 #include "ptx.cuh"
@@ -25,6 +27,13 @@ struct Storage {
   const void *scales, *zeros;
   int64_t stride;
   int rows, columns, group, wide_scales, vector;
+
+  // Of formats whose runs are numbers as they are loaded.
+  static constexpr int kEights = 1;
+  template <class Run>
+  __device__ __forceinline__ static const Run& next(const Run& run) {
+    return run;
+  }
 };
 
 struct NoCursor {};
@@ -53,9 +62,10 @@ template <class T>
 struct Dense : Storage {
   static constexpr bool kCopies = true;  // rows can be copied to shared memory as they are
   using Cursor = NoCursor;
+  using Run = Eight<T>;
   __device__ __forceinline__ Cursor start(int, int) const { return {}; }
   __device__ __forceinline__ const T* row_data(int row) const { return static_cast<const T*>(data) + row * stride; }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor&) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor&) const {
     Eight<T> v;
     const T* p = row_data(row) + column;
     const int valid = row < rows ? columns - column : 0;
@@ -72,41 +82,53 @@ struct Dense : Storage {
   }
 };
 
-// (q - zero) scale, rebuilt in float32 and rounded to T, as the contract says.
+// (q - zero) scale, rebuilt in float32 and rounded to T, as the contract says. A run is 16 bytes.
 template <class T, int kBits>
 struct Rounded : Storage {
   static constexpr bool kCopies = false;
+  static constexpr int kEights = 16 / kBits;
   using Cursor = NoCursor;
+  struct Run {
+    alignas(16) uint8_t packed[16];
+    int64_t group_at;  // index of the scale of what comes next
+    int end, valid;    // inputs before the next group, and before the end of the row
+    float scale, zero;
+  };
   __device__ __forceinline__ Cursor start(int, int) const { return {}; }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor&) const {
-    constexpr int kBytes = kBits;  // of eight levels
-    Eight<T> v;
-    const int valid = row < rows ? columns - column : 0;
-    alignas(8) uint8_t packed[kBytes] = {};
+  __device__ __forceinline__ void load_scale(Run& run) const {
+    run.scale = scalar_at<T>(scales, run.group_at, wide_scales);
+    run.zero = zeros ? scalar_at<T>(zeros, run.group_at, wide_scales) - (kBits == 4 ? 8.f : 0.f) : 0.f;
+  }
+  __device__ __forceinline__ Run load(int row, int column, Cursor&) const {
+    Run run = {};
+    run.valid = row < rows ? columns - column : 0;
+    if (run.valid <= 0) return run;
     const auto* p = static_cast<const uint8_t*>(data) + row * stride + static_cast<int64_t>(column) * kBits / 8;
-    if (vector && valid >= 8) {
-      if constexpr (kBits == 8)
-        *reinterpret_cast<uint2*>(packed) = *reinterpret_cast<const uint2*>(p);
-      else
-        *reinterpret_cast<uint32_t*>(packed) = *reinterpret_cast<const uint32_t*>(p);
+    if (vector && run.valid >= 8 * kEights) {
+      *reinterpret_cast<uint4*>(run.packed) = ptx::load_streamed(reinterpret_cast<const uint4*>(p));
     } else {
 #pragma unroll
-      for (int i = 0; i < kBytes; ++i)
-        if (i * 8 / kBits < valid) packed[i] = p[i];
+      for (int i = 0; i < 16; ++i)
+        if (i * 8 / kBits < run.valid) run.packed[i] = p[i];
     }
-    const int64_t first_group = row < rows ? static_cast<int64_t>(row) * ((columns + group - 1) / group) : 0;
-    float scale = 0.f, zero = 0.f;
-    // One division, and a look at every second input: groups are even, or the whole row.
-    int at = column / group, end = (at + 1) * group - column;
+    const int at = column / group;
+    run.group_at = static_cast<int64_t>(row) * ((columns + group - 1) / group) + at;
+    run.end = (at + 1) * group - column;
+    load_scale(run);
+    return run;
+  }
+  __device__ __forceinline__ Eight<T> next(Run& run) const {
+    Eight<T> v;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (i % 2 == 0 && i < valid && (i == 0 || i == end)) {
-        if (i > 0) ++at, end += group;
-        scale = scalar_at<T>(scales, first_group + at, wide_scales);
-        zero = zeros ? scalar_at<T>(zeros, first_group + at, wide_scales) - (kBits == 4 ? 8.f : 0.f) : 0.f;
-      }
-      v.at[i] = from_float<T>(i < valid ? (level_at<kBits>(packed, i) - zero) * scale : 0.f);
+      // A look at every second input: groups are even, or the whole row.
+      if (i % 2 == 0 && i == run.end && i < run.valid) ++run.group_at, run.end += group, load_scale(run);
+      v.at[i] = from_float<T>((level_at<kBits>(run.packed, i) - run.zero) * run.scale);
     }
+    auto* words = reinterpret_cast<uint32_t*>(run.packed);
+#pragma unroll
+    for (int i = 0; i < 4 - kBits / 4; ++i) words[i] = words[i + kBits / 4];
+    run.end -= 8, run.valid -= 8;
     return v;
   }
 };
@@ -121,6 +143,7 @@ __device__ __forceinline__ float row_scale(const Storage& w, int row) {
 template <class T, int kBits>
 struct Bitmask : Storage {
   static constexpr bool kCopies = false;
+  using Run = Eight<T>;
   struct Cursor {
     int64_t counted;  // values before `column` of this row
     int column;
@@ -139,7 +162,7 @@ struct Bitmask : Storage {
     advance(row, column, cursor);
     return cursor;
   }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor& cursor) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor& cursor) const {
     advance(row, column, cursor);
     const int byte = byte_of(row, column);
     Eight<T> v;
@@ -156,11 +179,12 @@ struct Bitmask : Storage {
 template <class T, int kBits>
 struct TwoOfFour : Storage {
   static constexpr bool kCopies = false;
+  using Run = Eight<T>;
   struct Cursor {
     float scale;
   };
   __device__ __forceinline__ Cursor start(int row, int) const { return {row_scale<T, kBits>(*this, row)}; }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor& cursor) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor& cursor) const {
     Eight<T> v;
     const int groups = (columns + 3) / 4;
     const bool inside = row < rows && column < columns;
@@ -184,6 +208,7 @@ struct TwoOfFour : Storage {
 template <class T, int kBits>
 struct Blocks : Storage {
   static constexpr bool kCopies = false;
+  using Run = Eight<T>;
   struct Cursor {
     int64_t counted;  // blocks before the one that holds `column`
     int column;
@@ -200,7 +225,7 @@ struct Blocks : Storage {
     advance(row, column, cursor);
     return cursor;
   }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor& cursor) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor& cursor) const {
     advance(row, column, cursor);
     const bool kept = bit_of(row, column);
     const int64_t at = cursor.counted * 1024 + row % 32 * 32 + column % 32;
@@ -224,8 +249,9 @@ template <class T>
 struct OneHot : Storage {
   static constexpr bool kCopies = false;
   using Cursor = NoCursor;
+  using Run = Eight<T>;
   __device__ __forceinline__ Cursor start(int, int) const { return {}; }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor&) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor&) const {
     Eight<T> v;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
