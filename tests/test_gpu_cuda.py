@@ -198,6 +198,12 @@ FAULTS = {
     "tensor memory: a stage filled too early": ("product_tcgen05.cu", "(round - 1) & 1", "round & 1"),
     "tensor memory: sums fetched too early": ("product_tcgen05.cu", "  ptx::wait_barrier(&done, 0);\n", ""),
     "tensor memory: old sums kept": ("product_tcgen05.cu", "step + k > 0", "true"),
+    "gram: waits for too few copies": ("gram_accumulate_.cu", "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
+    "gram: no barrier in the loop": (
+        "gram_accumulate_.cu",
+        "      __syncthreads();\n    }\n    stage(step",
+        "    }\n    stage(step",
+    ),
     "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
 }
 FAULTY_RUN = """
@@ -207,18 +213,23 @@ import backend
 from test_gpu_cuda import assert_close
 from tinycomp import ops
 torch.use_deterministic_algorithms(True)
-library = backend.load(Path(sys.argv[1]), ("sliced_linear",), ("-O0",))
+op = sys.argv[2]
+library = backend.load(Path(sys.argv[1]), (op,), ("-O0",))
 g = torch.Generator().manual_seed(0)
 caught = 0
 for order in ("forward", "random", "greedy", "greedy-reverse"):
     for lazy in (True, False):
         for m, own in ((5, "mma"), (40, "mma"), (40, "wgmma"), (40, "tcgen05")):
             backend.configure(library, order, 3, lazy, 108 if own == "mma" else 1, own)
-            x, w = torch.randn(m, 456, generator=g).bfloat16(), torch.randn(100, 456, generator=g).bfloat16()
+            x, w = torch.randn(m, 456, generator=g).bfloat16(), torch.randn(104, 456, generator=g).bfloat16()
             try:
                 with ops.use_backend("cuda-emulated"):
-                    y = ops.sliced_linear(x, w, None, 456, 100)
-                assert_close(y, x @ w.t(), x.double() @ w.double().t(), "")
+                    if op == "sliced_linear":
+                        y = ops.sliced_linear(x, w, None, 456, 104)
+                    else:
+                        x, y = w, torch.zeros(104, 104)
+                        ops.gram_accumulate_(y, w.t())
+                assert_close(y, x.to(y.dtype) @ w.t().to(y.dtype), x.double() @ w.double().t(), "")
             except (AssertionError, RuntimeError):
                 caught += 1
 print(caught)
@@ -246,8 +257,9 @@ def python(script: str, *words: str, **environment: str) -> subprocess.Completed
 
 
 def run_with_fault(fault: str) -> subprocess.CompletedProcess[str]:
+    op = "gram_accumulate_" if fault.startswith("gram") else "sliced_linear"
     with tempfile.TemporaryDirectory() as folder:
-        return python(FAULTY_RUN, str(faulty_sources(Path(folder), *FAULTS[fault])))
+        return python(FAULTY_RUN, str(faulty_sources(Path(folder), *FAULTS[fault])), op)
 
 
 # every fault compiles the kernels again: the suite has one of each kind, the slow one those of other instructions
@@ -256,6 +268,7 @@ USUAL = (
     "waits for too few copies",
     "no barrier in the loop",
     "no barrier before the sum",
+    "gram: waits for too few copies",
     "last tile left out",
 )
 

@@ -122,6 +122,20 @@ __device__ __forceinline__ void multiply_stage(const char* x, const char* w, flo
   }
 }
 
+// Adds what multiply(products) makes of zeros. Tensor cores truncate where they add, always towards zero: in a long sum
+// they add the products of one stage, and float32 additions those of all stages.
+template <int kTilesM, int kTilesN, class Multiply>
+__device__ __forceinline__ void add_products(float (&sums)[kTilesM][kTilesN][4], const Multiply& multiply) {
+  float products[kTilesM][kTilesN][4] = {};
+  multiply(products);
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[i][j][e] += products[i][j][e];
+}
+
 // Calls store(input, row, value) for every output of a tile in shared memory, its inputs kStride apart.
 template <class Tile, int kStride, class Store>
 __device__ __forceinline__ void store_shared_tile(const float* shared, int first_input, int first_row, int inputs,

@@ -1,6 +1,8 @@
-// gram_accumulate_: tiles of 64 x 64 of xᵀ x in the dtype of the sum; a tile off the diagonal is computed once and
-// added on both sides.
-#include "ptx.cuh"
+// gram_accumulate_: tiles of xᵀ x on or above the diagonal; a tile off the diagonal is added on both sides.
+//
+// 16-bit inputs into a float32 sum take tensor cores: products of 16-bit numbers are exact in float32. Plain FMA
+// otherwise: TF32 would lose digits of float32 inputs, and a float64 sum promises digits that float32 sums have not.
+#include "gemm.cuh"
 
 namespace tinycomp::cuda {
 
@@ -42,12 +44,116 @@ __global__ void __launch_bounds__(kGramThreads, 4)
     }
 }
 
+// A stage holds 64 rows of x, for each side of a tile in panels of 64 columns: 128 swizzled bytes of a row.
+constexpr int kPanel = 64, kPanelBytes = kPanel * 128;
+
+// Adds the products of one stage; both operands have their columns along the rows of shared memory.
+template <class T, class Tile, int kTilesM, int kTilesN>
+__device__ __forceinline__ void multiply_columns(const char* left, const char* right,
+                                                 float (&sums)[kTilesM][kTilesN][4]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int m0 = warp / Tile::kWarpsN * 16 * kTilesM, n0 = warp % Tile::kWarpsN * 8 * kTilesN;
+  const auto at = [](const char* side, int row, int column) {
+    return side + column / kPanel * kPanelBytes + swizzled(row, column % kPanel / 8);
+  };
+#pragma unroll
+  for (int k = 0; k < kPanel; k += 16) {
+    uint32_t a[kTilesM][4], b[kTilesN][2];
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+      ptx::load_matrices_transposed(a[i], at(left, k + lane % 8 + lane / 16 * 8, m0 + 16 * i + lane / 8 % 2 * 8));
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 2) {
+      uint32_t both[4];
+      ptx::load_matrices_transposed(both, at(right, k + lane % 16, n0 + 8 * j + lane / 16 * 8));
+      b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) ptx::mma(T{}, sums[i][j], a[i], b[j]);
+  }
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    gram_tiles(const T* x_data, int64_t x_stride, int x_vector, float* gram, int64_t gram_stride, int64_t gram_step,
+               int rows, int columns) {
+  TINYCOMP_SHARED_MEMORY(char, shared);
+  constexpr int kTilesM = Tile::kM / Tile::kWarpsM / 16, kTilesN = Tile::kN / Tile::kWarpsN / 8;
+  constexpr int kStages = Tile::kStages, kPanels = Tile::kM / kPanel, kSideBytes = kPanels * kPanelBytes;
+  static_assert(Tile::kM == Tile::kN && kStages * 2 * kSideBytes == Tile::kSharedBytes);
+  const int first = blockIdx.x * Tile::kM, second = blockIdx.y * Tile::kN;
+  if (first > second) return;
+  const Matrix<T> x{x_data, x_stride, x_vector != 0};
+  const int steps = (rows + kPanel - 1) / kPanel, right = first == second ? 0 : kSideBytes;
+  auto stage = [&](int step) {
+    char* at = shared + step % kStages * 2 * kSideBytes;
+    if (step < steps) {
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p) {
+        char* panel = at + p * kPanelBytes;
+        stage_rows<T, kPanel, Tile::kThreads>(x, rows, columns, step * kPanel, first + p * kPanel, panel);
+        if (right)
+          stage_rows<T, kPanel, Tile::kThreads>(x, rows, columns, step * kPanel, second + p * kPanel, panel + right);
+      }
+    }
+    ptx::commit_copies();
+  };
+  float sums[kTilesM][kTilesN][4] = {};
+  // The first rounds only fill stages.
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
+      __syncthreads();
+    }
+    stage(step + kStages - 1);
+    if (step < 0) continue;
+    const char* at = shared + step % kStages * 2 * kSideBytes;
+    add_products(sums, [&](auto& products) { multiply_columns<T, Tile>(at, at + right, products); });
+  }
+  ptx::wait_copies<0>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int a0 = first + warp / Tile::kWarpsN * 16 * kTilesM + lane / 4;
+  const int b0 = second + warp % Tile::kWarpsN * 8 * kTilesN + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t a = a0 + 16 * i + 8 * (e / 2), b = b0 + 8 * j + e % 2;
+        if (a >= columns || b >= columns) continue;
+        gram[a * gram_stride + b * gram_step] += sums[i][j][e];
+        if (right) gram[b * gram_stride + a * gram_step] += sums[i][j][e];
+      }
+}
+
 }  // namespace tinycomp::cuda
 
 #if defined(TINYCOMP_TORCH)
 #include "host.cuh"
 
 namespace tinycomp::cuda {
+
+template <class T, class G>
+void launch_gram(const Device& device, const Rows<T>& x, const Tensor& gram) {
+  const unsigned tiles = ceil_div(x.columns, kGramTile);
+  TINYCOMP_LAUNCH((gram_kernel<T, G>), dim3(tiles, tiles), dim3(kGramThreads), 0, device.stream, x.data, x.stride,
+                  static_cast<G*>(gram.mutable_data_ptr()), gram.stride(0), gram.stride(1), x.rows, x.columns);
+  device.check_launch();
+}
+
+template <class T, class Tile>
+void launch_gram_tiles(const Device& device, const Rows<T>& x, const Tensor& gram) {
+  const unsigned tiles = ceil_div(x.columns, Tile::kM);
+  allow_shared_memory(gram_tiles<T, Tile>, Tile::kSharedBytes);
+  TINYCOMP_LAUNCH((gram_tiles<T, Tile>), dim3(tiles, tiles), dim3(Tile::kThreads), Tile::kSharedBytes, device.stream,
+                  x.data, x.stride, x.vector, static_cast<float*>(gram.mutable_data_ptr()), gram.stride(0),
+                  gram.stride(1), x.rows, x.columns);
+  device.check_launch();
+}
 
 void gram_accumulate_(Tensor gram, const Tensor& x) {
   const Device device(gram);
@@ -58,17 +164,16 @@ void gram_accumulate_(Tensor gram, const Tensor& x) {
     using T = decltype(zero);
     const Rows<T> rows(x, -1, "gram_accumulate_: x");
     if (rows.rows == 0 || rows.columns == 0) return;
-    const auto launch = [&](auto sum) {
-      using G = decltype(sum);
-      const unsigned tiles = (rows.columns + kGramTile - 1) / kGramTile;
-      TINYCOMP_LAUNCH((gram_kernel<T, G>), dim3(tiles, tiles), dim3(kGramThreads), 0, device.stream, rows.data,
-                      rows.stride, static_cast<G*>(gram.mutable_data_ptr()), gram.stride(0), gram.stride(1), rows.rows,
-                      rows.columns);
-      device.check_launch();
-    };
-    if (gram.scalar_type() == ScalarType::Double) return launch(double{});
+    if (gram.scalar_type() == ScalarType::Double) return launch_gram<T, double>(device, rows, gram);
     STD_TORCH_CHECK(gram.scalar_type() == ScalarType::Float, "gram_accumulate_: dtype of gram is not supported");
-    launch(float{});
+    if constexpr (sizeof(T) == 4) {
+      launch_gram<T, float>(device, rows, gram);
+    } else {
+      // Large tiles want a block for every processor.
+      const int64_t large = ceil_div(rows.columns, LargeTile::kM);
+      large*(large + 1) / 2 < device.processors ? launch_gram_tiles<T, SmallTile>(device, rows, gram)
+                                                : launch_gram_tiles<T, LargeTile>(device, rows, gram);
+    }
   });
 }
 

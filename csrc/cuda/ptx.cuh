@@ -71,6 +71,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(shared_address(row))
                : "memory");
 }
+// The same of transposed matrices: what lies in a row of shared memory becomes a column.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 #define TINYCOMP_MMA(T, name)                                                                             \
   __device__ __forceinline__ void mma(T, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                   \
@@ -144,6 +151,21 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   aligned(row, "a row of ldmatrix");
   Matrices m{row, r};
   emulation::collective(~0u, &m, load_matrices_of_warp, -1);
+}
+inline void load_transposed_of_warp(void** lanes, unsigned) {
+  for (int matrix = 0; matrix < 4; ++matrix)
+    for (int lane = 0; lane < 32; ++lane)
+      for (int h = 0; h < 2; ++h) {
+        const int k = lane % 4 * 2 + h;
+        const auto* row = static_cast<const char*>(static_cast<Matrices*>(lanes[matrix * 8 + k])->row);
+        auto* to = reinterpret_cast<char*>(&static_cast<Matrices*>(lanes[lane])->registers[matrix]);
+        memcpy(to + 2 * h, row + lane / 4 * 2, 2);
+      }
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  aligned(row, "a row of ldmatrix");
+  Matrices m{row, r};
+  emulation::collective(~0u, &m, load_transposed_of_warp, -4);
 }
 struct Product {
   float* c;

@@ -250,7 +250,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))
     ),
     "column_norms": [{"rows": 300, "columns": 129}],
-    "gram_accumulate_": [{"rows": 70, "columns": 129}],
+    "gram_accumulate_": [{"rows": 70, "columns": 129}, {"rows": 260, "columns": 136, "processors": 1}],
     "kmeans_assign": [{"points": 129, "clusters": 70, "columns": 33}],
     "kmeans_update": [{"points": 129, "clusters": 7, "columns": 133}],
     "select_pivots": [{"rows": 41, "columns": 33, "k": 7, "method": method} for method in ("qr", "lu")],
