@@ -94,6 +94,20 @@ def test_model_whose_layers_share_their_input(library: ctypes.CDLL, monkeypatch:
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
+@each_dtype
+def test_the_lowest_label_wins_a_tie(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Within a thread, between lanes, between warps and between tiles of 64 centroids."""
+    g = torch.Generator().manual_seed(0)
+    points = torch.randint(-3, 4, (70, 72), generator=g).to(dtype)
+    for period in (1, 2, 8, 32, 64):
+        centroids = points[:period].repeat(200 // period, 1)
+        check("kmeans_assign", (points, centroids), f"period {period}")
+        with ops.use_backend("cuda-emulated"):
+            labels, distances = ops.kmeans_assign(points[:period], centroids)
+        assert labels.tolist() == list(range(period))
+        assert not distances.any()
+
+
 def layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, pivoted: bool) -> tuple:
     g = torch.Generator().manual_seed(m)
     x, r, t = (torch.randn(s, generator=g).to(dtype) for s in ((m, k), (rank, k), (n - rank * pivoted, rank)))

@@ -251,7 +251,10 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     ),
     "column_norms": [{"rows": 300, "columns": 129}],
     "gram_accumulate_": [{"rows": 70, "columns": 129}, {"rows": 260, "columns": 136, "processors": 1}],
-    "kmeans_assign": [{"points": 129, "clusters": 70, "columns": 33}],
+    "kmeans_assign": [
+        {"points": 129, "clusters": 70, "columns": 33},
+        {"points": 70, "clusters": 129, "columns": 200},
+    ],
     "kmeans_update": [{"points": 129, "clusters": 7, "columns": 133}],
     "select_pivots": [{"rows": 41, "columns": 33, "k": 7, "method": method} for method in ("qr", "lu")],
     "sample_without_replacement": [{"count": 300}],
