@@ -195,17 +195,24 @@ def ptx_files(build: Path, architecture: str = ARCHITECTURES[0], only: tuple[str
     return _compile_all(build / f"sm_{architecture}", sources(only=only), base, ".ptx")
 
 
-def cubins(build: Path, architecture: str, only: tuple[str, ...] = ()) -> list[tuple[Path, str]]:
-    """Compile sources for one GPU; gives the cubin of each and what ptxas said about its kernels."""
+def cubins(build: Path, architecture: str, only: tuple[str, ...] = (), own: bool = False) -> list[tuple[Path, str]]:
+    """Assemble kernels for one GPU; gives the cubin of each source and what ptxas said about it.
+
+    Ops are assembled from their sm_80 PTX, as a driver does it, kernels of one GPU from PTX of its own; so are ops with
+    `own`, as in the library, which takes minutes for nothing but the conversions in CUDA's headers.
+    """
     home = cuda_home()
     assert home is not None
 
     def assemble(ptx: Path) -> tuple[Path, str]:
-        log = ptx.with_suffix(".log")
+        cubin = ptx.with_suffix(f".{architecture}.cubin")
+        log = cubin.with_suffix(".log")
         if not log.exists():
-            command = (home / "bin" / "ptxas", "-v", f"-arch=sm_{architecture}", ptx, "-o", ptx.with_suffix(".cubin"))
-            log.write_text(run(*command))
-        return ptx.with_suffix(".cubin"), log.read_text()
+            log.write_text(run(home / "bin" / "ptxas", "-v", f"-arch=sm_{architecture}", ptx, "-o", cubin))
+        return cubin, log.read_text()
 
+    files = ptx_files(build, architecture if own else ARCHITECTURES[0], only)
+    if not own and architecture != ARCHITECTURES[0]:
+        files = [f for f in files if f.stem.split("-")[0] not in NO_OPS] + ptx_files(build, architecture, NO_OPS)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(assemble, ptx_files(build, architecture, only)))
+        return list(pool.map(assemble, files))

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kGramThreads, 4)
           row < rows && second + column < columns ? G(to_float(from[second + column])) : G(0);
     }
     __syncthreads();
-#pragma unroll 4
+#pragma unroll(sizeof(G) == 8 ? 2 : 4)  // in float64 ptxas spills registers on sm_100 otherwise
     for (int k = 0; k < kGramRows; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
