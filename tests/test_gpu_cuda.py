@@ -213,11 +213,7 @@ FAULTS = {
     "tensor memory: sums fetched too early": ("product_tcgen05.cu", "  ptx::wait_barrier(&done, 0);\n", ""),
     "tensor memory: old sums kept": ("product_tcgen05.cu", "step + k > 0", "true"),
     "gram: waits for too few copies": ("gram_accumulate_.cu", "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
-    "gram: no barrier in the loop": (
-        "gram_accumulate_.cu",
-        "      __syncthreads();\n    }\n    stage(step",
-        "    }\n    stage(step",
-    ),
+    "gram: no barrier": ("gram_accumulate_.cu", "      __syncthreads();\n    }\n    stage", "    }\n    stage"),
     "last tile left out": ("linear_host.cuh", "ceil_div(w.rows, Tile::kN)", "w.rows / Tile::kN"),
 }
 FAULTY_RUN = """

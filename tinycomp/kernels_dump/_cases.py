@@ -234,8 +234,8 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "sliced_linear": _layers({"whole": [272, 264]}),
     "swsc_linear": _layers(
         {"rank": 7, "clusters": 17, "axis": 0, "label_bits": 8},
-        {"rank": 16, "clusters": 24, "axis": 1, "label_bits": 32},
-        layers=(_FEW, _ODD, _TALL),
+        {"rank": 15, "clusters": 23, "axis": 1, "label_bits": 32},
+        layers=(_FEW, _ODD, _TALL, _WIDE),
     ),
     "quant_linear": _layers(
         {"bits": 4, "group_size": 64, "symmetric": False},

@@ -35,44 +35,39 @@ def load_weight(
 
 
 @triton.jit
+def one_hot_weight(labels_ptr, scales_ptr, n, k, columns, dtype: tl.constexpr):
+    """Columns k of rows n as a (k, n) block in `dtype`: 1, or scales[k], where labels[k] is n."""
+    label = tl.load(labels_ptr + k, mask=k < columns, other=0).to(tl.int32)
+    value = tl.full(k.shape, 1.0, tl.float32)
+    if scales_ptr is not None:
+        value = tl.load(scales_ptr + k, mask=k < columns, other=0.0).to(tl.float32)
+    return tl.where(label[:, None] == n[None, :], value[:, None], 0.0).to(dtype)
+
+
+# fmt: off
+@triton.jit
 def product_tile(
-    x_ptr,
-    x_stride,
-    w_ptr,
-    w_stride,
-    scales_ptr,
-    zeros_ptr,
-    groups,
-    group_size,
-    y_ptr,
-    y_stride,
-    kept_ptr,
-    order_ptr,
-    bias_ptr,
-    base_ptr,
-    base_stride,
-    labels_ptr,
-    label_scales_ptr,
-    m,
-    tile,
-    inputs,
-    rows,
-    columns,
-    BITS: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    x_ptr, x_stride, w_ptr, w_stride, scales_ptr, zeros_ptr, groups, group_size, y_ptr, y_stride, kept_ptr, order_ptr,
+    bias_ptr, base_ptr, base_stride, labels_ptr, label_scales_ptr, m, tile, inputs, rows, columns,
+    BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """A tile of x wᵀ, inputs `m` by BN outputs. With `kept_ptr`, it goes there as well, unordered and without bias."""
+    """A tile of x wᵀ, inputs `m` by BN outputs. With `kept_ptr`, it goes there as well, unordered and without bias.
+
+    Without `w_stride`, `w_ptr` holds labels and w is `one_hot_weight`.
+    """
     n = tile.to(tl.int64) * BN + tl.arange(0, BN)
     sums = tl.zeros((m.shape[0], BN), tl.float32)
     for start in range(0, columns, BK):
         k = start + tl.arange(0, BK)
         x_inside = (m < inputs)[:, None] & (k < columns)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=x_inside, other=0.0)
-        w_inside = (k < columns)[:, None] & (n < rows)[None, :]
-        w = load_weight(
-            w_ptr, w_stride, scales_ptr, zeros_ptr, groups, group_size, n, k, w_inside, BITS, x_ptr.dtype.element_ty
-        )
+        if w_stride is None:
+            w = one_hot_weight(w_ptr, scales_ptr, n, k, columns, x_ptr.dtype.element_ty)
+        else:
+            w_inside = (k < columns)[:, None] & (n < rows)[None, :]
+            w = load_weight(
+                w_ptr, w_stride, scales_ptr, zeros_ptr, groups, group_size, n, k, w_inside, BITS, x_ptr.dtype.element_ty
+            )
         sums = tl.dot(x, w, sums, input_precision="ieee")
     inside = (m < inputs)[:, None] & (n < rows)[None, :]
     if kept_ptr is not None:
@@ -82,7 +77,9 @@ def product_tile(
     if order_ptr is not None:
         at = tl.load(order_ptr + n, mask=n < rows, other=0).to(tl.int64)
     if base_ptr is not None:
-        label = tl.load(labels_ptr + n, mask=n < rows, other=0).to(tl.int64)
+        label = n
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + n, mask=n < rows, other=0).to(tl.int64)
         base = tl.load(base_ptr + m[:, None] * base_stride + label[None, :], mask=inside, other=0.0).to(tl.float32)
         if label_scales_ptr is not None:
             base *= tl.load(label_scales_ptr + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
@@ -91,6 +88,7 @@ def product_tile(
         sums += tl.load(bias_ptr + at, mask=n < rows, other=0.0).to(tl.float32)[None, :]
     if y_ptr is not None:
         tl.store(y_ptr + m[:, None] * y_stride + at[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
+# fmt: on
 
 
 @triton.jit
@@ -169,11 +167,11 @@ PLAIN = Rounded()
 
 
 class Base(NamedTuple):
-    """Added to output i: values[:, labels_i], times scales_i."""
+    """Added to output i: values[:, labels_i], times scales_i; without labels, values[:, i]."""
 
     values: Tensor
-    labels: Tensor
-    scales: Tensor | None
+    labels: Tensor | None = None
+    scales: Tensor | None = None
 
 
 def product(

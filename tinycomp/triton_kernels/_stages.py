@@ -81,11 +81,19 @@ _KEY = ["bucket", *(f"{what}{i}" for i in range(1, MOST_PARTS + 1) for what in (
 _KERNELS = {kind: triton.autotune(configs(kind), key=_KEY)(stages_kernel) for kind in ("decode", "decode-float32")}
 
 
+class OneHot(NamedTuple):
+    """A weight whose product sums inputs by label: row c holds 1, or scales_k, where labels_k is c."""
+
+    labels: Tensor
+    scales: Tensor | None
+    clusters: int
+
+
 class Part(NamedTuple):
-    """One product of a launch: the arguments of `product`."""
+    """One product of a launch: the arguments of `product`. At most 16 inputs may have a `OneHot`."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | OneHot
     y: Tensor | None = None
     rounded: Rounded = PLAIN
     kept: Tensor | None = None
@@ -116,6 +124,19 @@ def zeros_of(device: torch.device) -> Tensor | None:
     return COUNTERS[device, stream]
 
 
+def _weight_args(p: Part) -> list[Any]:
+    """Arguments of the kernel that describe a weight: w, w_stride, scales, zeros, groups."""
+    if isinstance(p.w, OneHot):
+        return [p.w.labels.contiguous(), None, adjacent(p.w.scales), None, 1]
+    w, scales, zeros = rows_of(p.w), p.rounded.scales, p.rounded.zeros
+    scales, zeros = (None if t is None else t.contiguous() for t in (scales, zeros))
+    return [w, w.stride(0), scales, zeros, 1 if scales is None else scales.shape[1]]
+
+
+def _rows(p: Part) -> int:
+    return p.w.clusters if isinstance(p.w, OneHot) else p.w.shape[0]
+
+
 def run_stages(*stages: Sequence[Part]) -> None:
     """All products, each stage after the whole of the one before it: one launch for at most 16 inputs, else one each.
 
@@ -127,17 +148,14 @@ def run_stages(*stages: Sequence[Part]) -> None:
     inputs = parts[0].x.shape[0]
     if inputs > DECODE_INPUTS:
         for p in parts:
+            assert isinstance(p.w, Tensor)
             product(p.x, p.w, p.y, rounded=p.rounded, kept=p.kept, order=p.order, bias=p.bias, base=p.base)
         return
     if inputs == 0:
         return
     args: list[Any] = []
     for p in parts:
-        w = rows_of(p.w)
-        scales = None if p.rounded.scales is None else p.rounded.scales.contiguous()
-        zeros = None if p.rounded.zeros is None else p.rounded.zeros.contiguous()
-        args += [p.x, p.x.stride(0), w, w.stride(0), scales, zeros, 1 if scales is None else scales.shape[1]]
-        args += [p.y, p.kept, p.order, p.bias, w.shape[0], p.x.shape[1]]
+        args += [p.x, p.x.stride(0), *_weight_args(p), p.y, p.kept, p.order, p.bias, _rows(p), p.x.shape[1]]
     absent = [None, 0, None, 0, None, None, 1, None, None, None, None, 0, 0]
     args += absent * (MOST_PARTS - len(parts))
     base = parts[-1].base
@@ -151,7 +169,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
     args += [inputs, triton.next_power_of_2(inputs)]
     kernel = torch.library.wrap_triton(_KERNELS["decode-float32" if parts[0].x.dtype == torch.float32 else "decode"])
     for stage, run in enumerate([parts] if counters is not None else stages):
-        rows = [p.w.shape[0] for p in run]
+        rows = [_rows(p) for p in run]
         if any(rows):
             kernel[lambda meta, rows=rows: (sum(triton.cdiv(n, meta["BN"]) for n in rows),)](
                 *args,

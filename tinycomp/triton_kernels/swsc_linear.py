@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
-from tinycomp.triton_kernels._product import Base
-from tinycomp.triton_kernels._stages import Part, run_stages
+from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, rows_of
+from tinycomp.triton_kernels._product import Base, one_hot_weight
+from tinycomp.triton_kernels._stages import OneHot, Part, run_stages
 
-# Inputs, clusters and channels per program.
+# Inputs, clusters and channels per program, for more than 16 inputs.
 SEGMENT_BLOCK = (16, 32, 64)
 
 
@@ -37,11 +37,7 @@ def segment_sum_kernel(
         k = start + tl.arange(0, BK)
         x_inside = (m < inputs)[:, None] & (k < columns)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=x_inside, other=0.0)
-        label = tl.load(labels_ptr + k, mask=k < columns, other=0).to(tl.int32)
-        value = tl.full((BK,), 1.0, tl.float32)
-        if scales_ptr is not None:
-            value = tl.load(scales_ptr + k, mask=k < columns, other=0.0).to(tl.float32)
-        one_hot = tl.where(label[:, None] == c[None, :], value[:, None], 0.0).to(x_ptr.dtype.element_ty)
+        one_hot = one_hot_weight(labels_ptr, scales_ptr, c, k, columns, x_ptr.dtype.element_ty)
         sums = tl.dot(x, one_hot, sums, input_precision="ieee")
     inside = (m < inputs)[:, None] & (c < clusters)[None, :]
     tl.store(sums_ptr + m[:, None] * clusters + c[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
@@ -63,17 +59,21 @@ def swsc_linear(
     y = x.new_empty(*x.shape[:-1], a.shape[0])
     shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
     labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
+    out, down = y.view(inputs, a.shape[0]), Part(flat, b, kept=z)
     if axis == 0:
-        base, centres = Base(shared, labels, scales), Part(flat, centroids, kept=shared)
-    else:
-        bm, bc, bk = SEGMENT_BLOCK
-        if inputs and clusters:
-            torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
-                flat, flat.stride(0), labels, scales, shared, inputs, clusters, x.shape[-1], BM=bm, BC=bc, BK=bk
-            )
-        outputs = x.new_empty(inputs, a.shape[0])
-        base = Base(outputs, torch.arange(a.shape[0], dtype=torch.int32, device=x.device), None)
-        centres = Part(shared, centroids, kept=outputs)
-    out = y.view(inputs, a.shape[0])
-    run_stages([Part(flat, b, kept=z), centres], [Part(z, a, out, base=base, bias=bias)])
+        up = Part(z, a, out, base=Base(shared, labels, scales), bias=bias)
+        run_stages([down, Part(flat, centroids, kept=shared)], [up])
+        return y
+    outputs = x.new_empty(inputs, a.shape[0])
+    centres = Part(shared, centroids, kept=outputs)
+    up = Part(z, a, out, base=Base(outputs), bias=bias)
+    if inputs <= DECODE_INPUTS:
+        run_stages([down, Part(flat, OneHot(labels, scales, clusters), kept=shared)], [centres], [up])
+        return y
+    bm, bc, bk = SEGMENT_BLOCK
+    if clusters:
+        torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
+            flat, flat.stride(0), labels, scales, shared, inputs, clusters, x.shape[-1], BM=bm, BC=bc, BK=bk
+        )
+    run_stages([down, centres], [up])
     return y
