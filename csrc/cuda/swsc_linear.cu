@@ -8,15 +8,18 @@ namespace tinycomp::cuda {
 template <class T>
 struct Beside {
   static constexpr bool kCopies = false;
+  static constexpr int kEights = 1;
   using Cursor = NoCursor;
+  using Run = Eight<T>;
   Dense<T> left, right;
   int split, rows, columns;
   __device__ __forceinline__ Cursor start(int, int) const { return {}; }
-  __device__ __forceinline__ Eight<T> next(int row, int column, Cursor& cursor) const {
+  __device__ __forceinline__ Run load(int row, int column, Cursor& cursor) const {
     const bool in_left = column < split;
     const Dense<T> side = in_left ? left : right;
-    return side.next(row, in_left ? column : column - split, cursor);
+    return side.load(row, in_left ? column : column - split, cursor);
   }
+  __device__ __forceinline__ static const Run& next(const Run& run) { return run; }
 };
 
 // Input channels that share centroids: the sums of each cluster and b x, then centroids and a on both. The sums are
