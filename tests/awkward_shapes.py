@@ -59,11 +59,15 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "group_size": 10, "symmetric": False},
         {"bits": 4, "group_size": 64, "symmetric": True},
         {"bits": 4, "group_size": 10, "symmetric": False},
+        {"bits": 8, "group_size": 0, "symmetric": True, "activation_bits": 8},
+        {"bits": 8, "group_size": 10, "symmetric": False, "activation_bits": 8},
+        {"bits": 4, "group_size": 10, "symmetric": True, "activation_bits": 8},
+        {"bits": 4, "group_size": 0, "symmetric": False, "activation_bits": 8},
     )
     + [
-        shape | {"bits": bits, "group_size": group, "symmetric": False}
+        shape | {"bits": bits, "group_size": group, "symmetric": False, "activation_bits": rounded}
         for shape in _ALIGNED
-        for bits, group in ((8, 0), (8, 10), (4, 10))
+        for bits, group, rounded in ((8, 0, 0), (8, 10, 0), (4, 10, 0), (8, 64, 8), (8, 0, 8), (4, 32, 8), (4, 128, 8))
     ],
     "masked_linear": _turns(
         _PLAIN, *({"format": f, "value_bits": b} for f in ("bitmask", "2:4", "block32") for b in (0, 8, 4))

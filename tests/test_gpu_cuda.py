@@ -24,6 +24,7 @@ from tinycomp import ops
 from tinycomp.kernels_dump import _cases
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
+from tinycomp.ops.quant_linear import pack_int4, round_activations
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "emulation"), str(ROOT / "bench")]
@@ -79,6 +80,38 @@ def test_samples(library: ctypes.CDLL, name: str, dtype: torch.dtype, processors
     assert len(ran) >= len(samples) / 2
 
 
+@each_dtype
+def test_inputs_are_rounded_as_the_contract_says(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Bit for bit, by the identity as a weight: ties, groups of zeros, numbers without an inverse, and no numbers."""
+    samples = [s for s in OPS["quant_linear"].samples(dtype) if s.args[-1] == 8]
+    assert len(samples) >= 8
+    assert [s.id for s in samples if _registry.why_not(OPS["quant_linear"], "cuda-emulated", s.args)] == []
+    ties = torch.cat((torch.arange(-63, 64) + 0.5, torch.tensor([127.0]))).repeat(2)
+    strange = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    strange[0, 3], strange[1, 200], strange[2, :128], strange[3] = float("inf"), float("nan"), 0, 1e-38
+    near = torch.tensor([152.0, 76.0]).repeat(128)  # 76 * (127 / 152): on the other side of 63.5 by a reciprocal
+    x = torch.cat((ties[None], strange, near[None], 100 * torch.randn(11, 256))).to(dtype)
+    one = torch.ones(256, 1)
+    for bits, group in ((8, 0), (4, 0), (8, 10), (4, 32)):
+        eye = torch.eye(256, dtype=torch.int8)
+        scales = one.expand(256, -(-256 // group) if group else 1).contiguous()
+        args = (x, pack_int4(eye) if bits == 4 else eye, scales, None, None, bits, group, 8)
+        for rows in (16, 17):  # decode and tiles
+            with ops.use_backend("cuda-emulated"):
+                y = ops.quant_linear(x[:rows], *args[1:])
+            whole = round_activations(x[:rows], group)
+            undefined = whole.isnan().any(1, keepdim=True).expand_as(whole)
+            assert torch.equal(y.isnan(), undefined), (bits, group, rows)
+            assert torch.equal(y[~undefined], whole.to(dtype)[~undefined]), (bits, group, rows)
+
+
+def test_groups_that_int32_cannot_sum(library: ctypes.CDLL) -> None:
+    k = (1 << 17) + 2
+    args = (torch.zeros(1, k), torch.zeros(1, k, dtype=torch.int8), torch.ones(1, 1), None, None, 8)
+    assert "at most 131072, got 131074" in _registry.why_not(OPS["quant_linear"], "cuda-emulated", (*args, k, 8))
+    assert _registry.why_not(OPS["quant_linear"], "cuda-emulated", (*args, 0, 8)) is None
+
+
 @torch.no_grad()
 def test_model_whose_layers_share_their_input(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sublayer's q, k and v, and gate and up, go in one launch each."""
@@ -120,6 +153,17 @@ def test_schedules(library: ctypes.CDLL, order: str, lazy_copies: bool) -> None:
     backend.configure(library, order, 7, lazy_copies, processors=1)
     for m in (7, 33):
         check("lowrank_linear", layer(m, 264, 136, 40, torch.bfloat16, True), f"{order} {m} rows")
+
+
+@pytest.mark.parametrize("order", backend.ORDERS)
+@pytest.mark.parametrize("lazy_copies", [True, False], ids=["lazy", "eager"])
+def test_integer_products_on_every_schedule(library: ctypes.CDLL, order: str, lazy_copies: bool) -> None:
+    """More steps than stages; copied and unpacked weights, in large and small tiles, and decode."""
+    for m, processors, bits, group in ((20, 1, 8, 0), (20, 1, 4, 128), (33, 108, 8, 0), (33, 108, 4, 32), (7, 1, 8, 0)):
+        backend.configure(library, order, 7, lazy_copies, processors)
+        shape = {"inputs": m, "in_features": 592, "out_features": 40, "bits": bits, "group_size": group}
+        args = _cases.make("quant_linear", torch.bfloat16, 0, shape | {"symmetric": False, "activation_bits": 8})
+        check("quant_linear", args, f"{order} {shape}")
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 17, 33, 129])

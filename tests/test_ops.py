@@ -65,6 +65,16 @@ def samples(name: str, dtype: torch.dtype = torch.float32) -> list[Sample]:
     return found
 
 
+@each_backend
+def test_inputs_are_rounded_by_a_division(backend: str) -> None:
+    """76 * (127 / 152) is below 63.5 by a division, and above it by a reciprocal, which is rounded twice."""
+    runnable(OPS["quant_linear"], backend)
+    x, w = torch.tensor([[152.0, 76.0, -76.0, 0.0]]), torch.eye(4, dtype=torch.int8)
+    with ops.use_backend(backend):
+        y = ops.quant_linear(x, w, torch.ones(4, 1), None, None, 8, 0, 8)
+    assert torch.equal(y, torch.tensor([[127.0, 63.0, -63.0, 0.0]]) * (x[0, 0] / 127))
+
+
 @each_op
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -115,27 +115,39 @@ __device__ __forceinline__ void decode_slice(const Weight& w, const Matrix<T>& x
   }
 }
 
-// Calls store(input, row, value) for 8 * kTiles rows of w from first_row on; all threads of the block take part.
-template <class T, int kTiles, class Weight, class Store>
-__device__ __forceinline__ void decode_rows(const Weight& w, const Matrix<T>& x, int inputs, int first_row,
-                                            const Store& store) {
+// Calls store(input, row, value) for 8 * kTiles rows from first_row on, with the sums over columns that
+// slice(first_column, last_column, partial) leaves for each warp's part of them, a multiple of kStep but for the last;
+// all threads of the block take part.
+template <int kTiles, int kStep, class Slice, class Store>
+__device__ __forceinline__ void sum_slices(int columns, int rows, int inputs, int first_row, const Slice& slice,
+                                           const Store& store) {
   TINYCOMP_SHARED_MEMORY(float, partial);
   constexpr int kOutputs = kDecodeRows * 8 * kTiles;
   const int warp = threadIdx.x / 32;
-  constexpr int kStep = 32 * Weight::kEights;  // columns that a warp reads at once
-  const int slice = (w.columns + kStep * kDecodeWarps - 1) / (kStep * kDecodeWarps) * kStep;
-  const int first = min(warp * slice, w.columns), last = min(first + slice, w.columns);
-  decode_slice<T, kTiles>(w, x, inputs, first_row, first, last, partial + warp * kOutputs);
+  const int size = (columns + kStep * kDecodeWarps - 1) / (kStep * kDecodeWarps) * kStep;
+  const int first = min(warp * size, columns), last = min(first + size, columns);
+  slice(first, last, partial + warp * kOutputs);
   __syncthreads();
   for (int i = threadIdx.x; i < kOutputs; i += kDecodeThreads) {
     const int m = i / (8 * kTiles), row = first_row + i % (8 * kTiles);
-    if (m >= inputs || row >= w.rows) continue;
+    if (m >= inputs || row >= rows) continue;
     float sum = 0.f;
 #pragma unroll
     for (int s = 0; s < kDecodeWarps; ++s) sum += partial[s * kOutputs + i];
     store(m, row, sum);
   }
   __syncthreads();
+}
+
+// Calls store(input, row, value) for 8 * kTiles rows of w from first_row on; all threads of the block take part.
+template <class T, int kTiles, class Weight, class Store>
+__device__ __forceinline__ void decode_rows(const Weight& w, const Matrix<T>& x, int inputs, int first_row,
+                                            const Store& store) {
+  constexpr int kStep = 32 * Weight::kEights;  // columns that a warp reads at once
+  const auto slice = [&](int first, int last, float* partial) {
+    decode_slice<T, kTiles>(w, x, inputs, first_row, first, last, partial);
+  };
+  sum_slices<kTiles, kStep>(w.columns, w.rows, inputs, first_row, slice, store);
 }
 
 // Runs items of several stages in one launch, a stage only after the whole of the one before it.

@@ -36,7 +36,7 @@ __device__ __forceinline__ void stage_rows(const Matrix<T>& x, int rows, int col
     } else {
       alignas(16) T v[kPerChunk];
 #pragma unroll
-      for (int e = 0; e < kPerChunk; ++e) v[e] = inside && at + e < columns ? from[e] : from_float<T>(0.f);
+      for (int e = 0; e < kPerChunk; ++e) v[e] = inside && at + e < columns ? from[e] : T{};
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4*>(v);
     }
   }
@@ -69,31 +69,40 @@ __device__ __forceinline__ void stage_weight(const Weight& w, int first_row, int
   }
 }
 
-// Adds the products of one stage; lane (group, t) owns outputs (group + 8h, 2t + e) of every 16 x 8 tile.
-template <class T, class Tile, int kTilesM, int kTilesN>
-__device__ __forceinline__ void multiply_stage(const char* x, const char* w, float (&sums)[kTilesM][kTilesN][4]) {
+// Adds the products of 32 bytes of columns, number k of a stage, whose inputs it leaves in `a`; lane (group, t) owns
+// outputs (group + 8h, 2t + e) of every 16 x 8 tile.
+template <class T, class Tile, int kTilesM, int kTilesN, class Sum>
+__device__ __forceinline__ void multiply_step(const char* x, const char* w, int k, uint32_t (&a)[kTilesM][4],
+                                              Sum (&sums)[kTilesM][kTilesN][4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int m0 = warp / Tile::kWarpsN * 16 * kTilesM, n0 = warp % Tile::kWarpsN * 8 * kTilesN;
+  uint32_t b[kTilesN][2];
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) ptx::load_matrices(a[i], x + swizzled(m0 + 16 * i + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+  for (int j = 0; j < kTilesN; j += 2) {
+    uint32_t both[4];
+    ptx::load_matrices(both, w + swizzled(n0 + 8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+    b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
+  }
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) ptx::mma(T{}, sums[i][j], a[i], b[j]);
+}
+
+// Adds the products of one stage.
+template <class T, class Tile, int kTilesM, int kTilesN>
+__device__ __forceinline__ void multiply_stage(const char* x, const char* w, float (&sums)[kTilesM][kTilesN][4]) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t a[kTilesM][4], b[kTilesN][2];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i)
-        ptx::load_matrices(a[i], x + swizzled(m0 + 16 * i + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 2) {
-        uint32_t both[4];
-        ptx::load_matrices(both, w + swizzled(n0 + 8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-        b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
-      }
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i)
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) ptx::mma(T{}, sums[i][j], a[i], b[j]);
+      uint32_t a[kTilesM][4];
+      multiply_step<T, Tile>(x, w, k, a, sums);
     }
   } else {
-    const int group = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, t = lane % 4;
+    const int m0 = warp / Tile::kWarpsN * 16 * kTilesM, n0 = warp % Tile::kWarpsN * 8 * kTilesN;
 #pragma unroll 1
     for (int chunk = 0; chunk < 8; ++chunk) {
       float4 b[kTilesN][2];
@@ -168,6 +177,22 @@ __device__ __forceinline__ void store_tile(const float (&sums)[kTilesM][kTilesN]
   store_shared_tile<Tile, kStride>(shared, first_input, first_row, inputs, rows, store);
 }
 
+// Calls stage(step), which commits its copies, two steps ahead of multiply(step). Both are copied: by reference, what
+// they hold takes more registers than ptxas gives some kernels.
+template <int kStages, class Stage, class Multiply>
+__device__ __forceinline__ void run_steps(int steps, Stage stage, Multiply multiply) {
+  // The first rounds only fill stages: one loop, because code that stages a packed weight is long.
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
+      __syncthreads();
+    }
+    stage(step + kStages - 1);
+    if (step >= 0) multiply(step);
+  }
+}
+
 // Calls store(input, row, value) for the tile of block (x, y): inputs along x, rows of the weight along y.
 template <class T, class Tile, class Weight, class Store>
 __device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, int inputs, const Store& store) {
@@ -193,17 +218,10 @@ __device__ __forceinline__ void gemm_tile(const Weight& w, const Matrix<T>& x, i
     ptx::commit_copies();
   };
   float sums[kTilesM][kTilesN][4] = {};
-  // The first rounds only fill stages: one loop, because code that stages a packed weight is long.
-  for (int step = 1 - kStages; step < steps; ++step) {
-    if (step >= 0) {
-      ptx::wait_copies<kStages - 2>();
-      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
-      __syncthreads();
-    }
-    stage(step + kStages - 1);
-    const char* at = shared + (step + kStages) % kStages * kStageBytes;
-    if (step >= 0) multiply_stage<T, Tile>(at, at + Tile::kM * Tile::kRowBytes, sums);
-  }
+  run_steps<kStages>(steps, stage, [&](int step) {
+    const char* at = shared + step % kStages * kStageBytes;
+    multiply_stage<T, Tile>(at, at + Tile::kM * Tile::kRowBytes, sums);
+  });
   ptx::wait_copies<0>();
   __syncthreads();
   store_tile<Tile>(sums, reinterpret_cast<float*>(shared), first_input, first_row, inputs, w.rows, store);

@@ -463,6 +463,22 @@ inline int lane() { return context.current->lane; }
 #define __shfl_xor_sync(mask, v, offset) emulation::shuffle(mask, v, emulation::lane() ^ (offset), __LINE__)
 #define __shfl_sync(mask, v, source) emulation::shuffle(mask, v, (source) & 31, __LINE__)
 #define __ballot_sync(mask, set) emulation::ballot(mask, set, __LINE__)
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned v = 0;
+  for (int i = 0; i < 4; ++i) v |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return v;
+}
 #define __popc(v) __builtin_popcount(v)
 #define __popcll(v) __builtin_popcountll(v)
 

@@ -66,10 +66,17 @@ def _swsc_linear(
 
 
 def _quant_linear(
-    draw: Draw, inputs: int, in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool
+    draw: Draw,
+    inputs: int,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    activation_bits: int = 0,
 ) -> Args:
     q = quantize(draw(out_features, in_features), bits, group_size, symmetric)
-    return draw.inputs(inputs, in_features), *q, draw(out_features), bits, group_size, 0
+    return draw.inputs(inputs, in_features), *q, draw(out_features), bits, group_size, activation_bits
 
 
 def _quant_lowrank_linear(
@@ -241,6 +248,11 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "group_size": 64, "symmetric": False},
         {"bits": 8, "group_size": 0, "symmetric": True},
         {"bits": 4, "group_size": 10, "symmetric": True},
+    )
+    + _layers(
+        {"bits": 8, "group_size": 0, "symmetric": True, "activation_bits": 8},
+        {"bits": 4, "group_size": 64, "symmetric": False, "activation_bits": 8},
+        {"bits": 8, "group_size": 10, "symmetric": False, "activation_bits": 8},
     ),
     "quant_lowrank_linear": _layers(
         {"rank": 64, "pivoted": True, "bits": 4, "group_size": 32},

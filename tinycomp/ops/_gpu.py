@@ -21,6 +21,8 @@ _SCALES = {
     "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
     "masked_linear": (4,),
 }
+# Products of int8 that an int32 holds.
+_LONGEST_GROUP = 1 << 17
 
 # Why the Triton launchers are not registered, in brackets; empty where they are.
 no_triton = ""
@@ -67,10 +69,16 @@ def _data(name: str, args: tuple[Any, ...]) -> Tensor:
     return args[1] if name == "gram_accumulate_" else args[0]
 
 
-def _lacks(name: str, args: tuple[Any, ...]) -> str | None:
-    """What neither GPU backend has: rounded activations (they multiply in the dtype of x)."""
-    if name in ("quant_linear", "quant_lowrank_linear", "quant_lowrank_linears") and args[-1] != 0:
-        return f"the GPU kernels of {name} do not round activations, got activation_bits {args[-1]}"
+def _no_rounding(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """Why a call whose activations are rounded cannot run, where it cannot."""
+    rounds = ("quant_linear",) if backend == "CUDA" else ()
+    if not name.startswith("quant_") or args[-1] == 0:
+        return None
+    if name not in rounds:
+        return f"the {backend} kernel of {name} does not round activations, got activation_bits {args[-1]}"
+    group = min(args[6], args[0].shape[-1])
+    if group > _LONGEST_GROUP:
+        return f"the {backend} kernel of {name} rounds activations in groups of at most {_LONGEST_GROUP}, got {group}"
     return None
 
 
@@ -84,7 +92,7 @@ def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     for scales in (args[i] for i in _SCALES.get(name, ())):
         if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
             return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
-    return _lacks(name, args)
+    return _no_rounding("CUDA", name, args)
 
 
 def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
@@ -94,4 +102,4 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    return _lacks(name, args)
+    return _no_rounding("Triton", name, args)

@@ -147,7 +147,9 @@ def round_activations(x: Tensor, group_size: int = 0) -> Tensor:
     groups = -(-k // size)
     wide = F.pad(x.float(), (0, groups * size - k)).reshape(*x.shape[:-1], groups, size)
     largest = wide.abs().amax(-1, keepdim=True) if k else wide.sum(-1, keepdim=True)
-    levels = (wide * torch.where(largest == 0, 0.0, 127.0 / largest)).round().clamp(-127, 127)
+    # 127.0 / largest would be 127 times a reciprocal, rounded twice.
+    factor = torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)
+    levels = (wide * factor).round().clamp(-127, 127)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rounded = levels.to(dtype) * (largest / 127.0).to(dtype)
     return rounded.reshape(*x.shape[:-1], groups * size)[..., :k]
