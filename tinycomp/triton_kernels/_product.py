@@ -77,7 +77,7 @@ def product_tile(
     if order_ptr is not None:
         at = tl.load(order_ptr + n, mask=n < rows, other=0).to(tl.int64)
     if base_ptr is not None:
-        label = n
+        label = tl.where(n < rows, n, 0)  # as if loaded: on sm_100 ptxas spills registers for plain rows
         if labels_ptr is not None:
             label = tl.load(labels_ptr + n, mask=n < rows, other=0).to(tl.int64)
         base = tl.load(base_ptr + m[:, None] * base_stride + label[None, :], mask=inside, other=0.0).to(tl.float32)
