@@ -101,18 +101,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
     ptx::commit_copies();
   };
   float sums[kTilesM][kTilesN][4] = {};
-  // The first rounds only fill stages.
-  for (int step = 1 - kStages; step < steps; ++step) {
-    if (step >= 0) {
-      ptx::wait_copies<kStages - 2>();
-      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
-      __syncthreads();
-    }
-    stage(step + kStages - 1);
-    if (step < 0) continue;
+  run_steps<kStages>(steps, stage, [&](int step) {
     const char* at = shared + step % kStages * 2 * kSideBytes;
     add_products(sums, [&](auto& products) { multiply_columns<T, Tile>(at, at + right, products); });
-  }
+  });
   ptx::wait_copies<0>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int a0 = first + warp / Tile::kWarpsN * 16 * kTilesM + lane / 4;

@@ -132,15 +132,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 3)
 #pragma unroll
     for (int h = 0; h < 2; ++h) best[i][h] = INFINITY, label[i][h] = clusters - 1;
   float dots[kTilesM][kTilesN][4] = {}, size = 0.f;
-  // The first rounds only fill stages.
-  for (int step = 1 - kStages; step < steps; ++step) {
-    if (step >= 0) {
-      ptx::wait_copies<kStages - 2>();
-      // Everybody's copies for this step have landed, and everybody has left the stage that is filled next.
-      __syncthreads();
-    }
-    stage(step + kStages - 1);
-    if (step < 0) continue;
+  run_steps<kStages>(steps, stage, [&](int step) {
     const char* at = shared + step % kStages * 2 * kSideBytes;
     add_products(dots, [&](auto& products) { multiply_stage<T, Tile>(at, at + kSideBytes, products); });
     // Two threads square a centroid.
@@ -151,7 +143,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 3)
 #pragma unroll
       for (int e = 0; e < 8; ++e) size += to_float(v.at[e]) * to_float(v.at[e]);
     }
-    if ((step + 1) % per_tile) continue;
+    if ((step + 1) % per_tile) return;
     size += __shfl_xor_sync(~0u, size, 1);
     sizes[threadIdx.x / 2] = size;
     size = 0.f;
@@ -172,7 +164,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 3)
             dot = 0.f;
           }
       }
-  }
+  });
   ptx::wait_copies<0>();
 #pragma unroll
   for (int i = 0; i < kTilesM; ++i)
