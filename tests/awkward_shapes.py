@@ -31,6 +31,15 @@ def _grouped(shape: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": layers}
 
 
+def _beside(shape: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": [300, 257, 256]}
+
+
+def _sharing(shape: dict[str, Any]) -> dict[str, Any]:
+    layers = [[300, 255, shape["rank"]], [257, 7, 0], [256, 33, shape["rank"]]]
+    return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": layers}
+
+
 AWKWARD: dict[str, list[dict[str, Any]]] = {
     "lowrank_linear": _turns(_LAYERS, {"pivoted": True}, {"pivoted": False}),
     "lowrank_linears": [_grouped(shape) for shape in _LAYERS],
@@ -44,6 +53,11 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
     "quant_lowrank_linears": _turns(
         [_grouped(shape) for shape in _LAYERS], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
     ),
+    "sliced_linears": [_beside(shape) for shape in _PLAIN],
+    "quant_linears": _turns(
+        [_beside(shape) for shape in _PLAIN], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
+    ),
+    "swsc_linears": [_sharing(shape) for shape in _LAYERS],
     "cur_linear": _LAYERS,
     "swsc_linear": _turns(
         _LAYERS,
@@ -112,7 +126,12 @@ def random_shape(name: str, draw: random.Random) -> dict[str, Any]:
         shape["rank"] = draw.randint(1, shape["out_features"])
     if "layers" in shape:
         rows = [draw.randint(1, 90) for _ in shape["layers"]]
-        shape["layers"] = [[n, draw.randint(1, n), draw.randint(0, 1)] for n in rows]
+        one = shape["layers"][0]  # features; with rank and whether it is pivoted, or with clusters and rank
+        if isinstance(one, int):
+            shape["layers"] = rows
+        else:
+            most_last = 1 if name.endswith("lowrank_linears") else 20
+            shape["layers"] = [[n, draw.randint(1, n), draw.randint(0, most_last)] for n in rows]
     if "k" in shape:
         shape["k"] = draw.randint(1, min(shape["rows"], shape["columns"]))
     if "count" in shape and shape.get("group_size"):

@@ -6,6 +6,7 @@ import ctypes
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tolerance import assert_close
 import tinycomp as tc
 from tinycomp import ops
 from tinycomp.kernels_dump import _cases
+from tinycomp.layers import DenseLinear, group_, set_ratio_
+from tinycomp.models import spec_of, unit_groups
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
 from tinycomp.ops.quant_linear import pack_int4, round_activations
@@ -107,18 +110,47 @@ def test_groups_that_int32_cannot_sum(library: ctypes.CDLL) -> None:
     assert _registry.why_not(OPS["quant_linear"], "cuda-emulated", (*args, 0, 8)) is None
 
 
+def elastic(model: torch.nn.Module) -> None:
+    path = tc.UnitPath.from_scores({g.name: torch.arange(float(g.count)) for g in unit_groups(model)})
+    tc.make_elastic_(model, path, uniform=True)
+    set_ratio_(model, 0.75)
+
+
+def dense(model: torch.nn.Module) -> None:
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.model.layers.set_submodule(name, DenseLinear.from_linear(module))
+    group_(model, spec_of(model).shared_inputs)
+
+
 @torch.no_grad()
-def test_model_whose_layers_share_their_input(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (tc.SVD(ratio=0.6, weighting="none"), ["lowrank_linears"] * 2),
+        (tc.SVD(ratio=0.6, weighting="none", bits=8), ["quant_lowrank_linears"] * 2),
+        (tc.SWSC(clusters=4, rank=2, weighted=False), ["swsc_linears"] * 2),
+        (tc.Rounding(bits=8), ["quant_linears"] * 2),
+        (elastic, ["swsc_linears", "sliced_linears"]),
+        (dense, ["sliced_linears"] * 2),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_model_whose_layers_share_their_input(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, change: Any, names: list[str]
+) -> None:
     """A sublayer's q, k and v, and gate and up, go in one launch each."""
     model = tiny_llama().eval()
-    tc.compress_(model, tc.SVD(ratio=0.6, weighting="none"), progress=False)
-    calls, call = [], ops.lowrank_linears
-    monkeypatch.setattr(ops, "lowrank_linears", lambda *args: (calls.append(len(args)), call(*args))[1])
+    change(model) if callable(change) else tc.compress_(model, change, progress=False)
+    calls: list[str] = []
+    for name in dict.fromkeys(names):
+        call = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, name=name, call=call: (calls.append(name), call(*args))[1])
     apart = model(torch.arange(7)[None]).logits
     assert not calls
     with ops.use_backend("cuda-emulated"):
         together = model(torch.arange(7)[None]).logits
-    assert len(calls) == 2 * model.config.num_hidden_layers
+    assert calls == names * model.config.num_hidden_layers
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 

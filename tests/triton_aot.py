@@ -99,6 +99,10 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
         if every or m == 1:
             yield "lowrank_linears", (x, *(t(rank, k), t(n - rank, rank), order, None) * 2)
             yield "quant_lowrank_linears", (x, *(*int4, None, None, None, None) * 3, 4, 128)
+            yield "sliced_linears", (x, *(t(n, k), None) * 3)
+            yield "quant_linears", (x, *(t(n, k // 2, dtype=u8), t(n, k // 128), t(n, k // 128), None) * 3, 4, 128)
+            sharing = (t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None)
+            yield "swsc_linears", (x, *sharing * 3)
         if every:
             yield "lowrank_linear", (x, t(rank, k), t(n, rank), None, t(n))
             yield "swsc_linear", (x, t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, 0)

@@ -1,4 +1,4 @@
-// Launches of a group of low-rank layers that read the same input.
+// Launches of layers that read the same input: low-rank ones, or those of one weight, whose first factor has no rows.
 #pragma once
 
 #include "linear_host.cuh"
@@ -17,6 +17,18 @@ struct Group {
   std::vector<Tensor> held;
   int64_t features = 0;
 
+  void hold(const RoundedWeight<T>& w) {
+    held.push_back(w.levels.tensor);
+    if (w.scales.tensor) held.push_back(*w.scales.tensor);
+    if (w.zeros.tensor) held.push_back(*w.zeros.tensor);
+  }
+  // y = x wᵀ: the second stage alone.
+  void add(int at, const Storage& w, const std::optional<Tensor>& bias) {
+    const Vector<T> shift(bias, scalar_type<T>, w.rows, "bias");
+    layers[at] = {{}, w, nullptr, 0, nullptr, shift.data, nullptr};
+    if (shift.tensor) held.push_back(*shift.tensor);
+    features += w.rows;
+  }
   void add(int at, const Tensor& x, int inputs, const Storage& r, const Storage& t, const std::optional<Tensor>& order,
            const std::optional<Tensor>& bias) {
     const int64_t rows = t.rows + (order ? r.rows : 0);
@@ -31,7 +43,7 @@ struct Group {
   }
 };
 
-// One launch for few inputs, two for each layer otherwise.
+// One launch for few inputs, otherwise one for each factor.
 template <class T, class W>
 Tensor run_group(const Device& device, const Tensor& x, const Rows<T>& inputs, Group<T>& group) {
   const Tensor y = empty(x, shape_with_last(x, group.features), scalar_type<T>);
@@ -45,13 +57,14 @@ Tensor run_group(const Device& device, const Tensor& x, const Rows<T>& inputs, G
   }
   if (inputs.rows == 0 || group.features == 0) return y;
   const Config config =
-      pick_config({{inputs.rows, inputs.columns, ranks}, {inputs.rows, longest, rows}}, device.processors);
+      ranks > 0 ? pick_config({{inputs.rows, inputs.columns, ranks}, {inputs.rows, longest, rows}}, device.processors)
+                : pick_config({{inputs.rows, inputs.columns, rows}}, device.processors);
   if (!config.decode) {
     for (const GroupLayer<T>& l : group.layers) {
       const Output<T> p{l.order ? l.y : nullptr, group.features, l.z, l.z_stride, l.order, l.bias};
       const Output<T> q{l.y, group.features, nullptr, 0, l.order ? l.order + l.r.rows : nullptr, l.bias};
       product<T, W>(device, inputs.matrix(), inputs.rows, l.r, p);
-      product<T, W>(device, p.next(), inputs.rows, l.t, q);
+      product<T, W>(device, l.z ? p.next() : inputs.matrix(), inputs.rows, l.t, q);
     }
     return y;
   }
@@ -73,5 +86,15 @@ Tensor run_group(const Device& device, const Tensor& x, const Rows<T>& inputs, G
   launch(std::integral_constant<int, 1>{});
   return y;
 }
+
+// Compiled once: in the file of the low-rank op.
+#define TINYCOMP_SHARED_GROUP(declared, W)                                                                          \
+  declared template Tensor run_group<float, W(float)>(const Device&, const Tensor&, const Rows<float>&,             \
+                                                      Group<float>&);                                               \
+  declared template Tensor run_group<bf16, W(bf16)>(const Device&, const Tensor&, const Rows<bf16>&, Group<bf16>&); \
+  declared template Tensor run_group<f16, W(f16)>(const Device&, const Tensor&, const Rows<f16>&, Group<f16>&);
+TINYCOMP_SHARED_GROUP(extern, TINYCOMP_DENSE)
+TINYCOMP_SHARED_GROUP(extern, TINYCOMP_ROUNDED8)
+TINYCOMP_SHARED_GROUP(extern, TINYCOMP_ROUNDED4)
 
 }  // namespace tinycomp::cuda

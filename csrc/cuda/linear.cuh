@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   });
 }
 
-// A low-rank layer among those that share an input: t (r x), with an order both factors' products are outputs. A layer
-// that is not there has no rows.
+// A layer among those that share an input: t (r x), with an order both factors' products are outputs, without a z t x
+// alone. A layer that is not there has no rows.
 template <class T>
 struct GroupLayer {
   Storage r, t;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                                        layer.bias, nullptr, 0, nullptr, 0, nullptr});
     else
       decode_rows<T, kTiles>(
-          W{layer.t}, Matrix<T>{layer.z, layer.z_stride, true}, inputs, item * 8 * kTiles,
+          W{layer.t}, layer.z ? Matrix<T>{layer.z, layer.z_stride, true} : x, inputs, item * 8 * kTiles,
           Output<T>{layer.y, y_stride, nullptr, 0, layer.order ? layer.order + layer.r.rows : nullptr, layer.bias,
                     nullptr, 0, nullptr, 0, nullptr});
   });

@@ -30,6 +30,7 @@ Tensor lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& t1, cons
   });
 }
 
+TINYCOMP_SHARED_GROUP(, TINYCOMP_DENSE)
 TINYCOMP_CUDA_KERNEL(lowrank_linears, lowrank_linears)
 
 }  // namespace tinycomp::cuda

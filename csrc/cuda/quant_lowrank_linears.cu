@@ -28,11 +28,7 @@ Tensor quant_lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& r_
                          const Optional& bias) {
       const RoundedWeight<T> first(r, r_scales, r_zeros, inputs.columns, bits, group_size, "quant_lowrank_linears: r"),
           second(t, t_scales, t_zeros, r.size(0), bits, group_size, "quant_lowrank_linears: t");
-      for (const RoundedWeight<T>* w : {&first, &second}) {
-        group.held.push_back(w->levels.tensor);
-        if (w->scales.tensor) group.held.push_back(*w->scales.tensor);
-        if (w->zeros.tensor) group.held.push_back(*w->zeros.tensor);
-      }
+      group.hold(first), group.hold(second);
       group.add(at, x, inputs.rows, first.storage, second.storage, order, bias);
     };
     add(0, r1, r_scales1, t1, t_scales1, order1, r_zeros1, t_zeros1, bias1);
@@ -47,6 +43,8 @@ Tensor quant_lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& r_
   });
 }
 
+TINYCOMP_SHARED_GROUP(, TINYCOMP_ROUNDED8)
+TINYCOMP_SHARED_GROUP(, TINYCOMP_ROUNDED4)
 TINYCOMP_CUDA_KERNEL(quant_lowrank_linears, quant_lowrank_linears)
 
 }  // namespace tinycomp::cuda

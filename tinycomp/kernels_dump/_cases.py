@@ -106,6 +106,22 @@ def _quant_lowrank_linears(
     return draw.inputs(inputs, in_features), *_group(layers, single), bits, group_size, 0
 
 
+def _sliced_linears(draw: Draw, inputs: int, in_features: int, layers: list[int]) -> Args:
+    found = [v for n in layers for v in (draw(n, in_features), draw(n))]
+    return draw.inputs(inputs, in_features), *found
+
+
+def _quant_linears(draw: Draw, inputs: int, in_features: int, layers: list[int], bits: int, group_size: int) -> Args:
+    found = [v for n in layers for v in _quant_linear(draw, 1, in_features, n, bits, group_size, False)[1:5]]
+    return draw.inputs(inputs, in_features), *found, *[None] * (12 - len(found)), bits, group_size, 0
+
+
+def _swsc_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]]) -> Args:
+    """`layers` holds [out_features, clusters, rank] of two or three."""
+    found = [v for n, c, r in layers for v in _swsc_linear(draw, 1, in_features, n, r, c, 0, 32)[1:7]]
+    return draw.inputs(inputs, in_features), *found
+
+
 def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int, format: str, value_bits: int) -> Args:
     scores = draw(out_features, in_features, dtype=torch.float32)
     if format == "2:4":
@@ -167,6 +183,9 @@ _MAKERS: dict[str, Callable[..., Args]] = {
     "lowrank_linear": _lowrank_linear,
     "lowrank_linears": _lowrank_linears,
     "quant_lowrank_linears": _quant_lowrank_linears,
+    "sliced_linears": _sliced_linears,
+    "quant_linears": _quant_linears,
+    "swsc_linears": _swsc_linears,
     "cur_linear": _cur_linear,
     "sliced_linear": _sliced_linear,
     "swsc_linear": _swsc_linear,
@@ -236,6 +255,22 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         },
         {"inputs": 16, "in_features": 193, "layers": [[129, 33, 1], [257, 7, 0]], "bits": 8, "group_size": 0},
         {"inputs": 33, "in_features": 193, "layers": [[129, 33, 0], [64, 16, 1]], "bits": 4, "group_size": 10},
+    ],
+    "sliced_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64]},
+        {"inputs": 16, "in_features": 193, "layers": [129, 257]},
+        {"inputs": 7, "in_features": 128, "layers": [96, 96], "processors": 1},
+        {"inputs": 33, "in_features": 193, "layers": [129, 64]},
+    ],
+    "quant_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64], "bits": 4, "group_size": 32},
+        {"inputs": 16, "in_features": 193, "layers": [129, 257], "bits": 8, "group_size": 0},
+        {"inputs": 33, "in_features": 193, "layers": [129, 64], "bits": 4, "group_size": 10},
+    ],
+    "swsc_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [[192, 40, 16], [64, 16, 0], [64, 24, 8]]},
+        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 7], [257, 17, 5]]},
+        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 0]]},
     ],
     "cur_linear": _layers({"rank": 33}),
     "sliced_linear": _layers({"whole": [272, 264]}),

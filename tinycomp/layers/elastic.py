@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
+from tinycomp.layers.grouped import Grouped
 
 BILLIONTHS = 10**9  # ratios are stored as integers, which casting a model to another dtype leaves alone
 
 
-class ElasticLinear(CompressedLinear):
+class ElasticLinear(Grouped, CompressedLinear):
     """Rows and columns of a dense layer that run as any of their prefixes.
 
         y[..., outputs] = x[..., inputs] full[:active_out, :active_in]ᵀ + bias[:active_out], zero elsewhere
@@ -84,13 +85,34 @@ class ElasticLinear(CompressedLinear):
             int(self.out_enters.le(limit).sum()) if self.ranked_out else self.full.out_features,
         )
 
+    @property
+    def group_op(self) -> str:  # type: ignore[override]
+        return "swsc_linears" if self.scatter else "sliced_linears"
+
+    def group_tensors(self) -> tuple[Any, ...] | None:
+        return None if self.gather else self._ready().tensors
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return (0,) if self.scatter else ()
+
+    def group_features(self) -> int:
+        return self.out_features if self.scatter else self.active_out
+
+    def _ready(self) -> _OnePass:
+        ready = self._one_pass
+        if ready is None or not ready.holds(self):
+            ready = self._one_pass = _OnePass(self)
+        return ready
+
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and self.gather != self.scatter and not torch.compiler.is_compiling():
-            ready = self._one_pass
-            if ready is None or not ready.holds(self):
-                ready = self._one_pass = _OnePass(self)
-            if ready.arguments is not None and type(x) is Tensor:
-                return ops.swsc_linear(x, *ready.arguments)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor:
+            together = self.from_group(x)
+            if together is not None:
+                return together
+            if self.gather or self.scatter:
+                held = self._ready().tensors
+                if held is not None:
+                    return ops.swsc_linear(x, *held, int(self.gather))
         if self.gather:
             x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)
@@ -139,34 +161,36 @@ class _OnePass:
     Rows are centroids, each output takes its row times 1, or the first row times 0 where it has none; columns likewise.
     With one row of input, indexing by torch operators would cost about as much as the product.
 
-    arguments: what `swsc_linear` takes after x; None where it cannot stand in.
+    tensors: what `swsc_linear` takes after x, or `sliced_linears` for a layer that neither gathers nor scatters; None
+    where they cannot stand in.
     """
 
     def __init__(self, layer: ElasticLinear) -> None:
         self.side = "inputs" if layer.gather else "outputs"
-        self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers[self.side]
+        self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers.get(self.side)
         # Inference tensors do not count their changes.
         self.copied = [t for t in (self.bias, self.index) if t is not None and not t.is_inference()]
         self.state = self._state()
-        self.arguments = self._arguments(layer) if plain_weights(layer.full) is not None else None
+        self.tensors = self._tensors(layer) if plain_weights(layer.full) is not None else None
 
-    def _arguments(self, layer: ElasticLinear) -> tuple[Any, ...] | None:
-        weight = self.weight.detach()[: layer.active_out, : layer.active_in]
-        assert self.index is not None
-        active = self.index[: layer.active_in if layer.gather else layer.active_out]
-        if layer.scatter and layer.active_in != layer.in_features:
+    def _tensors(self, layer: ElasticLinear) -> tuple[Any, ...] | None:
+        if (layer.gather and layer.scatter) or (not layer.gather and layer.active_in != layer.in_features):
             return None
+        weight = self.weight.detach()[: layer.active_out, : layer.active_in]
+        bias = None if self.bias is None else self.bias.detach()[: layer.active_out]
+        if self.index is None:
+            return weight, bias
+        active = self.index[: layer.active_in if layer.gather else layer.active_out]
         if len(active) == 0:  # nothing to take: one row or column that no output or input wants
             weight = weight.new_zeros(len(weight), 1) if layer.gather else weight.new_zeros(1, layer.in_features)
         features = layer.in_features if layer.gather else layer.out_features
         labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
         labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)
         scales = weight.new_zeros(features).index_fill_(0, active, 1)
-        bias = None if self.bias is None else self.bias.detach()[: layer.active_out]
         if bias is not None and layer.scatter:
             bias = bias.new_zeros(features).index_copy_(0, active, bias)
         b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
-        return weight, labels, b, a, scales, bias, int(layer.gather)
+        return weight, labels, b, a, scales, bias
 
     def _state(self) -> list[int]:
         """Where the weight is, and how often what is copied was changed in place."""
@@ -182,9 +206,9 @@ class _OnePass:
         return (
             full._parameters.get("weight") is self.weight
             and layer._parameters.get("bias") is self.bias
-            and layer._buffers[self.side] is self.index
+            and layer._buffers.get(self.side) is self.index
             and self.state == self._state()
-            and (self.arguments is None or plain_weights(full) is not None)
+            and (self.tensors is None or plain_weights(full) is not None)
         )
 
 

@@ -1,8 +1,8 @@
 """Layers that read the same input (q, k, v; gate, up): on a GPU, the first one's call computes all for few inputs.
 
 It saves launches, which bound a GPU's decoding. A CPU has nothing to gain: the op for all took as long as one for each
-(q, k, v and gate, up of SmolLM2 at half rank: 90 against 92 and 210 against 221 microseconds on two cores), and keeping
-the results for the others costs more than that.
+(low-rank q, k, v and gate, up of SmolLM2 at half rank: 90 against 92 and 210 against 221 microseconds on two cores;
+elastic q, k, v on a core where calls are slow: 223 against 202), and keeping the results for the others costs more.
 """
 
 from __future__ import annotations
@@ -20,6 +20,31 @@ MOST_INPUTS = 16  # above, reading the input again costs nothing beside the prod
 MOST_MISSES = 3
 
 
+class Grouped:
+    """What a layer says so that it may be computed together with others."""
+
+    group: Group | None = None
+    group_op: str  # of `tinycomp.ops`, for all layers
+    in_features: int
+    out_features: int
+
+    def group_tensors(self) -> Sequence[Any] | None:
+        """The layer's arguments of that op; None while it has to compute its output itself."""
+        raise NotImplementedError(f"{type(self).__name__}.group_tensors")
+
+    def group_numbers(self) -> tuple[int, ...]:
+        """The op's last arguments, the same for all layers of a group."""
+        return ()
+
+    def group_features(self) -> int:
+        """Outputs."""
+        return self.out_features
+
+    def from_group(self, x: Tensor) -> Tensor | None:
+        """The layer's output if the call of another one made it, or makes it now."""
+        return None if self.group is None else self.group.output(self, x)
+
+
 class Group:
     """Two or three layers of one class that a model calls in order with the very same tensor.
 
@@ -27,17 +52,15 @@ class Group:
     compute it themselves otherwise. A model whose calls turn out to differ stops being computed this way.
 
     Args:
-        members: in the order in which the model calls them. Their `group_op` names the op of `tinycomp.ops` for all;
-            `group_tensors()` are a layer's arguments of it, None while something is attached to its parts;
-            `group_numbers()` are the op's last arguments.
+        members: in the order in which the model calls them.
     """
 
-    def __init__(self, members: list[Any]) -> None:
+    def __init__(self, members: list[Grouped]) -> None:
         self.members = members
         self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._misses = 0
 
-    def output(self, layer: Any, x: Tensor) -> Tensor | None:
+    def output(self, layer: Grouped, x: Tensor) -> Tensor | None:
         """What `layer` gives for `x`; None if it has to compute that itself."""
         kept = self._kept
         if layer is self.members[0]:
@@ -52,18 +75,22 @@ class Group:
         return kept[1][1]
 
     def _first(self, x: Tensor) -> Tensor | None:
-        first = self.members[0]
+        members = self.members
+        first = members[0]
         backends = gpu_backends(x)
         if not backends or x.numel() > MOST_INPUTS * first.in_features:
             return None
-        tensors = [layer.group_tensors() for layer in self.members]
-        if None in tensors:
+        args: list[Any] = [x]
+        for layer in members:
+            tensors = layer.group_tensors()
+            if tensors is None or layer.group_op != first.group_op:
+                return None
+            args += tensors
+        args += [None] * ((len(args) - 1) // len(members) * (LAYERS - len(members)))
+        args += first.group_numbers()
+        if all(why_not(OPS[first.group_op], backend, tuple(args)) for backend in backends):
             return None
-        absent = (None,) * (len(tensors[0]) * (LAYERS - len(tensors)))
-        args: tuple[Any, ...] = (x, *(t for layer in tensors for t in layer), *absent, *first.group_numbers())
-        if all(why_not(OPS[first.group_op], backend, args) for backend in backends):
-            return None
-        outputs = getattr(ops, first.group_op)(*args).split([layer.out_features for layer in self.members], -1)
+        outputs = getattr(ops, first.group_op)(*args).split([layer.group_features() for layer in members], -1)
         self._kept = x, outputs
         return outputs[0]
 
@@ -79,11 +106,11 @@ def group_(model: nn.Module, shared: Iterable[Sequence[str]]) -> None:
     """
     layers = dict(model.named_modules())
     for layer in layers.values():
-        if isinstance(getattr(layer, "group", None), Group):
-            layer.group = None  # type: ignore[assignment]
+        if isinstance(layer, Grouped):
+            layer.group = None
     for paths in shared:
         members: list[Any] = [layers.get(path) for path in paths]
-        known = all(hasattr(m, "group_op") for m in members)
+        known = all(isinstance(m, Grouped) for m in members)
         if known and len(members) > 1 and len({(type(m), m.in_features, m.group_numbers()) for m in members}) == 1:
             group = Group(members)
             for member in members:

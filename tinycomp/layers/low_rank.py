@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, filled, linear, plain_weights, tensors
-from tinycomp.layers.grouped import Group
+from tinycomp.layers.grouped import Grouped
 
 
-class LowRankLinear(CompressedLinear):
+class LowRankLinear(Grouped, CompressedLinear):
     """A weight of rank `rank`.
 
     Plain:    y = up(down(x)) + bias                                  rank (in + out) numbers
@@ -32,7 +32,6 @@ class LowRankLinear(CompressedLinear):
 
     order: Tensor | None
     group_op = "lowrank_linears"
-    group: Group | None = None
 
     def __init__(
         self,
@@ -73,11 +72,8 @@ class LowRankLinear(CompressedLinear):
         weights = plain_weights(children["down"], children["up"])  # type: ignore[arg-type]
         return None if weights is None else (*weights, *tensors(self, "order", "bias"))
 
-    def group_numbers(self) -> tuple[int, ...]:
-        return ()
-
     def forward(self, x: Tensor) -> Tensor:
-        together = None if self.group is None else self.group.output(self, x)
+        together = self.from_group(x)
         if together is not None:
             return together
         held = self.group_tensors()

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
+from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
 
-class QuantLinear(CompressedLinear):
+class QuantLinear(Grouped, CompressedLinear):
     """Weights rounded to int8 or int4: y = x wᵀ + bias, w = (q - zeros) scales, by row or by group of inputs.
 
     Integer tensors never change with the model's dtype. Scales and zeros have it: a model that is loaded in a dtype
@@ -34,6 +35,8 @@ class QuantLinear(CompressedLinear):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+
+    group_op = "quant_linears"
 
     def __init__(
         self,
@@ -91,9 +94,17 @@ class QuantLinear(CompressedLinear):
         zeros = 0 if self.zeros is None else self.zeros.numel()
         return self.in_features * self.out_features + self.scales.numel() + zeros
 
+    def group_tensors(self) -> list[Any]:
+        return tensors(self, "qweight", "scales", "zeros", "bias")
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return self.bits, self.group_size, self.activation_bits
+
     def forward(self, x: Tensor) -> Tensor:
-        qweight, scales, zeros, bias = tensors(self, "qweight", "scales", "zeros", "bias")
-        return ops.quant_linear(x, qweight, scales, zeros, bias, self.bits, self.group_size, self.activation_bits)
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        return ops.quant_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def dense_weight(self) -> Tensor:
         w = dequantize(self.qweight, self.scales, self.zeros, self.in_features, self.bits, self.group_size)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
-from tinycomp.layers.grouped import Group
+from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.low_rank import LowRankLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
 
-class QuantLowRankLinear(CompressedLinear):
+class QuantLowRankLinear(Grouped, CompressedLinear):
     """`LowRankLinear` with rounded factors: r = (q - zeros) scales and t likewise, by row or by group of inputs.
 
     Buffers r, r_scales, t, t_scales, with `symmetric=False` r_zeros and t_zeros, and `order` where pivoted, are those
@@ -35,7 +35,6 @@ class QuantLowRankLinear(CompressedLinear):
     """
 
     group_op = "quant_lowrank_linears"
-    group: Group | None = None
     order: Tensor | None
     r: Tensor
     r_scales: Tensor
@@ -111,7 +110,7 @@ class QuantLowRankLinear(CompressedLinear):
         return self.bits, self.group_size, self.activation_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        together = None if self.group is None else self.group.output(self, x)
+        together = self.from_group(x)
         if together is not None:
             return together
         return ops.quant_lowrank_linear(x, *self.group_tensors(), *self.group_numbers())

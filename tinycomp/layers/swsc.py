@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
+from tinycomp.layers.grouped import Grouped
 
 
 class ChannelSharing(CompressedLinear):
@@ -35,7 +36,7 @@ class ChannelSharing(CompressedLinear):
         return f"{super().extra_repr()}, {more}"
 
 
-class SWSCLinear(ChannelSharing):
+class SWSCLinear(Grouped, ChannelSharing):
     """Channels share centroids; the weight is never rebuilt.
 
     Axis 0, output channels:  y_i = scales_i centroids(x)[labels_i] + a(b(x))_i + bias_i
@@ -52,6 +53,8 @@ class SWSCLinear(ChannelSharing):
         device: where the tensors are.
         dtype: dtype of centroids, factors and gains.
     """
+
+    group_op = "swsc_linears"
 
     def __init__(
         self,
@@ -71,15 +74,27 @@ class SWSCLinear(ChannelSharing):
         self.b = linear(in_features, rank, device, dtype) if rank else None
         self.a = linear(rank, out_features, device, dtype) if rank else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def group_tensors(self) -> tuple[Any, ...] | None:
         children = self._modules
         names = ("centroids", "b", "a") if self.rank else ("centroids",)
         weights = plain_weights(*(children[name] for name in names))  # type: ignore[arg-type]
-        if weights is not None:
-            centroids, *factors = weights
-            b, a = factors or (centroids.new_empty(0, self.in_features), centroids.new_empty(self.out_features, 0))
-            labels, scales, bias = tensors(self, "labels", "scales", "bias")
-            return ops.swsc_linear(x, centroids, labels, b, a, scales, bias, self.axis)
+        if weights is None:
+            return None
+        centroids, *factors = weights
+        b, a = factors or (centroids.new_empty(0, self.in_features), centroids.new_empty(self.out_features, 0))
+        labels, scales, bias = tensors(self, "labels", "scales", "bias")
+        return centroids, labels, b, a, scales, bias
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return (self.axis,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        held = self.group_tensors()
+        if held is not None:
+            return ops.swsc_linear(x, *held, self.axis)
         labels = self.labels.long()
         if self.axis == 0:
             y = self.centroids(x).index_select(-1, labels)

@@ -13,13 +13,16 @@ from tinycomp.ops.lowrank_linears import lowrank_linears
 from tinycomp.ops.masked_formats import Packed, pack_masked, unpack_masked
 from tinycomp.ops.masked_linear import masked_linear
 from tinycomp.ops.quant_linear import Quantized, dequantize, pack_int4, quant_linear, quantize, unpack_int4
+from tinycomp.ops.quant_linears import quant_linears
 from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
 from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
 from tinycomp.ops.sliced_linear import sliced_linear
+from tinycomp.ops.sliced_linears import sliced_linears
 from tinycomp.ops.split_bregman_step_ import split_bregman_step_
 from tinycomp.ops.swsc_linear import swsc_linear
+from tinycomp.ops.swsc_linears import swsc_linears
 
 __all__ = [
     "OPS",
@@ -40,6 +43,7 @@ __all__ = [
     "pack_int4",
     "pack_masked",
     "quant_linear",
+    "quant_linears",
     "quant_lowrank_linear",
     "quant_lowrank_linears",
     "quantize",
@@ -47,9 +51,11 @@ __all__ = [
     "sample_without_replacement",
     "select_pivots",
     "sliced_linear",
+    "sliced_linears",
     "split_bregman_step_",
     "status",
     "swsc_linear",
+    "swsc_linears",
     "unpack_int4",
     "unpack_masked",
     "use_backend",

@@ -17,6 +17,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions of the scales of rounded weights.
 _SCALES = {
     "quant_linear": (2, 3),
+    "quant_linears": tuple(i + 4 * layer for layer in range(3) for i in (2, 3)),
     "quant_lowrank_linear": (2, 4, 6, 7),
     "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
     "masked_linear": (4,),
@@ -89,6 +90,8 @@ def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
         return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
     if name == "masked_linear" and args[7] == "index":
         return "the CUDA kernel of masked_linear has no format 'index'"
+    if name == "swsc_linears" and args[-1] != 0:
+        return f"the CUDA kernel of swsc_linears takes layers whose outputs share (axis 0), got axis {args[-1]}"
     for scales in (args[i] for i in _SCALES.get(name, ())):
         if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
             return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"

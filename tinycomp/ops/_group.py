@@ -26,12 +26,25 @@ def _schema(tensors: Sequence[Any], numbers: Sequence[Any]) -> str:
     return f"({', '.join(words)}) -> Tensor"
 
 
-def define_group(name: str, single: str, samples: Callable[[torch.dtype], Iterator[Sample]]) -> Callable[..., Tensor]:
-    """Define op `name`: the outputs of layers of op `single`, one beside the other."""
+def define_group(
+    name: str,
+    single: str,
+    samples: Callable[[torch.dtype], Iterator[Sample]],
+    numbers_of: Callable[[Args], Args] | None = None,
+) -> Callable[..., Tensor]:
+    """Define op `name`: the outputs of layers of op `single`, one beside the other.
+
+    Args:
+        name: the op of all layers.
+        single: the op of one.
+        samples: as an `Op` has them.
+        numbers_of: a layer's tensors -> the numbers of its call of `single`; by default the group's op takes them,
+            the same for all layers.
+    """
     op = OPS[single]
     arguments = getattr(torch.ops.tinycomp, single).default._schema.arguments
     tensors = [a for a in arguments[1:] if "Tensor" in str(a.type)]
-    numbers = [a for a in arguments if "Tensor" not in str(a.type)]
+    numbers = [] if numbers_of else [a for a in arguments if "Tensor" not in str(a.type)]
     # Plain functions and numbers alone below: torch.compile builds the closures of a backward pass anew.
     one_check, one_reference, one_fake, one_cost, one_backward = op.check, op.reference, op.fake, op.cost, op.backward
     size, defaults = len(tensors), tuple(a.default_value for a in numbers)
@@ -42,7 +55,9 @@ def define_group(name: str, single: str, samples: Callable[[torch.dtype], Iterat
         rest = tuple(args[end:]) + defaults[len(args[end:]) :]
         given = tuple(args[1:end]) + (None,) * (end - len(args[:end]))
         layers = [given[i * size : (i + 1) * size] for i in range(LAYERS)]
-        return [(args[0], *layer, *rest) for layer in layers if layer[0] is not None]
+        return [
+            (args[0], *layer, *(numbers_of(layer) if numbers_of else rest)) for layer in layers if layer[0] is not None
+        ]
 
     def check(*args: Any) -> None:
         for layer in split(args):

@@ -1,4 +1,4 @@
-"""Low-rank layers, alone or those that read the same input."""
+"""Layers that read the same input, and low-rank layers alone."""
 
 from __future__ import annotations
 
@@ -50,6 +50,28 @@ def with_signature(name: str) -> Callable[[Callable[..., Tensor]], Callable[...,
         return call
 
     return add
+
+
+class Single(NamedTuple):
+    """y = x wᵀ + bias; the weight may be rounded."""
+
+    w: Tensor
+    bias: Tensor | None
+    rounded: Rounded = PLAIN
+
+
+def singles(x: Tensor, layers: list[Single]) -> Tensor:
+    """The outputs of one to three layers of one product beside each other."""
+    flat, features = rows_of(x), [layer.w.shape[0] for layer in layers]
+    y = x.new_empty(*x.shape[:-1], sum(features))
+    outputs = y.view(flat.shape[0], sum(features)).split(features, 1)
+    run_stages(
+        [
+            Part(flat, layer.w, out, layer.rounded, bias=adjacent(layer.bias))
+            for layer, out in zip(layers, outputs, strict=True)
+        ]
+    )
+    return y
 
 
 def low_rank(x: Tensor, layers: list[Layer]) -> Tensor:

@@ -164,7 +164,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
         if base is None
         else [base.values, base.values.stride(0), adjacent(base.labels), adjacent(base.scales)]
     )
-    rounded, counters = parts[0].rounded, zeros_of(parts[0].x.device)
+    rounded, counters = parts[0].rounded, zeros_of(parts[0].x.device) if len(stages) > 1 else None
     args += [rounded.group_size or 1 << 30, next((p.y.stride(0) for p in parts if p.y is not None), 0), counters]
     args += [inputs, triton.next_power_of_2(inputs)]
     kernel = torch.library.wrap_triton(_KERNELS["decode-float32" if parts[0].x.dtype == torch.float32 else "decode"])
@@ -174,7 +174,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
             kernel[lambda meta, rows=rows: (sum(triton.cdiv(n, meta["BN"]) for n in rows),)](
                 *args,
                 IN_FIRST=len(stages[0]),
-                IN_SECOND=len(stages[1]),
+                IN_SECOND=sum(len(s) for s in stages[1:2]),
                 PARTS=len(parts),
                 STAGE=-1 if counters is not None else stage,
                 BITS=rounded.bits,
