@@ -55,7 +55,11 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
     ),
     "sliced_linears": [_beside(shape) for shape in _PLAIN],
     "quant_linears": _turns(
-        [_beside(shape) for shape in _PLAIN], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
+        [_beside(shape) for shape in _PLAIN],
+        {"bits": 8, "group_size": 0},
+        {"bits": 4, "group_size": 10},
+        {"bits": 4, "group_size": 10, "activation_bits": 8},
+        {"bits": 8, "group_size": 0, "activation_bits": 8},
     ),
     "swsc_linears": [_sharing(shape) for shape in _LAYERS],
     "cur_linear": _LAYERS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tolerance import assert_close
 
 import tinycomp as tc
 from tinycomp import ops
-from tinycomp.kernels_dump import _cases
-from tinycomp.layers import DenseLinear, group_, set_ratio_
+from tinycomp.kernels_dump import _cases, _record
+from tinycomp.layers import DenseLinear, QuantLinear, group_, set_ratio_
 from tinycomp.models import spec_of, unit_groups
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
@@ -103,6 +104,28 @@ def test_inputs_are_rounded_as_the_contract_says(library: ctypes.CDLL, dtype: to
             assert torch.equal(y[~undefined], whole.to(dtype)[~undefined]), (bits, group, rows)
 
 
+DECODE = [name for name in OPS if name.endswith(("_linear", "_linears"))]
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_few_inputs_allocate_nothing_but_the_result(library: ctypes.CDLL, name: str) -> None:
+    """After the first call of a stream, which makes its scratch memory; and one launch for every form."""
+    shapes = [shape for shape in _cases.DEFAULTS[name] if shape["inputs"] <= 16 and "processors" not in shape]
+    assert shapes
+    op, library.tinycomp_recorded.restype = getattr(torch.ops.tinycomp_emulated, name).default, ctypes.c_char_p
+    for shape in shapes:
+        args = _cases.make(name, torch.bfloat16, 0, shape)
+        _record._call(op, args)
+        assert len(_record._call(op, args)[1]) == 1, shape
+        library.tinycomp_record(True)
+        try:
+            _record._call(op, args)
+            launches = library.tinycomp_recorded().decode().splitlines()
+        finally:
+            library.tinycomp_record(False)
+        assert len(launches) == 1, (shape, launches)
+
+
 def test_groups_that_int32_cannot_sum(library: ctypes.CDLL) -> None:
     k = (1 << 17) + 2
     args = (torch.zeros(1, k), torch.zeros(1, k, dtype=torch.int8), torch.ones(1, 1), None, None, 8)
@@ -116,11 +139,14 @@ def elastic(model: torch.nn.Module) -> None:
     set_ratio_(model, 0.75)
 
 
-def dense(model: torch.nn.Module) -> None:
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            model.model.layers.set_submodule(name, DenseLinear.from_linear(module))
-    group_(model, spec_of(model).shared_inputs)
+def replacing(make: Callable[[torch.nn.Linear], torch.nn.Module]) -> Callable[[torch.nn.Module], None]:
+    def change(model: torch.nn.Module) -> None:
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                model.model.layers.set_submodule(name, make(module))
+        group_(model, spec_of(model).shared_inputs)
+
+    return change
 
 
 @torch.no_grad()
@@ -131,8 +157,9 @@ def dense(model: torch.nn.Module) -> None:
         (tc.SVD(ratio=0.6, weighting="none", bits=8), ["quant_lowrank_linears"] * 2),
         (tc.SWSC(clusters=4, rank=2, weighted=False), ["swsc_linears"] * 2),
         (tc.Rounding(bits=8), ["quant_linears"] * 2),
+        (replacing(lambda m: QuantLinear.from_linear(m, 8, activation_bits=8)), ["quant_linears"] * 2),
         (elastic, ["swsc_linears", "sliced_linears"]),
-        (dense, ["sliced_linears"] * 2),
+        (replacing(DenseLinear.from_linear), ["sliced_linears"] * 2),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )

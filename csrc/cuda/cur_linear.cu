@@ -15,7 +15,7 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
         link(u, rows.rows, "cur_linear: u"), columns(c, link.rows, "cur_linear: c");
     const Vector<T> shift(bias, scalar_type<T>, columns.rows, "cur_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, columns.rows), scalar_type<T>);
-    const Between<T> z(x, inputs.rows, rows.rows), linked(x, inputs.rows, link.rows);
+    const Between<T> z(device, x, inputs.rows, rows.rows), linked(device, x, inputs.rows, link.rows);
     chain<T, false>(device, inputs.matrix(), inputs.rows, dense(rows), keep(z), dense(link), keep(linked),
                     dense(columns), into(y, columns.rows, shift.data));
     return y;

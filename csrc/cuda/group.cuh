@@ -29,30 +29,34 @@ struct Group {
     if (shift.tensor) held.push_back(*shift.tensor);
     features += w.rows;
   }
-  void add(int at, const Tensor& x, int inputs, const Storage& r, const Storage& t, const std::optional<Tensor>& order,
-           const std::optional<Tensor>& bias) {
+  void add(int at, const Device& device, const Tensor& x, int inputs, const Storage& r, const Storage& t,
+           const std::optional<Tensor>& order, const std::optional<Tensor>& bias) {
     const int64_t rows = t.rows + (order ? r.rows : 0);
     const Vector<int> places(order, ScalarType::Int, rows, "order");
     const Vector<T> shift(bias, scalar_type<T>, rows, "bias");
-    const Between<T> z(x, inputs, r.rows);
+    const Between<T> z(device, x, inputs, r.rows);
     layers[at] = {r, t, z.data, z.stride, places.data, shift.data, nullptr};
-    held.push_back(z.tensor);
+    if (z.tensor) held.push_back(*z.tensor);
     for (const auto& tensor : {places.tensor, shift.tensor})
       if (tensor) held.push_back(*tensor);
     features += rows;
+  }
+  // An empty result for all layers, which from now on have their places in it.
+  Tensor outputs(const Tensor& x) {
+    const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    for (GroupLayer<T>& l : layers) l.y = out, out += l.t.rows + (l.order ? l.r.rows : 0);
+    return y;
   }
 };
 
 // One launch for few inputs, otherwise one for each factor.
 template <class T, class W>
 Tensor run_group(const Device& device, const Tensor& x, const Rows<T>& inputs, Group<T>& group) {
-  const Tensor y = empty(x, shape_with_last(x, group.features), scalar_type<T>);
-  T* out = static_cast<T*>(y.mutable_data_ptr());
+  const Tensor y = group.outputs(x);
   int64_t ranks = 0, rows = 0;
   int longest = 0;
-  for (GroupLayer<T>& l : group.layers) {
-    l.y = out;
-    out += l.t.rows + (l.order ? l.r.rows : 0);
+  for (const GroupLayer<T>& l : group.layers) {
     ranks += l.r.rows, rows += l.t.rows, longest = l.r.rows > longest ? l.r.rows : longest;
   }
   if (inputs.rows == 0 || group.features == 0) return y;

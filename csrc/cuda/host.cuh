@@ -24,13 +24,17 @@ using Stream = void*;
 // Resident blocks of the emulated device; a test lowers it to reach the configurations of small grids.
 inline int emulated_processors = 108;
 inline Instructions emulated_instructions = kMma;
+inline bool emulated_capture = false;
 struct Device {
+  int index = 0;
   Stream stream = nullptr;
   int processors = emulated_processors;
   Instructions instructions = emulated_instructions;
+  mutable int64_t scratch_used = 0;
   explicit Device(const Tensor&) {}
   unsigned* counters() const;
   void check_launch() const {}
+  bool capturing() const { return emulated_capture; }
 };
 #else
 using Stream = cudaStream_t;
@@ -41,6 +45,7 @@ struct Device {
   Stream stream = nullptr;
   int processors = 0;
   Instructions instructions = kMma;  // what else it has, if that is asked for
+  mutable int64_t scratch_used = 0;  // by this call, of what `scratch` keeps
   explicit Device(const Tensor& t) : index(t.get_device_index()), guard(t.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
@@ -58,6 +63,11 @@ struct Device {
   // Zeros for `run_stages`, left at zero by it; no other launch that may run at the same time gets the same ones.
   unsigned* counters() const;
   void check_launch() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+  bool capturing() const {
+    cudaStreamCaptureStatus status;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
 };
 #endif
 
@@ -153,16 +163,30 @@ inline std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
+// Bytes for the only launch of a call, from memory that its stream keeps for the next call's; null while a graph is
+// captured, whose launches may be replayed beside others of the stream.
+void* scratch(const Device& device, const Tensor& like, int64_t bytes);
+
+// Memory for what a call keeps between its stages. Few inputs take one launch and allocate nothing.
+template <class T>
+struct Kept {
+  std::optional<Tensor> tensor;
+  T* data = nullptr;
+  Kept(const Device& device, const Tensor& like, int64_t count, bool one_launch) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (one_launch) data = static_cast<T*>(scratch(device, like, bytes));
+    if (data) return;
+    tensor = empty(like, {bytes}, ScalarType::Byte);
+    data = static_cast<T*>(tensor->mutable_data_ptr());
+  }
+};
+
 // Products of earlier stages: rows padded so that they can be read 16 bytes at a time.
 template <class T>
-struct Between {
-  Tensor tensor;
-  T* data;
+struct Between : Kept<T> {
   int64_t stride;
-  Between(const Tensor& like, int64_t rows, int64_t columns)
-      : tensor(empty(like, {rows, (columns + 7) / 8 * 8}, scalar_type<T>)),
-        data(static_cast<T*>(tensor.mutable_data_ptr())),
-        stride((columns + 7) / 8 * 8) {}
+  Between(const Device& device, const Tensor& like, int64_t rows, int64_t columns)
+      : Kept<T>(device, like, rows * ((columns + 7) / 8 * 8), rows <= kDecodeRows), stride((columns + 7) / 8 * 8) {}
 };
 
 }  // namespace tinycomp::cuda

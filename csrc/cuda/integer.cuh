@@ -1,17 +1,18 @@
 // Inputs rounded to int8 times a weight of int8 or int4 levels, on the integer tensor cores.
 //
-// A first kernel rounds the inputs by row and group and fills up every group to a multiple of 32 columns with zeros: 32
-// columns, one mma.sync, lie in one group. "Padded" columns are those of its result. The products of a group are summed
-// in int32, exactly, and its sum is added in float32:
+// First the inputs are rounded by row and group, and every group is filled up to a multiple of 32 columns with zeros:
+// 32 columns, one mma.sync, lie in one group. "Padded" columns are those of the result. For few inputs that is a stage
+// of the one launch, otherwise a launch of its own. The products of a group are summed in int32, exactly, and its sum
+// is added in float32:
 //   y += (Σ x q - zero Σ x) (scale of x) (scale of w)
 // where Σ x is one more product, by ones. An int4 level q enters as 16 q, a nibble in the upper half of a byte.
 #pragma once
 
 #include "linear.cuh"
 
-#define TINYCOMP_LEVELS(x)                                                                                \
-  const int8_t *x##_levels, int64_t x##_stride, const float *x##_scales, int x##_inputs, int x##_columns, \
-      int x##_group, int x##_padded
+#define TINYCOMP_LEVELS(x)                                                                                   \
+  int8_t *x##_levels, int64_t x##_stride, float *x##_scales, int x##_inputs, int x##_columns, int x##_group, \
+      int x##_padded
 #define TINYCOMP_LEVELS_NAMES(x) {x##_levels, x##_stride, x##_scales, x##_inputs, x##_columns, x##_group, x##_padded}
 
 namespace tinycomp::cuda {
@@ -21,9 +22,9 @@ constexpr uint32_t kOnes = 0x01010101;  // four levels of 1
 
 // inputs (inputs, stride) as levels, zero from `columns` on; scales (groups, inputs).
 struct RoundedInputs {
-  const int8_t* levels;
+  int8_t* levels;
   int64_t stride;  // a multiple of 128
-  const float* scales;
+  float* scales;
   int inputs, columns;  // columns: padded
   int group, padded;    // columns of a group, and with their padding
 
@@ -35,40 +36,44 @@ struct RoundedInputs {
   }
 };
 
-// Rounds as `round_activations` does, bit for bit; a warp to a group.
+// Rounds group g of row m as `round_activations` does, bit for bit; all lanes of a warp take part.
 template <class T>
-__global__ void __launch_bounds__(kRoundThreads)
-    round_kernel(TINYCOMP_INPUT(T), int8_t* levels, int64_t stride, float* scales, int columns, int group, int padded) {
-  (void)x_vector;
-  const int m = blockIdx.x, lane = threadIdx.x % 32, groups = (columns + group - 1) / group;
-  for (int g = blockIdx.y * (kRoundThreads / 32) + threadIdx.x / 32; g < groups;
-       g += gridDim.y * (kRoundThreads / 32)) {
-    const T* x = x_data + m * x_stride + static_cast<int64_t>(g) * group;
-    const int count = min(group, columns - g * group);
-    // Of the bits of |x|, which are in the order of the numbers, NaN above all.
-    unsigned largest = 0;
-    for (int i = lane; i < count; i += 32) largest = max(largest, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
+__device__ __forceinline__ void round_group(const Matrix<T>& matrix, int m, int g, int columns,
+                                            const RoundedInputs& to) {
+  const int lane = threadIdx.x % 32, groups = (columns + to.group - 1) / to.group;
+  const T* x = matrix.data + m * matrix.stride + static_cast<int64_t>(g) * to.group;
+  const int count = min(to.group, columns - g * to.group);
+  // Of the bits of |x|, which are in the order of the numbers, NaN above all.
+  unsigned largest = 0;
+  for (int i = lane; i < count; i += 32) largest = max(largest, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, offset));
-    const float size = __uint_as_float(largest), factor = largest ? 127.f / size : 0.f;
-    // The last group fills its row.
-    const int64_t first = static_cast<int64_t>(g) * padded, end = g + 1 < groups ? padded : stride - first;
-    bool undefined = false;
-    for (int i = 4 * lane; i < end; i += 128) {
-      uint32_t word = 0;
+  for (int offset = 16; offset > 0; offset /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, offset));
+  const float size = __uint_as_float(largest), factor = largest ? 127.f / size : 0.f;
+  // The last group fills its row.
+  const int64_t first = static_cast<int64_t>(g) * to.padded, end = g + 1 < groups ? to.padded : to.stride - first;
+  bool undefined = false;
+  for (int i = 4 * lane; i < end; i += 128) {
+    uint32_t word = 0;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (i + e >= count) continue;
-        const float level = rintf(to_float(x[i + e]) * factor);
-        undefined |= level != level;
-        word |= (static_cast<int>(fminf(fmaxf(level, -127.f), 127.f)) & 255u) << 8 * e;
-      }
-      *reinterpret_cast<uint32_t*>(levels + m * stride + first + i) = word;
+    for (int e = 0; e < 4; ++e) {
+      if (i + e >= count) continue;
+      const float level = rintf(to_float(x[i + e]) * factor);
+      undefined |= level != level;
+      word |= (static_cast<int>(fminf(fmaxf(level, -127.f), 127.f)) & 255u) << 8 * e;
     }
-    undefined = __ballot_sync(~0u, undefined) != 0;
-    if (lane == 0)
-      scales[static_cast<int64_t>(g) * gridDim.x + m] = undefined ? __uint_as_float(0x7fffffffu) : size / 127.f;
+    *reinterpret_cast<uint32_t*>(to.levels + m * to.stride + first + i) = word;
   }
+  undefined = __ballot_sync(~0u, undefined) != 0;
+  if (lane == 0)
+    to.scales[static_cast<int64_t>(g) * to.inputs + m] = undefined ? __uint_as_float(0x7fffffffu) : size / 127.f;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads) round_kernel(TINYCOMP_INPUT(T), int columns, TINYCOMP_LEVELS(to)) {
+  const RoundedInputs to TINYCOMP_LEVELS_NAMES(to);
+  const int groups = (columns + to.group - 1) / to.group;
+  for (int g = blockIdx.y * (kRoundThreads / 32) + threadIdx.x / 32; g < groups; g += gridDim.y * (kRoundThreads / 32))
+    round_group<T>(TINYCOMP_INPUT_NAMES, blockIdx.x, g, columns, to);
 }
 
 // Levels of a weight in padded columns. Behind the end of a group anything may stand: inputs are zero there.
@@ -169,17 +174,43 @@ __device__ __forceinline__ void integer_slice(const Levels<T, kBits>& w, const R
   for (int e = 0; e < 4; ++e) partial[(group + 8 * (e / 2)) * 8 + 2 * t + e % 2] = sums[e];
 }
 
+// A layer among those that share an input. One that is not there has no rows.
+template <class T>
+struct IntegerLayer {
+  Storage w;
+  const T* bias;
+  T* y;
+};
+
+// Rounds x, then multiplies: the groups of a row of x that a block's warps take at once are an item, then eight rows of
+// a layer. It may be read by other blocks than wrote it, so nothing of it is loaded through the read-only path.
 template <class T, int kBits, int kBytes>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
-    integer_decode(TINYCOMP_LEVELS(x), TINYCOMP_WEIGHT(w), TINYCOMP_OUTPUT(o, T)) {
-  const RoundedInputs x TINYCOMP_LEVELS_NAMES(x);
-  const Levels<T, kBits> weight(Storage TINYCOMP_WEIGHT_NAMES(w), x);
-  const Output<T> out TINYCOMP_OUTPUT_NAMES(o);
-  const int first_row = blockIdx.x * 8;
-  const auto slice = [&](int first, int last, float* partial) {
-    integer_slice<T, kBits, kBytes>(weight, x, first_row, first, last, partial);
-  };
-  sum_slices<1, 4 * kBytes * 8 / kBits>(x.columns, weight.rows, x.inputs, first_row, slice, out);
+    integer_decode(TINYCOMP_INPUT(T), int columns, TINYCOMP_LEVELS(to), TINYCOMP_WEIGHT(a), const T* a_bias, T* a_y,
+                   TINYCOMP_WEIGHT(b), const T* b_bias, T* b_y, TINYCOMP_WEIGHT(c), const T* c_bias, T* c_y,
+                   int64_t y_stride, unsigned* counters) {
+  const RoundedInputs x TINYCOMP_LEVELS_NAMES(to);
+  const IntegerLayer<T> a{TINYCOMP_WEIGHT_NAMES(a), a_bias, a_y}, b{TINYCOMP_WEIGHT_NAMES(b), b_bias, b_y},
+      c{TINYCOMP_WEIGHT_NAMES(c), c_bias, c_y};
+  const int groups = (columns + x.group - 1) / x.group, in_row = (groups + kDecodeWarps - 1) / kDecodeWarps;
+  const int in_a = items<T, 1>(a.w.rows), in_b = items<T, 1>(b.w.rows), in_c = items<T, 1>(c.w.rows);
+  run_stages<2>(counters, {x.inputs * in_row, in_a + in_b + in_c}, [&](int stage, int item) {
+    if (stage == 0) {
+      const int g = item % in_row * kDecodeWarps + threadIdx.x / 32;
+      if (g < groups) round_group<T>(TINYCOMP_INPUT_NAMES, item / in_row, g, columns, x);
+      return;
+    }
+    const int which = (item >= in_a) + (item >= in_a + in_b);
+    item -= which == 0 ? 0 : which == 1 ? in_a : in_a + in_b;
+    const IntegerLayer<T> layer = which == 0 ? a : which == 1 ? b : c;
+    const Levels<T, kBits> weight(layer.w, x);
+    const auto slice = [&](int first, int last, float* partial) {
+      integer_slice<T, kBits, kBytes>(weight, x, item * 8, first, last, partial);
+    };
+    sum_slices<1, 4 * kBytes * 8 / kBits>(
+        x.columns, layer.w.rows, x.inputs, item * 8, slice,
+        Output<T>{layer.y, y_stride, nullptr, 0, nullptr, layer.bias, nullptr, 0, nullptr, 0, nullptr});
+  });
 }
 
 using LargeIntegerTile = Tile<128, 128, 4, 4>;

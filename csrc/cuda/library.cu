@@ -1,4 +1,8 @@
-// What the library keeps besides its ops: counters for `run_stages`, and the signatures that Python checks.
+// What the library keeps besides its ops: counters for `run_stages`, scratch memory of streams, and the signatures that
+// Python checks.
+#include <algorithm>
+#include <cstring>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -31,8 +35,7 @@ unsigned* Device::counters() const {
   static std::unordered_map<int, unsigned*> memory;
   static std::unordered_map<Stream, int> slot_of;
   static int used = 0;
-  cudaStreamCaptureStatus status;
-  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  const bool captured = capturing();
   const std::lock_guard<std::mutex> lock(mutex);
   if (!memory.count(index)) {
     void* address = nullptr;
@@ -40,7 +43,6 @@ unsigned* Device::counters() const {
     memory[index] = static_cast<unsigned*>(address);
   }
   const auto found = slot_of.find(stream);
-  const bool captured = status != cudaStreamCaptureStatusNone;
   const int slot = !captured && found != slot_of.end() ? found->second : used++;
   STD_TORCH_CHECK(slot < kSlots, "tinycomp: more than 65536 captured launches; use fewer or smaller CUDA graphs");
   if (!captured) slot_of[stream] = slot;
@@ -48,6 +50,29 @@ unsigned* Device::counters() const {
 }
 
 #endif
+
+// Blocks are never freed: a launch may not have been queued yet that another thread took one for, and each is twice the
+// one before. The map is not either, for at exit the device may be gone before it.
+void* scratch(const Device& device, const Tensor& like, int64_t bytes) {
+  constexpr int64_t kLeast = 1 << 20, kAligned = 256;
+  static std::mutex mutex;
+  static auto& blocks = *new std::map<std::pair<int, Stream>, std::vector<Tensor>>;
+  if (device.capturing()) return nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::vector<Tensor>& of_stream = blocks[{device.index, device.stream}];
+  int64_t size = of_stream.empty() ? 0 : of_stream.back().numel();
+  if (device.scratch_used + bytes > size) {
+    size = std::max({kLeast, 2 * size, bytes});
+    of_stream.push_back(empty(like, {size}, ScalarType::Byte));
+    device.scratch_used = 0;
+  }
+  void* const data = static_cast<char*>(of_stream.back().mutable_data_ptr()) + device.scratch_used;
+  device.scratch_used += ceil_div(bytes, kAligned) * kAligned;
+#if defined(TINYCOMP_EMULATION)
+  std::memset(data, 0xff, bytes);  // NaN, so that what no stage wrote shows
+#endif
+  return data;
+}
 
 }  // namespace tinycomp::cuda
 

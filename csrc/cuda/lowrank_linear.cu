@@ -17,7 +17,7 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
     const Vector<int> places(order, ScalarType::Int, features, "lowrank_linear: order");
     const Vector<T> shift(bias, scalar_type<T>, features, "lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
-    const Between<T> z(x, inputs.rows, first.rows);
+    const Between<T> z(device, x, inputs.rows, first.rows);
     Output<T> p = order ? into(y, features, shift.data, places.data) : Output<T>{};
     p.kept = z.data, p.kept_stride = z.stride;
     const Output<T> q = into(y, features, shift.data, order ? places.data + first.rows : nullptr);

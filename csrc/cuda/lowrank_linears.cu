@@ -20,7 +20,7 @@ Tensor lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& t1, cons
     const auto add = [&](int at, const Tensor& r, const Tensor& t, const Optional& order, const Optional& bias) {
       const Rows<T> first(r, inputs.columns, "lowrank_linears: r"), second(t, first.rows, "lowrank_linears: t");
       group.held.insert(group.held.end(), {first.tensor, second.tensor});
-      group.add(at, x, inputs.rows, dense(first), dense(second), order, bias);
+      group.add(at, device, x, inputs.rows, dense(first), dense(second), order, bias);
     };
     add(0, r1, t1, order1, bias1);
     add(1, r2, t2, order2, bias2);

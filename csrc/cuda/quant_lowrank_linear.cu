@@ -23,7 +23,7 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
     const Vector<int> places(order, ScalarType::Int, features, "quant_lowrank_linear: order");
     const Vector<T> shift(bias, scalar_type<T>, features, "quant_lowrank_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
-    const Between<T> z(x, inputs.rows, a.rows);
+    const Between<T> z(device, x, inputs.rows, a.rows);
     Output<T> p = order ? into(y, features, shift.data, places.data) : Output<T>{};
     p.kept = z.data, p.kept_stride = z.stride;
     const Output<T> q = into(y, features, shift.data, order ? places.data + a.rows : nullptr);

@@ -29,7 +29,7 @@ Tensor quant_lowrank_linears(const Tensor& x, const Tensor& r1, const Tensor& r_
       const RoundedWeight<T> first(r, r_scales, r_zeros, inputs.columns, bits, group_size, "quant_lowrank_linears: r"),
           second(t, t_scales, t_zeros, r.size(0), bits, group_size, "quant_lowrank_linears: t");
       group.hold(first), group.hold(second);
-      group.add(at, x, inputs.rows, first.storage, second.storage, order, bias);
+      group.add(at, device, x, inputs.rows, first.storage, second.storage, order, bias);
     };
     add(0, r1, r_scales1, t1, t_scales1, order1, r_zeros1, t_zeros1, bias1);
     add(1, r2, r_scales2, t2, t_scales2, order2, r_zeros2, t_zeros2, bias2);

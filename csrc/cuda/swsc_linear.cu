@@ -66,15 +66,15 @@ void shared_inputs(const Device& device, const Tensor& x, const Rows<T>& inputs,
       pick_config({{inputs.rows, inputs.columns, both}, {inputs.rows, both, up.rows}}, device.processors);
   if (config.decode) {
     one_hot.rows = clusters;
-    const Between<T> between(x, inputs.rows, both);
+    const Between<T> between(device, x, inputs.rows, both);
     TINYCOMP_LAUNCH((swsc_decode<T>), dim3(config.blocks), dim3(kDecodeThreads), decode_shared_bytes<1>, device.stream,
                     TINYCOMP_PASS_INPUT(inputs.matrix()), TINYCOMP_PASS_WEIGHT(one_hot), TINYCOMP_PASS_WEIGHT(down),
                     TINYCOMP_PASS_WEIGHT(centroids), TINYCOMP_PASS_WEIGHT(up), between.data, between.stride, out.y,
                     out.y_stride, out.bias, device.counters(), inputs.rows);
     return device.check_launch();
   }
-  const Between<T> z(x, inputs.rows, down.rows), corrections(x, inputs.rows, up.rows),
-      sums(x, inputs.rows, one_hot.rows);
+  const Between<T> z(device, x, inputs.rows, down.rows), corrections(device, x, inputs.rows, up.rows),
+      sums(device, x, inputs.rows, one_hot.rows);
   product<T, Dense<T>>(device, inputs.matrix(), inputs.rows, down, keep(z));
   product<T, Dense<T>>(device, keep(z).next(), inputs.rows, up, keep(corrections));
   product<T, OneHot<T>>(device, inputs.matrix(), inputs.rows, one_hot, keep(sums));
@@ -101,7 +101,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
     const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
     Output<T> out = into(y, features, shift.data);
     if (axis == 0) {
-      const Between<T> z(x, inputs.rows, down.rows), sums(x, inputs.rows, shared.rows);
+      const Between<T> z(device, x, inputs.rows, down.rows), sums(device, x, inputs.rows, shared.rows);
       out.base = sums.data, out.base_stride = sums.stride;
       out.labels = label.const_data_ptr(), out.label_bytes = label_bytes, out.scales = scale.data;
       chain<T, true>(device, inputs.matrix(), inputs.rows, dense(shared), keep(sums), dense(down), keep(z), dense(up),

@@ -99,7 +99,7 @@ Tensor swsc_linears(const Tensor& x, const Tensor& centroids1, const Tensor& lab
       const Tensor label = torch::stable::contiguous(labels);
       const Vector<T> scale(scales, scalar_type<T>, up.rows, "swsc_linears: scales"),
           shift(bias, scalar_type<T>, up.rows, "swsc_linears: bias");
-      const Between<T> sums(x, inputs.rows, shared.rows), z(x, inputs.rows, down.rows);
+      const Between<T> sums(device, x, inputs.rows, shared.rows), z(device, x, inputs.rows, down.rows);
       layer = {dense(shared),
                dense(down),
                dense(up),
@@ -112,8 +112,8 @@ Tensor swsc_linears(const Tensor& x, const Tensor& centroids1, const Tensor& lab
                scale.data,
                shift.data,
                nullptr};
-      held.insert(held.end(), {shared.tensor, down.tensor, up.tensor, label, sums.tensor, z.tensor});
-      for (const auto& tensor : {scale.tensor, shift.tensor})
+      held.insert(held.end(), {shared.tensor, down.tensor, up.tensor, label});
+      for (const auto& tensor : {scale.tensor, shift.tensor, sums.tensor, z.tensor})
         if (tensor) held.push_back(*tensor);
       features += up.rows, first += shared.rows + down.rows;
     };

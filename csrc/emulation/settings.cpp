@@ -13,9 +13,10 @@ EXPORT void tinycomp_emulate(int order, unsigned seed, bool lazy_copies, int pro
   tinycomp::cuda::emulated_instructions = static_cast<tinycomp::cuda::Instructions>(own);
 }
 
-// From here on launches are noted and not run (on), or run (off).
+// From here on launches are noted and not run (on), or run (off). As while a graph is captured, every buffer is a
+// tensor of its own.
 EXPORT void tinycomp_record(bool on) {
-  emulation::recording = on;
+  emulation::recording = tinycomp::cuda::emulated_capture = on;
   if (on) emulation::launches.clear();
 }
 

@@ -111,9 +111,17 @@ def _sliced_linears(draw: Draw, inputs: int, in_features: int, layers: list[int]
     return draw.inputs(inputs, in_features), *found
 
 
-def _quant_linears(draw: Draw, inputs: int, in_features: int, layers: list[int], bits: int, group_size: int) -> Args:
+def _quant_linears(
+    draw: Draw,
+    inputs: int,
+    in_features: int,
+    layers: list[int],
+    bits: int,
+    group_size: int,
+    activation_bits: int = 0,
+) -> Args:
     found = [v for n in layers for v in _quant_linear(draw, 1, in_features, n, bits, group_size, False)[1:5]]
-    return draw.inputs(inputs, in_features), *found, *[None] * (12 - len(found)), bits, group_size, 0
+    return draw.inputs(inputs, in_features), *found, *[None] * (12 - len(found)), bits, group_size, activation_bits
 
 
 def _swsc_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]]) -> Args:
@@ -266,6 +274,7 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"inputs": 1, "in_features": 256, "layers": [192, 64, 64], "bits": 4, "group_size": 32},
         {"inputs": 16, "in_features": 193, "layers": [129, 257], "bits": 8, "group_size": 0},
         {"inputs": 33, "in_features": 193, "layers": [129, 64], "bits": 4, "group_size": 10},
+        {"inputs": 7, "in_features": 256, "layers": [129, 64, 8], "bits": 8, "group_size": 0, "activation_bits": 8},
     ],
     "swsc_linears": [
         {"inputs": 1, "in_features": 256, "layers": [[192, 40, 16], [64, 16, 0], [64, 24, 8]]},

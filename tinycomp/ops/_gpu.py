@@ -72,12 +72,12 @@ def _data(name: str, args: tuple[Any, ...]) -> Tensor:
 
 def _no_rounding(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why a call whose activations are rounded cannot run, where it cannot."""
-    rounds = ("quant_linear",) if backend == "CUDA" else ()
+    rounds = ("quant_linear", "quant_linears") if backend == "CUDA" else ()
     if not name.startswith("quant_") or args[-1] == 0:
         return None
     if name not in rounds:
         return f"the {backend} kernel of {name} does not round activations, got activation_bits {args[-1]}"
-    group = min(args[6], args[0].shape[-1])
+    group = min(args[-2], args[0].shape[-1])
     if group > _LONGEST_GROUP:
         return f"the {backend} kernel of {name} rounds activations in groups of at most {_LONGEST_GROUP}, got {group}"
     return None
