@@ -99,7 +99,7 @@ struct Weight {
       : tensor(t), type(type), rows(0), cols(cols) {
     STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == scalar && t.size(1) == cols, name,
                     ": shape or dtype does not fit");
-    if (t.stride(1) != 1 && cols > 1) tensor = torch::stable::contiguous(t);
+    if (t.stride(1) != 1 && cols > 1) tensor = adjacent(t);
     data = static_cast<const char*>(tensor.const_data_ptr());
     rows = tensor.size(0);
     stride = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
@@ -116,7 +116,7 @@ std::vector<Accumulate<T>> entries(const std::optional<Tensor>& t, int64_t size,
   if (!t) return values;
   STD_TORCH_CHECK(t->dim() == 1 && t->scalar_type() == scalar_type<T> && t->size(0) == size, name,
                   ": shape or dtype does not fit");
-  const Tensor flat = torch::stable::contiguous(*t);
+  const Tensor flat = adjacent(*t);
   const T* from = static_cast<const T*>(flat.const_data_ptr());
   values.resize(size);
   for (int64_t i = 0; i < size; ++i) values[i] = static_cast<Accumulate<T>>(from[i]);
@@ -126,7 +126,7 @@ std::vector<Accumulate<T>> entries(const std::optional<Tensor>& t, int64_t size,
 // An integer vector as int32, every entry checked to be below `limit`.
 inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": shape does not fit");
-  const Tensor flat = torch::stable::contiguous(t);
+  const Tensor flat = adjacent(t);
   std::vector<int32_t> values(size);
   auto copy = [&](auto* from) {
     bool inside = true;
@@ -208,7 +208,7 @@ class Inputs {
  public:
   template <class T>
   Inputs(const Tensor& x, T, bool apart = false)
-      : tensor_(x.is_contiguous() ? x : torch::stable::contiguous(x)),
+      : tensor_(adjacent(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),

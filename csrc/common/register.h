@@ -15,6 +15,10 @@ namespace tinycomp {
 
 using torch::stable::Tensor;
 
+// The tensor with adjacent entries, copied if they are not. The stable interface's own `contiguous` looks its op up by
+// name in every call, which takes longer than some kernels.
+inline Tensor adjacent(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline std::map<std::string, std::string>& signatures() {
   static std::map<std::string, std::string> all;
   return all;

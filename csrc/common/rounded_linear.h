@@ -72,7 +72,7 @@ class RoundedWeight {
   // A double matrix of inputs after rounding, where this weight rounds them.
   Tensor inputs(const Tensor& x) const {
     if (!rounds_inputs) return x;
-    const Tensor from = torch::stable::contiguous(x), to = torch::stable::clone(from);
+    const Tensor from = adjacent(x), to = torch::stable::clone(from);
     const RoundedRows plain{nullptr, 0, cols, group, groups, false, nullptr, 1};
     std::vector<float> row(cols), scales(groups);
     std::vector<int8_t> levels(input_width(plain));
@@ -95,7 +95,7 @@ class RoundedWeight {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == scale_groups && t.scalar_type() == type, name,
                     ": scales or zeros: shape or dtype does not fit");
     with_float_type(type, name, [](auto) {});
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+    return adjacent(t);
   }
   void widened(const Tensor& t, int64_t first, int64_t n, float* to) const {
     with_float_type(t.scalar_type(), "scales", [&](auto zero) {

@@ -26,7 +26,7 @@ Tensor column_norms(const Tensor& w) {
   STD_TORCH_CHECK(w.dim() == 2, "column_norms: w is not a matrix");
   return with_float_type(w.scalar_type(), "column_norms", [&](auto zero) {
     using T = decltype(zero);
-    const Tensor flat = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
+    const Tensor flat = w.stride(1) == 1 ? w : adjacent(w);
     const int64_t rows = flat.size(0), cols = flat.size(1), stride = flat.stride(0);
     const T* from = static_cast<const T*>(flat.const_data_ptr());
     const Tensor norms = empty({cols}, ScalarType::Float);

@@ -36,7 +36,7 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
     const std::vector<int64_t> shape = shape_with_last(x, columns.rows);
     if constexpr (may_use_torch<T>) {
       if (uses_torch<T>(row_count(x))) {
-        const Tensor inputs = as_matrix(x), y = torch::stable::contiguous(gemm(gemm(gemm(inputs, r), u), c));
+        const Tensor inputs = as_matrix(x), y = adjacent(gemm(gemm(gemm(inputs, r), u), c));
         add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), inputs.size(0), columns.rows, shift);
         return torch::stable::view(y, {shape.data(), shape.size()});
       }

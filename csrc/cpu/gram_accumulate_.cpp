@@ -26,7 +26,7 @@ void gram_accumulate_(Tensor gram, const Tensor& x) {
   for (int64_t start = 0; start < rows.size(0); start += kChunk) {
     const Tensor chunk = torch::stable::narrow(rows, 0, start, std::min(kChunk, rows.size(0) - start));
     const Tensor wide = torch::stable::to(chunk, type);
-    const Tensor product = torch::stable::contiguous(torch::stable::matmul(torch::stable::transpose(wide, 0, 1), wide));
+    const Tensor product = adjacent(torch::stable::matmul(torch::stable::transpose(wide, 0, 1), wide));
     type == ScalarType::Float ? add<float>(gram, product) : add<double>(gram, product);
   }
 }

@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
   return with_float_type(points.scalar_type(), "kmeans_assign", [&](auto zero) {
     using A = Accumulate<decltype(zero)>;
     const int64_t n = points.size(0), d = points.size(1), k = centroids.size(0);
-    Tensor x = torch::stable::contiguous(torch::stable::to(detach(points), scalar_type<A>));
-    const Tensor mu = torch::stable::contiguous(torch::stable::to(detach(centroids), scalar_type<A>));
+    Tensor x = adjacent(torch::stable::to(detach(points), scalar_type<A>));
+    const Tensor mu = adjacent(torch::stable::to(detach(centroids), scalar_type<A>));
     const Tensor labels = empty({n}, ScalarType::Int), distances = empty({n}, ScalarType::Float);
     const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
     int32_t* places = static_cast<int32_t*>(labels.mutable_data_ptr());
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
       });
     } else {
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, double* line) {
-        const Tensor some = torch::stable::contiguous(gemm(mu, torch::stable::narrow(x, 0, first, count)));
+        const Tensor some = adjacent(gemm(mu, torch::stable::narrow(x, 0, first, count)));
         const double* found = static_cast<const double*>(some.const_data_ptr());
         for (int64_t c = 0; c < k; ++c) std::copy_n(found + c * count, count, line + c * kPoints);
       });

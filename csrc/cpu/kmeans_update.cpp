@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> kmeans_update(const Tensor& points, const Tensor& lab
   return with_float_type(points.scalar_type(), "kmeans_update", [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    const Tensor flat = torch::stable::contiguous(points);
+    const Tensor flat = adjacent(points);
     const T* from = static_cast<const T*>(flat.const_data_ptr());
     const Tensor centroids = empty({k, d}, scalar_type<T>), counts = empty({k}, ScalarType::Long);
     T* to = static_cast<T*>(centroids.mutable_data_ptr());

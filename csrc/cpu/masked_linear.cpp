@@ -349,10 +349,10 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
   return with_float_type(x.scalar_type(), "masked_linear", [&](auto zero) {
     using T = decltype(zero);
     const Type type = value_bits == 8 ? Type::i8 : value_bits == 4 ? Type::u4 : dot_type<T>;
-    const Tensor flat = torch::stable::contiguous(values);
-    Masked w{format, type, flat, torch::stable::contiguous(mask), flat, flat, out_features, x.size(x.dim() - 1), 0, {}};
+    const Tensor flat = adjacent(values);
+    Masked w{format, type, flat, adjacent(mask), flat, flat, out_features, x.size(x.dim() - 1), 0, {}};
     w.count = flat.numel() * (value_bits == 4 ? 2 : 1);
-    if (offsets) w.offsets = torch::stable::contiguous(*offsets);
+    if (offsets) w.offsets = adjacent(*offsets);
     check(w, offsets, value_bits, scalar_type<T>);
     if (format == "index") w.count = w.mask.size(0);
     std::vector<double> scale;
@@ -371,7 +371,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
     const std::vector<int64_t> shape = shape_with_last(x, out_features);
     Tensor y;
     if constexpr (std::is_same_v<T, double>) {
-      y = torch::stable::contiguous(gemm(as_matrix(x), dense(w, scale)));
+      y = adjacent(gemm(as_matrix(x), dense(w, scale)));
       add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
       y = torch::stable::view(y, {shape.data(), shape.size()});
     } else {

@@ -30,7 +30,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
     const auto shift = entries<T>(bias, w.rows, "quant_linear: bias");
     const std::vector<int64_t> shape = shape_with_last(x, w.rows);
     if constexpr (std::is_same_v<T, double>) {
-      const Tensor y = torch::stable::contiguous(gemm(w.inputs(as_matrix(x)), w.dense()));
+      const Tensor y = adjacent(gemm(w.inputs(as_matrix(x)), w.dense()));
       add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), w.rows, shift);
       return torch::stable::view(y, {shape.data(), shape.size()});
     } else {

@@ -39,7 +39,7 @@ Tensor sample_without_replacement(const Tensor& probabilities, int64_t k, int64_
   STD_TORCH_CHECK(probabilities.dim() == 1, "sample_without_replacement: probabilities is not a vector");
   with_float_type(probabilities.scalar_type(), "sample_without_replacement", [](auto) {});
   const int64_t n = probabilities.size(0);
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(detach(probabilities), ScalarType::Double));
+  const Tensor wide = adjacent(torch::stable::to(detach(probabilities), ScalarType::Double));
   const double* p = static_cast<const double*>(wide.const_data_ptr());
   std::vector<double> finish(n, std::numeric_limits<double>::infinity());
   int64_t positive = 0;

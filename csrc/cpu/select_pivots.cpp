@@ -87,7 +87,7 @@ Tensor select_pivots(const Tensor& a, int64_t k, const std::string& method) {
   STD_TORCH_CHECK(k >= 0 && k <= m && (method == "qr" || k <= n), "select_pivots: k is out of range");
   with_float_type(a.scalar_type(), "select_pivots", [](auto) {});
   // A copy even of a double input: "qr" overwrites rows.
-  const Tensor work = torch::stable::clone(torch::stable::contiguous(torch::stable::to(detach(a), ScalarType::Double)));
+  const Tensor work = torch::stable::clone(adjacent(torch::stable::to(detach(a), ScalarType::Double)));
   double* values = static_cast<double*>(work.mutable_data_ptr());
   STD_TORCH_CHECK(std::all_of(values, values + m * n, [](double v) { return std::isfinite(v); }),
                   "select_pivots: a holds NaN or infinity");

@@ -24,7 +24,7 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     if constexpr (may_use_torch<T>) {
       if (uses_torch<T>(row_count(x))) {
         const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
-        const Tensor y = torch::stable::contiguous(gemm(as_matrix(cut), part));
+        const Tensor y = adjacent(gemm(as_matrix(cut), part));
         add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
         return torch::stable::view(y, {shape.data(), shape.size()});
       }

@@ -158,7 +158,7 @@ void step_block(const State<T>& at, int64_t first, int64_t n, const Numbers& by,
 class Dense {
  public:
   explicit Dense(const std::optional<Tensor>& t) : original_(t) {
-    if (t) copy_ = torch::stable::contiguous(*t);
+    if (t) copy_ = adjacent(*t);
   }
   template <class T>
   T* data() const {
@@ -201,7 +201,7 @@ void split_bregman_step_(Tensor mask, Tensor dual, std::optional<Tensor> gamma, 
   STD_TORCH_CHECK(!second || momentum, "split_bregman_step_: second goes with momentum");
   Dense state[] = {Dense(mask),     Dense(dual),   Dense(gamma),  Dense(entry),
                    Dense(momentum), Dense(second), Dense(support)};
-  const Tensor along = torch::stable::contiguous(grad);
+  const Tensor along = adjacent(grad);
   int64_t block = group_size == 0 ? kBlock : group_size * ((kBlock + group_size - 1) / group_size);
   while (block % 8) block *= 2;  // whole bytes of the support, whole groups
   const int64_t count = mask.numel(), blocks = (count + block - 1) / block;

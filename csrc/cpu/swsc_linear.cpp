@@ -97,11 +97,11 @@ void through_torch(const Layer<T>& layer, const Tensor& x, const Tensor& centroi
   const int64_t matrix[] = {m, n};
   T* const results = static_cast<T*>(y.mutable_data_ptr());
   if (axis == 0) {
-    const Tensor shared = torch::stable::contiguous(gemm(x, centroids));
+    const Tensor shared = adjacent(gemm(x, centroids));
     const T* z = static_cast<const T*>(shared.const_data_ptr());
     parallel_rows(m, n, [&](int64_t j) { take(z + j * k, layer.labels, layer.scales, results + j * n); });
   } else {
-    const Tensor inputs = torch::stable::contiguous(x), sums = empty({m, k}, scalar_type<T>);
+    const Tensor inputs = adjacent(x), sums = empty({m, k}, scalar_type<T>);
     const T* from = static_cast<const T*>(inputs.const_data_ptr());
     T* to = static_cast<T*>(sums.mutable_data_ptr());
     parallel_rows(m, in, [&](int64_t j) {
@@ -110,7 +110,7 @@ void through_torch(const Layer<T>& layer, const Tensor& x, const Tensor& centroi
     gemm(sums, centroids, torch::stable::view(y, {matrix, 2}));
   }
   if (layer.b.rows > 0) {
-    const Tensor low = torch::stable::contiguous(gemm(gemm(x, b), a));
+    const Tensor low = adjacent(gemm(gemm(x, b), a));
     const T* rest = static_cast<const T*>(low.const_data_ptr());
     parallel_rows(m, n, [&](int64_t j) {
       for (int64_t i = j * n; i < (j + 1) * n; ++i) results[i] += rest[i];

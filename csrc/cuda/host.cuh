@@ -126,7 +126,7 @@ struct Rows {
     int64_t count = 1;
     for (int64_t d = 0; d + 1 < t.dim(); ++d) count *= t.size(d);
     const bool matrix = t.dim() == 2 && (t.stride(1) == 1 || last <= 1);
-    if (!matrix) tensor = torch::stable::contiguous(t);
+    if (!matrix) tensor = adjacent(t);
     data = static_cast<const T*>(tensor.const_data_ptr());
     rows = to_int(count, name), columns = to_int(last, name);
     stride = matrix ? t.stride(0) : last;
@@ -147,7 +147,7 @@ struct Vector {
     if (!t) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->scalar_type() == type && t->size(0) == size, name,
                     ": shape or dtype does not fit");
-    tensor = torch::stable::contiguous(*t);
+    tensor = adjacent(*t);
     data = static_cast<const T*>(tensor->const_data_ptr());
   }
 };

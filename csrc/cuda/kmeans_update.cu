@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> kmeans_update(const Tensor& points, const Tensor& lab
                   "kmeans_update: shapes do not fit");
   const Device device(points);
   const Tensor centroids = empty(points, {k, points.size(1)}, points.scalar_type()),
-               counts = empty(points, {k}, ScalarType::Long), label = torch::stable::contiguous(labels);
+               counts = empty(points, {k}, ScalarType::Long), label = adjacent(labels);
   with_float_type(points.scalar_type(), "kmeans_update", [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> x(points, -1, "kmeans_update: points");

@@ -30,7 +30,7 @@ struct Scales {
     STD_TORCH_CHECK(
         t->dim() == 2 && t->size(0) == rows && t->size(1) == groups && (wide || t->scalar_type() == scalar_type<T>),
         name, ": shape or dtype does not fit");
-    tensor = torch::stable::contiguous(*t);
+    tensor = adjacent(*t);
     data = tensor->const_data_ptr();
   }
 };

@@ -29,7 +29,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
                     "masked_linear: mask or scales do not fit");
     const bool blocks = format == "block32";
     const Rows<T> inputs(x, -1, "masked_linear: x");
-    const Tensor packed = torch::stable::contiguous(values);
+    const Tensor packed = adjacent(values);
     const Rows<uint8_t> bits(mask, ScalarType::Byte, ceil_div(inputs.columns, blocks ? 256 : 8), "masked_linear: mask");
     STD_TORCH_CHECK(bits.rows == (blocks ? ceil_div(out_features, 32) : out_features),
                     "masked_linear: mask does not fit");

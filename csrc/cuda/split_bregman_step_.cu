@@ -105,7 +105,7 @@ struct InPlace {
   Tensor original, flat;
   bool copied;
   InPlace(const Tensor& t, ScalarType type, const Tensor& like)
-      : original(t), flat(torch::stable::contiguous(t)), copied(!t.is_contiguous()) {
+      : original(t), flat(adjacent(t)), copied(!t.is_contiguous()) {
     STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == like.numel(),
                     "split_bregman_step_: shapes or dtypes differ");
   }

@@ -94,7 +94,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
     const int64_t features = up.rows, channels = axis == 0 ? features : inputs.columns;
     STD_TORCH_CHECK(labels.size(0) == channels && (axis == 0 || shared.rows == features),
                     "swsc_linear: shape does not fit");
-    const Tensor label = torch::stable::contiguous(labels);
+    const Tensor label = adjacent(labels);
     const int label_bytes = static_cast<int>(label.element_size());
     const Vector<T> scale(scales, scalar_type<T>, channels, "swsc_linear: scales");
     const Vector<T> shift(bias, scalar_type<T>, features, "swsc_linear: bias");

@@ -96,7 +96,7 @@ Tensor swsc_linears(const Tensor& x, const Tensor& centroids1, const Tensor& lab
       const Rows<T> shared(centroids, inputs.columns, "swsc_linears: centroids"),
           down(b, inputs.columns, "swsc_linears: b"), up(a, down.rows, "swsc_linears: a");
       STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == up.rows, "swsc_linears: labels do not fit");
-      const Tensor label = torch::stable::contiguous(labels);
+      const Tensor label = adjacent(labels);
       const Vector<T> scale(scales, scalar_type<T>, up.rows, "swsc_linears: scales"),
           shift(bias, scalar_type<T>, up.rows, "swsc_linears: bias");
       const Between<T> sums(device, x, inputs.rows, shared.rows), z(device, x, inputs.rows, down.rows);
