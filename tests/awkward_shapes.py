@@ -90,6 +90,10 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
     "masked_linear": _turns(
         _PLAIN, *({"format": f, "value_bits": b} for f in ("bitmask", "2:4", "block32") for b in (0, 8, 4))
     ),
+    "masked_linears": _turns(
+        [_beside(shape) for shape in _PLAIN],
+        *({"format": f, "value_bits": b} for f in ("bitmask", "2:4", "block32") for b in (0, 8, 4)),
+    ),
     "column_norms": _MATRICES,
     "gram_accumulate_": _MATRICES,
     "kmeans_assign": _POINTS,

@@ -82,7 +82,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "ops/split_bregman_step_.py:split_bregman_step_": "a contract with 19 arguments, each on a line of its own twice",
     "triton_kernels/split_bregman_step_.py:split_bregman_kernel": "a GPU kernel whose arguments take a line each",
     "triton_kernels/split_bregman_step_.py:split_bregman_step_": "a contract with 19 arguments, as above",
-    "triton_kernels/masked_linear.py:masked_kernel": "a GPU kernel whose arguments take a line each",
     "triton_kernels/select_pivots.py:pivot_kernel": "a GPU kernel whose arguments take a line each",
 }
 

@@ -115,6 +115,11 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
         yield "masked_linear", (x, t(n, k // 2), t(n, k // 8, dtype=u8), None, None, None, n, "2:4", 0)
         blocks = (t(n // 32, k // 256, dtype=u8), t(n // 32 + 1, dtype=i32), None, None, n, "block32", 0)
         yield "masked_linear", (x, t(n * k // 2048, 32, 32), *blocks)
+        if every or m == 1:
+            bits = (t(n * k // 2), t(n, k // 8, dtype=u8), offsets, None, None, n)
+            yield "masked_linears", (x, *bits * 3, "bitmask", 0)
+            yield "masked_linears", (x, *(t(n, k // 2), t(n, k // 8, dtype=u8), None, None, None, n) * 3, "2:4", 0)
+            yield "masked_linears", (x, *(t(n * k // 2048, 32, 32), *blocks[:-2]) * 3, "block32", 0)
     yield "column_norms", (t(n, k),)
     yield "gram_accumulate_", (t(k, k, dtype=torch.float32), t(256, k))
     yield "kmeans_assign", (t(n, 256), t(64, 256))

@@ -32,6 +32,8 @@ std::string type_name() {
     return "Optional[Tensor]";
   else if constexpr (std::is_same_v<T, int64_t>)
     return "int";
+  else if constexpr (std::is_same_v<T, std::optional<int64_t>>)
+    return "Optional[int]";
   else if constexpr (std::is_same_v<T, double>)
     return "float";
   else if constexpr (std::is_same_v<T, bool>)

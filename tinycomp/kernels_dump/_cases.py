@@ -144,6 +144,11 @@ def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int,
     return draw.inputs(inputs, in_features), *packed, draw(out_features), out_features, format, value_bits
 
 
+def _masked_linears(draw: Draw, inputs: int, in_features: int, layers: list[int], format: str, value_bits: int) -> Args:
+    found = [v for n in layers for v in _masked_linear(draw, 1, in_features, n, format, value_bits)[1:7]]
+    return draw.inputs(inputs, in_features), *found, *[None] * (18 - len(found)), format, value_bits
+
+
 def _column_norms(draw: Draw, rows: int, columns: int) -> Args:
     return (draw.inputs(rows, columns),)
 
@@ -200,6 +205,7 @@ _MAKERS: dict[str, Callable[..., Args]] = {
     "quant_linear": _quant_linear,
     "quant_lowrank_linear": _quant_lowrank_linear,
     "masked_linear": _masked_linear,
+    "masked_linears": _masked_linears,
     "column_norms": _column_norms,
     "gram_accumulate_": _gram_accumulate_,
     "kmeans_assign": _kmeans_assign,
@@ -305,6 +311,11 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "masked_linear": _layers(
         *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))
     ),
+    "masked_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64], "format": "bitmask", "value_bits": 0},
+        {"inputs": 16, "in_features": 193, "layers": [129, 257], "format": "2:4", "value_bits": 8},
+        {"inputs": 33, "in_features": 193, "layers": [129, 64], "format": "block32", "value_bits": 4},
+    ],
     "column_norms": [{"rows": 300, "columns": 129}],
     "gram_accumulate_": [{"rows": 70, "columns": 129}, {"rows": 260, "columns": 136, "processors": 1}],
     "kmeans_assign": [

@@ -29,10 +29,10 @@ class Grouped:
     out_features: int
 
     def group_tensors(self) -> Sequence[Any] | None:
-        """The layer's arguments of that op; None while it has to compute its output itself."""
+        """The layer's own arguments of that op; None while it has to compute its output itself."""
         raise NotImplementedError(f"{type(self).__name__}.group_tensors")
 
-    def group_numbers(self) -> tuple[int, ...]:
+    def group_numbers(self) -> tuple[int | str, ...]:
         """The op's last arguments, the same for all layers of a group."""
         return ()
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
+from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.masked_formats import BLOCK, Packed, check_format, pack_masked, unpack_masked
 
 
-class MaskedLinear(CompressedLinear):
+class MaskedLinear(Grouped, CompressedLinear):
     """A weight of which only the kept entries and their positions are stored: y = x wᵀ + bias.
 
     `values`, `mask`, `offsets` and `scales` are those of `ops.masked_linear`, whose docstring gives their shapes.
@@ -32,6 +33,8 @@ class MaskedLinear(CompressedLinear):
     mask: Tensor
     offsets: Tensor | None
     scales: Tensor | None
+
+    group_op = "masked_linears"
 
     def __init__(
         self,
@@ -101,11 +104,17 @@ class MaskedLinear(CompressedLinear):
         """Stored values, rounded or not, and scales; positions are not counted."""
         return self.nnz + (0 if self.scales is None else self.scales.numel())
 
+    def group_tensors(self) -> list[Any]:
+        return [*tensors(self, "values", "mask", "offsets", "scales", "bias"), self.out_features]
+
+    def group_numbers(self) -> tuple[int | str, ...]:
+        return self.format, self.value_bits
+
     def forward(self, x: Tensor) -> Tensor:
-        values, mask, offsets, scales, bias = tensors(self, "values", "mask", "offsets", "scales", "bias")
-        return ops.masked_linear(
-            x, values, mask, offsets, scales, bias, self.out_features, self.format, self.value_bits
-        )
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        return ops.masked_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def dense_weight(self) -> Tensor:
         packed = Packed(self.values, self.mask, self.offsets, self.scales)

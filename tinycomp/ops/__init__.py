@@ -12,6 +12,7 @@ from tinycomp.ops.lowrank_linear import lowrank_linear
 from tinycomp.ops.lowrank_linears import lowrank_linears
 from tinycomp.ops.masked_formats import Packed, pack_masked, unpack_masked
 from tinycomp.ops.masked_linear import masked_linear
+from tinycomp.ops.masked_linears import masked_linears
 from tinycomp.ops.quant_linear import Quantized, dequantize, pack_int4, quant_linear, quantize, unpack_int4
 from tinycomp.ops.quant_linears import quant_linears
 from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
@@ -40,6 +41,7 @@ __all__ = [
     "lowrank_linear",
     "lowrank_linears",
     "masked_linear",
+    "masked_linears",
     "pack_int4",
     "pack_masked",
     "quant_linear",

@@ -21,7 +21,10 @@ _SCALES = {
     "quant_lowrank_linear": (2, 4, 6, 7),
     "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
     "masked_linear": (4,),
+    "masked_linears": tuple(4 + 6 * layer for layer in range(3)),
 }
+# Position of the format of packed sparse weights.
+_FORMAT = {"masked_linear": 7, "masked_linears": 19}
 # Products of int8 that an int32 holds.
 _LONGEST_GROUP = 1 << 17
 
@@ -83,19 +86,23 @@ def _no_rounding(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return None
 
 
+def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """Why a call whose positions are indices cannot run, where it cannot."""
+    at = _FORMAT.get(name, len(args))
+    return f"the {backend} kernel of {name} has no format 'index'" if args[at : at + 1] == ("index",) else None
+
+
 def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     """None if the CUDA kernel of `name` takes these arguments, else the reason."""
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    if name == "masked_linear" and args[7] == "index":
-        return "the CUDA kernel of masked_linear has no format 'index'"
     if name == "swsc_linears" and args[-1] != 0:
         return f"the CUDA kernel of swsc_linears takes layers whose outputs share (axis 0), got axis {args[-1]}"
     for scales in (args[i] for i in _SCALES.get(name, ())):
         if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
             return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
-    return _no_rounding("CUDA", name, args)
+    return _no_index("CUDA", name, args) or _no_rounding("CUDA", name, args)
 
 
 def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
@@ -105,4 +112,4 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    return _no_rounding("Triton", name, args)
+    return _no_index("Triton", name, args) or _no_rounding("Triton", name, args)

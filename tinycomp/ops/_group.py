@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +16,19 @@ Args = tuple[Any, ...]
 LAYERS = 3
 
 
-def _schema(tensors: Sequence[Any], numbers: Sequence[Any]) -> str:
+def _is_tensor(argument: Any) -> bool:
+    return "Tensor" in str(argument.type)
+
+
+def _schema(own: Sequence[Any], common: Sequence[Any]) -> str:
     words = ["Tensor x"]
     for layer in range(1, LAYERS + 1):
-        for a in tensors:
+        for a in own:
+            kind = "Tensor" if _is_tensor(a) else str(a.type)
             optional = layer == LAYERS or "Optional" in str(a.type)
             default = "=None" if layer == LAYERS else ""
-            words.append(f"Tensor{'?' if optional else ''} {a.name}{layer}{default}")
-    words += [f"int {a.name}={a.default_value}" for a in numbers]
+            words.append(f"{kind}{'?' if optional else ''} {a.name}{layer}{default}")
+    words += [f"{a.type} {a.name}={json.dumps(a.default_value)}" for a in common]
     return f"({', '.join(words)}) -> Tensor"
 
 
@@ -34,20 +40,22 @@ def define_group(
 ) -> Callable[..., Tensor]:
     """Define op `name`: the outputs of layers of op `single`, one beside the other.
 
+    Its arguments: x; tensors and, of the other arguments, those without a default, for each layer; then what has a
+    default, the same for all layers.
+
     Args:
         name: the op of all layers.
         single: the op of one.
         samples: as an `Op` has them.
-        numbers_of: a layer's tensors -> the numbers of its call of `single`; by default the group's op takes them,
-            the same for all layers.
+        numbers_of: a layer's tensors -> the numbers of its call of `single`, where the group's op takes none.
     """
     op = OPS[single]
     arguments = getattr(torch.ops.tinycomp, single).default._schema.arguments
-    tensors = [a for a in arguments[1:] if "Tensor" in str(a.type)]
-    numbers = [] if numbers_of else [a for a in arguments if "Tensor" not in str(a.type)]
+    own = [a for a in arguments[1:] if _is_tensor(a) or not (numbers_of or a.has_default_value())]
+    common = [] if numbers_of else [a for a in arguments if not _is_tensor(a) and a.has_default_value()]
     # Plain functions and numbers alone below: torch.compile builds the closures of a backward pass anew.
     one_check, one_reference, one_fake, one_cost, one_backward = op.check, op.reference, op.fake, op.cost, op.backward
-    size, defaults = len(tensors), tuple(a.default_value for a in numbers)
+    size, defaults = len(own), tuple(a.default_value for a in common)
     end = 1 + LAYERS * size
 
     def split(args: Sequence[Any]) -> list[Args]:
@@ -94,7 +102,7 @@ def define_group(
     follow = [i + layer * size for i in op.autocast[1:] for layer in range(LAYERS)]
     fields = {"check": check, "reference": reference, "fake": fake, "cost": cost, "backward": backward}
     return define(
-        Op(name=name, schema=_schema(tensors, numbers), samples=samples, autocast=(0, *follow), **fields)  # type: ignore[arg-type]
+        Op(name=name, schema=_schema(own, common), samples=samples, autocast=(0, *follow), **fields)  # type: ignore[arg-type]
     )
 
 

@@ -192,20 +192,23 @@ def _cost(
     return Cost(2 * rows * kept, moved + rows * out_features * x.element_size())
 
 
+def kept(draw: Draw, n: int, k: int, format: str, above: float = 0.3) -> Tensor:
+    """A bool (n, k) mask for samples, drawn as the format demands."""
+    if format == "block32":
+        blocks = draw(-(-n // BLOCK), -(-k // BLOCK)) > 0
+        return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:n, :k]
+    if format == "2:4":
+        ranks = F.pad(draw(n, k), (0, -k % 4)).reshape(n, -1, 4).argsort(2).argsort(2)
+        return (ranks < 2).reshape(n, -1)[:, :k]
+    return draw(n, k) > above
+
+
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     def make(
         lead: tuple[int, ...], k: int, n: int, format: str, bits: int, above: float = 0.3
     ) -> tuple[Tensor | int | str | None, ...]:
         draw = Draw(dtype)
-        w = draw(n, k)
-        keep = draw(n, k) > above
-        if format == "block32":
-            keep = (draw(-(-n // BLOCK), -(-k // BLOCK)) > 0).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-            keep = keep[:n, :k]
-        if format == "2:4":
-            ranks = F.pad(draw(n, k), (0, -k % 4)).reshape(n, -1, 4).argsort(2).argsort(2)
-            keep = (ranks < 2).reshape(n, -1)[:, :k]
-        packed = pack_masked(w, keep, format, bits)
+        packed = pack_masked(draw(n, k), kept(draw, n, k, format, above), format, bits)
         return draw(*lead, k), *packed, draw(n) if bits else None, n, format, bits
 
     for format in FORMATS:

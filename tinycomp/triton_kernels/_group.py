@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 def with_signature(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorator: a launcher of all arguments of op `name` gets those left out, and the signature `triton_op` reads."""
-    types = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "int": int}
+    types = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "int": int, "Optional[int]": int | None, "str": str}
     parameters = [
         inspect.Parameter(
             a.name,
@@ -41,7 +41,7 @@ def with_signature(name: str) -> Callable[[Callable[..., Tensor]], Callable[...,
     signature = inspect.Signature(parameters, return_annotation=Tensor)
 
     def add(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Tensor | int | None) -> Tensor:
+        def call(*args: Tensor | int | str | None) -> Tensor:
             bound = signature.bind(*args)
             bound.apply_defaults()
             return launch(*bound.args)

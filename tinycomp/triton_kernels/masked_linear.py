@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, 
 
 # Inputs, rows and columns per program, warps. A step of 32 columns is one block of "block32".
 MASKED_CONFIGS = {"decode": (16, 32, 32, 4), "tiles": (64, 64, 32, 4), "tiles-float32": (16, 64, 32, 8)}
+MOST_LAYERS = 3
 
 
 @triton.jit
@@ -26,31 +28,16 @@ def stored_value(values_ptr, at, inside, BITS: tl.constexpr):
     return value
 
 
+# fmt: off
 @triton.jit
-def masked_kernel(
-    x_ptr,
-    x_stride,
-    values_ptr,
-    mask_ptr,
-    mask_columns,
-    offsets_ptr,
-    scales_ptr,
-    bias_ptr,
-    y_ptr,
-    inputs,
-    rows,
-    columns,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+def masked_tile(
+    x_ptr, x_stride, values_ptr, mask_ptr, mask_columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr, y_stride,
+    m, tile, inputs, rows, columns, FORMAT: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """One (BM, BN) tile; a packed row is read from its start, its values counted on the way."""
+    """Inputs `m` by BN outputs; a packed row is read from its start, its values counted on the way."""
     dtype = x_ptr.dtype.element_ty
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
+    n = tile.to(tl.int64) * BN + tl.arange(0, BN)
+    sums = tl.zeros((m.shape[0], BN), tl.float32)
     scale = tl.full((BN,), 1.0, tl.float32)
     if BITS != 0:
         scale = tl.load(scales_ptr + n, mask=n < rows, other=0.0).to(tl.float32)
@@ -93,14 +80,85 @@ def masked_kernel(
         sums = tl.dot(x, (w * scale[None, :]).to(dtype), sums, input_precision="ieee")
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * rows + n[None, :], sums.to(dtype), mask=(m < inputs)[:, None] & (n < rows)[None, :])
+    inside = (m < inputs)[:, None] & (n < rows)[None, :]
+    tl.store(y_ptr + m[:, None] * y_stride + n[None, :], sums.to(dtype), mask=inside)
 
 
-def _why_not(*args: Any) -> str | None:
-    return "the Triton kernel of masked_linear has no format 'index'" if args[7] == "index" else None
+@triton.jit
+def masked_kernel(
+    x, x_stride,
+    values1, mask1, mask_columns1, offsets1, scales1, bias1, y1, rows1,
+    values2, mask2, mask_columns2, offsets2, scales2, bias2, y2, rows2,
+    values3, mask3, mask_columns3, offsets3, scales3, bias3, y3, rows3,
+    y_stride, inputs, columns,
+    LAYERS: tl.constexpr, FORMAT: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One (BM, BN) tile of one of the layers."""
+    layers = (
+        (values1, mask1, mask_columns1, offsets1, scales1, bias1, y1, rows1),
+        (values2, mask2, mask_columns2, offsets2, scales2, bias2, y2, rows2),
+        (values3, mask3, mask_columns3, offsets3, scales3, bias3, y3, rows3),
+    )
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    tile, before = tl.program_id(1), 0
+    for i in tl.static_range(LAYERS):
+        values, mask, mask_columns, offsets, scales, bias, y, rows = layers[i]
+        tiles = tl.cdiv(rows, BN)
+        if (tile >= before) & (tile < before + tiles):
+            masked_tile(
+                x, x_stride, values, mask, mask_columns, offsets, scales, bias, y, y_stride,
+                m, tile - before, inputs, rows, columns, FORMAT, BITS, BN, BK,
+            )
+        before += tiles
+# fmt: on
 
 
-@kernel_op("masked_linear", why_not=_why_not)
+class SparseLayer(NamedTuple):
+    """A layer: the arguments of `masked_linear` but x and those that say how all of them are packed."""
+
+    values: Tensor
+    mask: Tensor
+    offsets: Tensor | None
+    scales: Tensor | None
+    bias: Tensor | None
+    out_features: int
+
+
+def packed_layers(x: Tensor, layers: Sequence[SparseLayer], format: str, value_bits: int) -> Tensor:
+    """The outputs of one to three layers beside each other, in one launch."""
+    flat, features = rows_of(x), [layer.out_features for layer in layers]
+    y = x.new_empty(*x.shape[:-1], sum(features))
+    if y.numel() == 0:
+        return y
+    args: list[Any] = []
+    for layer, out in zip(layers, y.view(flat.shape[0], sum(features)).split(features, 1), strict=True):
+        mask = layer.mask.contiguous()
+        args += [layer.values.contiguous(), mask, mask.shape[1], adjacent(layer.offsets), adjacent(layer.scales)]
+        args += [adjacent(layer.bias), out, layer.out_features]
+    args += [None, None, 0, None, None, None, None, 0] * (MOST_LAYERS - len(layers))
+    tiles = "tiles-float32" if x.dtype == torch.float32 else "tiles"
+    bm, bn, bk, warps = MASKED_CONFIGS["decode" if flat.shape[0] <= DECODE_INPUTS else tiles]
+    grid = triton.cdiv(flat.shape[0], bm), sum(triton.cdiv(n, bn) for n in features)
+    torch.library.wrap_triton(masked_kernel)[grid](
+        flat,
+        flat.stride(0),
+        *args,
+        sum(features),
+        flat.shape[0],
+        x.shape[-1],
+        LAYERS=len(layers),
+        FORMAT=format,
+        BITS=value_bits,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        num_warps=warps,
+    )
+    return y
+
+
+@kernel_op("masked_linear")
 def masked_linear(
     x: Tensor,
     values: Tensor,
@@ -112,30 +170,4 @@ def masked_linear(
     format: str = "bitmask",
     value_bits: int = 0,
 ) -> Tensor:
-    flat, y = rows_of(x), x.new_empty(*x.shape[:-1], out_features)
-    if y.numel() == 0:
-        return y
-    mask = mask.contiguous()
-    tiles = "tiles-float32" if x.dtype == torch.float32 else "tiles"
-    bm, bn, bk, warps = MASKED_CONFIGS["decode" if flat.shape[0] <= DECODE_INPUTS else tiles]
-    torch.library.wrap_triton(masked_kernel)[(triton.cdiv(flat.shape[0], bm), triton.cdiv(out_features, bn))](
-        flat,
-        flat.stride(0),
-        values.contiguous(),
-        mask,
-        mask.shape[1],
-        adjacent(offsets),
-        adjacent(scales),
-        adjacent(bias),
-        y,
-        flat.shape[0],
-        out_features,
-        x.shape[-1],
-        FORMAT=format,
-        BITS=value_bits,
-        BM=bm,
-        BN=bn,
-        BK=bk,
-        num_warps=warps,
-    )
-    return y
+    return packed_layers(x, [SparseLayer(values, mask, offsets, scales, bias, out_features)], format, value_bits)
