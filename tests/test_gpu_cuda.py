@@ -19,7 +19,7 @@ from tolerance import assert_close
 import tinycomp as tc
 from tinycomp import ops
 from tinycomp.kernels_dump import _cases, _record
-from tinycomp.layers import DenseLinear, QuantLinear, group_, set_ratio_
+from tinycomp.layers import DenseLinear, MaskedLinear, QuantLinear, group_, set_ratio_
 from tinycomp.models import spec_of, unit_groups
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
@@ -149,6 +149,10 @@ def replacing(make: Callable[[torch.nn.Linear], torch.nn.Module]) -> Callable[[t
     return change
 
 
+def masked(module: torch.nn.Linear) -> MaskedLinear:
+    return MaskedLinear.from_linear(module, module.weight > 0, value_bits=8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "names"),
@@ -160,6 +164,7 @@ def replacing(make: Callable[[torch.nn.Linear], torch.nn.Module]) -> Callable[[t
         (replacing(lambda m: QuantLinear.from_linear(m, 8, activation_bits=8)), ["quant_linears"] * 2),
         (elastic, ["swsc_linears", "sliced_linears"]),
         (replacing(DenseLinear.from_linear), ["sliced_linears"] * 2),
+        (replacing(masked), ["masked_linears"] * 2),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
