@@ -32,6 +32,25 @@ def _schema(own: Sequence[Any], common: Sequence[Any]) -> str:
     return f"({', '.join(words)}) -> Tensor"
 
 
+def _backward(
+    one: Callable[..., Sequence[Tensor | None]],
+    layers: Sequence[Args],
+    size: int,
+    needs: Sequence[bool],
+    on_outputs: Sequence[Tensor],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients on x and on the `size` own arguments of each layer; `one` gives those of one layer."""
+    gx: Tensor | None = None
+    gradients: list[Tensor | None] = []
+    for i, (layer, gy) in enumerate(zip(layers, on_outputs, strict=True)):
+        own = needs[1 + i * size : 1 + (i + 1) * size]
+        on_x, *rest = one(layer, (needs[0], *own, *(False for _ in layer[1 + size :])), gy)
+        if on_x is not None:
+            gx = on_x if gx is None else gx + on_x
+        gradients += rest[:size]
+    return gx, gradients
+
+
 def define_group(
     name: str,
     single: str,
@@ -47,7 +66,7 @@ def define_group(
         name: the op of all layers.
         single: the op of one.
         samples: as an `Op` has them.
-        numbers_of: a layer's tensors -> the numbers of its call of `single`, where the group's op takes none.
+        numbers_of: a layer's tensors -> the numbers of its call of `single`; with it the group's op takes none.
     """
     op = OPS[single]
     arguments = getattr(torch.ops.tinycomp, single).default._schema.arguments
@@ -62,10 +81,8 @@ def define_group(
         """Arguments of the single op for each layer that is there."""
         rest = tuple(args[end:]) + defaults[len(args[end:]) :]
         given = tuple(args[1:end]) + (None,) * (end - len(args[:end]))
-        layers = [given[i * size : (i + 1) * size] for i in range(LAYERS)]
-        return [
-            (args[0], *layer, *(numbers_of(layer) if numbers_of else rest)) for layer in layers if layer[0] is not None
-        ]
+        there = [given[i : i + size] for i in range(0, end - 1, size) if given[i] is not None]
+        return [(args[0], *layer, *(numbers_of(layer) if numbers_of else rest)) for layer in there]
 
     def check(*args: Any) -> None:
         for layer in split(args):
@@ -85,25 +102,14 @@ def define_group(
 
     def backward(args: Sequence[Any], needs: Sequence[bool], gy: Tensor) -> tuple[Tensor | None, ...]:
         assert one_backward is not None
-        first = 0
-        gx: Tensor | None = None
-        gradients: list[Tensor | None] = []
-        for i, layer in enumerate(split(args)):
-            features = one_fake(*layer).shape[-1]
-            wanted = (needs[0], *needs[1 + i * size : 1 + (i + 1) * size], *(False for _ in defaults))
-            on_x, *rest = one_backward(layer, wanted, gy[..., first : first + features])
-            if on_x is not None:
-                gx = on_x if gx is None else gx + on_x
-            gradients += rest[:size]
-            first += features
+        features = [one_fake(*layer).shape[-1] for layer in split(args)]
+        gx, gradients = _backward(one_backward, split(args), size, needs, gy.split(features, -1))
         return gx, *gradients, *(None for _ in range(len(args) - 1 - len(gradients)))
 
     # Biases follow the autocast dtype with x, as the single op's do.
     follow = [i + layer * size for i in op.autocast[1:] for layer in range(LAYERS)]
-    fields = {"check": check, "reference": reference, "fake": fake, "cost": cost, "backward": backward}
-    return define(
-        Op(name=name, schema=_schema(own, common), samples=samples, autocast=(0, *follow), **fields)  # type: ignore[arg-type]
-    )
+    schema, autocast = _schema(own, common), (0, *follow)
+    return define(Op(name, schema, check, reference, fake, cost, samples, backward, autocast))
 
 
 def gpu_backends(x: Tensor) -> tuple[str, ...]:
