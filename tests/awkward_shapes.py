@@ -70,6 +70,13 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
         {"clusters": 7, "axis": 1, "label_bits": 64},
         {"clusters": 7, "axis": 0, "label_bits": 32},
     ),
+    "quant_swsc_linear": _turns(
+        _LAYERS,
+        {"clusters": 255, "bits": 8, "group_size": 0},
+        {"clusters": 255, "bits": 4, "group_size": 10},
+        {"clusters": 7, "bits": 8, "group_size": 32},
+        {"clusters": 7, "bits": 4, "group_size": 0},
+    ),
     "sliced_linear": [shape | {"whole": [301, 195]} for shape in _PLAIN],
     "quant_linear": _turns(
         _PLAIN,

@@ -177,7 +177,7 @@ class Scratch {
     }
   }
   float* data() const { return data_; }
-  static constexpr int kSlots = 11;
+  static constexpr int kSlots = 12;
 
  private:
   std::unique_ptr<float[]> own_;
@@ -190,7 +190,8 @@ enum {
   kLinkSlot,
   kLowSlot,
   kLevelSlot,
-  kMiddleLevelSlot,  // the above belong to a call, the rest to each of its threads
+  kMiddleLevelSlot,
+  kSumLevelSlot,  // the above belong to a call, the rest to each of its threads
   kResultSlot,
   kScaleSlot,
   kRebuildSlot,

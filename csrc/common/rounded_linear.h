@@ -116,11 +116,13 @@ class RoundedWeight {
   int64_t group, groups, scale_groups;
 };
 
-// Inputs as a rounded weight reads them; `prepare` fills rows in a stage of its own.
+// Inputs as a rounded weight reads them, and others of its layout; `prepare` fills rows in a stage of its own.
 class RoundedInputs {
  public:
-  RoundedInputs(const RoundedWeight& w, const float* x, int64_t m, int slot)
+  // `zeros`: whether another weight that reads them has zeros.
+  RoundedInputs(const RoundedWeight& w, const float* x, int64_t m, int slot, bool zeros = false)
       : w_(w),
+        zeros_(zeros || w.has_zeros()),
         x_(x),
         m(m),
         width_(input_width(layout())),
@@ -141,7 +143,7 @@ class RoundedInputs {
       const float* x = x_ + j * w_.cols;
       float* totals = totals_ + j * w_.scale_groups;
       if (!w_.rounds_inputs) {
-        rounded().order_inputs(layout(), x, ordered_ + j * width_, w_.has_zeros() ? totals : nullptr);
+        rounded().order_inputs(layout(), x, ordered_ + j * width_, zeros_ ? totals : nullptr);
         continue;
       }
       const int64_t at = j * w_.groups;
@@ -155,20 +157,25 @@ class RoundedInputs {
   // store(j, i, values, n) as in dot_rows of linear.h.
   template <class Store>
   void dot_rows(int64_t first, int64_t last, const Store& store) const {
-    const int64_t most = std::min(m, kInputsAtOnce), groups = w_.scale_groups;
+    dot_rows(w_, first, last, store);
+  }
+  // The rows of another weight: its inputs, groups, bits and rounding are those of the first.
+  template <class Store>
+  void dot_rows(const RoundedWeight& w, int64_t first, int64_t last, const Store& store) const {
+    const int64_t most = std::min(m, kInputsAtOnce), groups = w.scale_groups;
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
-    const Scratch shifts(kShiftSlot, w_.has_zeros() ? kBatch * groups : 0);
+    const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
     const Scratch rebuilt(kRebuildSlot, rebuilds_ ? kBatch * width_ : 0);
     float *values = out.data(), *correction = values + most * kBatch;
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
-      const RoundedRows rows = w_.at(i, n, scales.data());
-      if (w_.has_zeros()) w_.shifts(i, n, scales.data(), shifts.data());
+      const RoundedRows rows = w.at(i, n, scales.data());
+      if (w.has_zeros()) w.shifts(i, n, scales.data(), shifts.data());
       if (rebuilds_) rounded().rebuild(rows, n, rebuilt.data());
       for (int64_t start = 0; start < m; start += most) {
         const int64_t inputs = std::min(most, m - start);
         multiply(rows, n, start, inputs, rebuilt.data(), values);
-        if (w_.has_zeros()) {
+        if (w.has_zeros()) {
           dot(Type::f32, shifts.data(), groups * 4, n, groups, totals_ + start * groups, groups, inputs, correction,
               kBatch);
           for (int64_t c = 0; c < inputs * kBatch; ++c) values[c] -= correction[c];
@@ -197,6 +204,7 @@ class RoundedInputs {
   }
 
   const RoundedWeight& w_;
+  const bool zeros_;
   const float* x_;
 
  public:

@@ -134,10 +134,9 @@ void chain(const Device& device, const Matrix<T>& x, int inputs, const Storage& 
 }
 
 // c (b (a x)), or with kForked a x and c (b x), the third product adding what the first one kept.
-template <class T, bool kForked>
+template <class T, bool kForked, class W = Dense<T>>
 void chain(const Device& device, const Matrix<T>& x, int inputs, const Storage& a, const Output<T>& p, const Storage& b,
            const Output<T>& q, const Storage& c, const Output<T>& o) {
-  using W = Dense<T>;
   if (inputs == 0 || c.rows == 0) return;
   const Config config = pick_config(
       {{inputs, a.columns, a.rows}, {inputs, b.columns, b.rows}, {inputs, c.columns, c.rows}}, device.processors);
@@ -154,7 +153,9 @@ void chain(const Device& device, const Matrix<T>& x, int inputs, const Storage& 
                     TINYCOMP_PASS_OUTPUT(o), device.counters(), inputs);
     device.check_launch();
   };
-  config.row_tiles == 2 ? launch(std::integral_constant<int, 2>{}) : launch(std::integral_constant<int, 1>{});
+  if constexpr (W::kCopies)
+    if (config.row_tiles == 2) return launch(std::integral_constant<int, 2>{});
+  launch(std::integral_constant<int, 1>{});
 }
 
 // Kernels that several ops launch are compiled once: in the file of the op that is no more than that launch.

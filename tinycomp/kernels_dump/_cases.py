@@ -87,6 +87,17 @@ def _quant_lowrank_linear(
     return x, r.qweight, r.scales, t.qweight, t.scales, order, r.zeros, t.zeros, bias, bits, group_size, 0
 
 
+def _quant_swsc_linear(
+    draw: Draw, inputs: int, in_features: int, out_features: int, rank: int, clusters: int, bits: int, group_size: int
+) -> Args:
+    x, centroids, labels, b, a, scales, bias, axis = _swsc_linear(
+        draw, inputs, in_features, out_features, rank, clusters, 0, 32
+    )
+    c, b, a = (quantize(w, bits, group_size, False) for w in (centroids, b, a))
+    levels = (c.qweight, c.scales, labels, b.qweight, b.scales, a.qweight, a.scales)
+    return x, *levels, c.zeros, b.zeros, a.zeros, scales, bias, axis, bits, group_size, 0
+
+
 def _group(layers: list[list[int]], single: Callable[..., Args]) -> Args:
     """Tensors of three layers without their x: `layers` holds [out_features, rank, pivoted] of two or three."""
     found = [single(out_features=n, rank=rank, pivoted=bool(pivoted)) for n, rank, pivoted in layers]
@@ -204,6 +215,7 @@ _MAKERS: dict[str, Callable[..., Args]] = {
     "swsc_linear": _swsc_linear,
     "quant_linear": _quant_linear,
     "quant_lowrank_linear": _quant_lowrank_linear,
+    "quant_swsc_linear": _quant_swsc_linear,
     "masked_linear": _masked_linear,
     "masked_linears": _masked_linears,
     "column_norms": _column_norms,
@@ -307,6 +319,10 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
     "quant_lowrank_linear": _layers(
         {"rank": 64, "pivoted": True, "bits": 4, "group_size": 32},
         {"rank": 33, "pivoted": False, "bits": 8, "group_size": 0},
+    ),
+    "quant_swsc_linear": _layers(
+        {"rank": 64, "clusters": 24, "bits": 4, "group_size": 32},
+        {"rank": 15, "clusters": 23, "bits": 8, "group_size": 0},
     ),
     "masked_linear": _layers(
         *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))

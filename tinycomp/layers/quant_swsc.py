@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
+from tinycomp.layers._base import tensors
 from tinycomp.layers.swsc import ChannelSharing, SWSCLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize
 
+_ALWAYS = ("centroids", "centroids_scales", "centroids_zeros", "labels", "scales", "bias")
+_FACTORS = ("b", "b_scales", "b_zeros", "a", "a_scales", "a_zeros")
+
 
 class QuantSWSCLinear(ChannelSharing):
-    """`SWSCLinear` whose centroids and factors are rounded: one `ops.quant_linear` for the centroids, one
-    `ops.quant_lowrank_linear` for the correction.
+    """`SWSCLinear` whose centroids and factors are rounded: a call of `ops.quant_swsc_linear`.
 
     Buffers centroids, b and a are the levels of `SWSCLinear`'s weights, beside them centroids_scales, b_scales and
     a_scales (rows, groups), with 4 bits also their zeros; gains (`scales`) keep the layer's dtype.
@@ -87,25 +90,24 @@ class QuantSWSCLinear(ChannelSharing):
         return others + sum(rows * columns for rows, columns in self._shapes.values())
 
     def forward(self, x: Tensor) -> Tensor:
-        labels = self.labels.long()
-        if self.axis == 0:
-            y = self._shared(x).index_select(-1, labels)
-            y = y if self.scales is None else y * self.scales
-        else:
-            gained = x if self.scales is None else x * self.scales
-            y = self._shared(x.new_zeros(*x.shape[:-1], self.clusters).index_add(-1, labels, gained))
-        if self.rank:
-            y = y + ops.quant_lowrank_linear(
-                *(x, self.b, self.b_scales, self.a, self.a_scales, None, self.b_zeros, self.a_zeros, None),
-                *(self.bits, self.group_size, self.activation_bits),
-            )
-        return y if self.bias is None else y + self.bias
-
-    def _shared(self, x: Tensor) -> Tensor:
-        return ops.quant_linear(
-            *(x, self.centroids, self.centroids_scales, self.centroids_zeros, None),
-            *(self.bits, self.group_size, self.activation_bits),
+        centroids, c_scales, c_zeros, labels, scales, bias = tensors(self, *_ALWAYS)
+        b, b_scales, b_zeros, a, a_scales, a_zeros = tensors(self, *_FACTORS) if self.rank else self._no_factors()
+        return ops.quant_swsc_linear(
+            *(x, centroids, c_scales, labels, b, b_scales, a, a_scales, c_zeros, b_zeros, a_zeros, scales, bias),
+            *(self.axis, self.bits, self.group_size, self.activation_bits),
         )
+
+    def _no_factors(self) -> list[Tensor | None]:
+        """What rank 0 has in the place of _FACTORS."""
+        levels, scales = self.centroids, self.centroids_scales
+        groups = -(-self.in_features // self.group_size) if self.group_size else 1
+        stored = self.in_features if self.bits == 8 else -(-self.in_features // 2)
+        b, b_scales = levels.new_empty(0, stored), scales.new_empty(0, groups)
+        a, a_scales = (
+            levels.new_empty(self.out_features, 0),
+            scales.new_empty(self.out_features, int(self.group_size == 0)),
+        )
+        return [b, b_scales, None, a, a_scales, None]
 
     def dense_weight(self) -> Tensor:
         dtype = self.centroids_scales.dtype

@@ -17,6 +17,7 @@ from tinycomp.ops.quant_linear import Quantized, dequantize, pack_int4, quant_li
 from tinycomp.ops.quant_linears import quant_linears
 from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
 from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
+from tinycomp.ops.quant_swsc_linear import quant_swsc_linear
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
 from tinycomp.ops.sliced_linear import sliced_linear
@@ -48,6 +49,7 @@ __all__ = [
     "quant_linears",
     "quant_lowrank_linear",
     "quant_lowrank_linears",
+    "quant_swsc_linear",
     "quantize",
     "register",
     "sample_without_replacement",

@@ -20,6 +20,7 @@ _SCALES = {
     "quant_linears": tuple(i + 4 * layer for layer in range(3) for i in (2, 3)),
     "quant_lowrank_linear": (2, 4, 6, 7),
     "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
+    "quant_swsc_linear": (2, 5, 7, 8, 9, 10),
     "masked_linear": (4,),
     "masked_linears": tuple(4 + 6 * layer for layer in range(3)),
 }
@@ -92,17 +93,27 @@ def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return f"the {backend} kernel of {name} has no format 'index'" if args[at : at + 1] == ("index",) else None
 
 
+def _not_shared_inputs(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """Why a call whose weight shares input channels cannot run, where it cannot."""
+    at = {"swsc_linears": -1, "quant_swsc_linear": 13}.get(name)
+    if at is None or args[at] == 0:
+        return None
+    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
+
+
+def _refused(backend: str, *call: Any) -> str | None:
+    return _no_index(backend, *call) or _not_shared_inputs(backend, *call) or _no_rounding(backend, *call)
+
+
 def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
     """None if the CUDA kernel of `name` takes these arguments, else the reason."""
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the CUDA kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    if name == "swsc_linears" and args[-1] != 0:
-        return f"the CUDA kernel of swsc_linears takes layers whose outputs share (axis 0), got axis {args[-1]}"
     for scales in (args[i] for i in _SCALES.get(name, ())):
         if scales is not None and scales.dtype not in (torch.float32, args[0].dtype):
             return f"the CUDA kernel of {name} takes scales in float32 or {args[0].dtype}, got {scales.dtype}"
-    return _no_index("CUDA", name, args) or _no_rounding("CUDA", name, args)
+    return _refused("CUDA", name, args)
 
 
 def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
@@ -112,4 +123,4 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
-    return _no_index("Triton", name, args) or _no_rounding("Triton", name, args)
+    return _refused("Triton", name, args)
