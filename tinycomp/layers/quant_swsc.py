@@ -93,20 +93,17 @@ class QuantSWSCLinear(ChannelSharing):
         centroids, c_scales, c_zeros, labels, scales, bias = tensors(self, *_ALWAYS)
         b, b_scales, b_zeros, a, a_scales, a_zeros = tensors(self, *_FACTORS) if self.rank else self._no_factors()
         return ops.quant_swsc_linear(
-            *(x, centroids, c_scales, labels, b, b_scales, a, a_scales, c_zeros, b_zeros, a_zeros, scales, bias),
-            *(self.axis, self.bits, self.group_size, self.activation_bits),
-        )
+            x, centroids, c_scales, labels, b, b_scales, a, a_scales, c_zeros, b_zeros, a_zeros, scales, bias,
+            self.axis, self.bits, self.group_size, self.activation_bits,
+        )  # fmt: skip
 
-    def _no_factors(self) -> list[Tensor | None]:
+    def _no_factors(self) -> list[Any]:
         """What rank 0 has in the place of _FACTORS."""
+        in_features, out_features, size = self.in_features, self.out_features, self.group_size
         levels, scales = self.centroids, self.centroids_scales
-        groups = -(-self.in_features // self.group_size) if self.group_size else 1
-        stored = self.in_features if self.bits == 8 else -(-self.in_features // 2)
-        b, b_scales = levels.new_empty(0, stored), scales.new_empty(0, groups)
-        a, a_scales = (
-            levels.new_empty(self.out_features, 0),
-            scales.new_empty(self.out_features, int(self.group_size == 0)),
-        )
+        b = levels.new_empty(0, in_features if self.bits == 8 else -(-in_features // 2))
+        b_scales = scales.new_empty(0, -(-in_features // size) if size else 1)
+        a, a_scales = levels.new_empty(out_features, 0), scales.new_empty(out_features, 0 if size else 1)
         return [b, b_scales, None, a, a_scales, None]
 
     def dense_weight(self) -> Tensor:

@@ -258,7 +258,7 @@ def scale_gradients(
 def _group_sum(values: Tensor, groups: int, group_size: int) -> Tensor:
     """(N, in_features) -> (N, groups): the sum over each group."""
     padded = F.pad(values, (0, groups * group_size - values.shape[1])) if group_size else values
-    return padded.reshape(padded.shape[0], groups, padded.shape[1] // groups).sum(2)
+    return padded.reshape(padded.shape[0], groups, padded.shape[1] // max(groups, 1)).sum(2)
 
 
 def _cost(

@@ -127,14 +127,13 @@ def _summed(args: Sequence) -> Tensor:
 
 
 def _reference(*args) -> Tensor:
-    x, labels, b, scales, bias, axis = args[0], args[3], args[4], args[11], args[12], args[13]
+    x, labels, scales, bias, axis = args[0], args[3], args[11], args[12], args[13]
     if axis == 0:
         y = _LINEAR.reference(*_of_centroids(args, x)).index_select(-1, labels.long())
         y = y if scales is None else y * scales
     else:
         y = _LINEAR.reference(*_of_centroids(args, _summed(args)))
-    if b.shape[0]:
-        y = y + _LOW_RANK.reference(*_of_correction(args))
+    y = y + _LOW_RANK.reference(*_of_correction(args))
     return y if bias is None else y + bias
 
 
@@ -164,9 +163,7 @@ def _backward(args: Sequence, needs: Sequence[bool], gy: Tensor) -> tuple[Tensor
             gx = gathered if scales is None else gathered * scales
             gs = _checks.as_matrix(x * gathered).sum(0) if needs[11] else None
     on_factors = (needs[0], False, needs[5], False, needs[7], False, needs[9], needs[10], False)
-    low: Sequence[Tensor | None] = [None] * 9
-    if args[4].shape[0]:
-        low = _LOW_RANK.backward(_of_correction(args), on_factors, gy)
+    low = _LOW_RANK.backward(_of_correction(args), on_factors, gy)
     gx = gx if gx is None or low[0] is None else gx + low[0]
     gb = _checks.as_matrix(gy).sum(0) if needs[12] else None
     factors = (None, low[2], None, low[4])  # b and its scales, a and its scales
@@ -190,12 +187,9 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     ) -> tuple:  # fmt: skip
         draw, channels = Draw(dtype), n if axis == 0 else k
         shared = (clusters, k) if axis == 0 else (n, clusters)
-        weights = [quantize(draw(*size), bits, group, not full) for size in (shared, (rank, k))]
-        # Without columns there is nothing to round, and no group that has a scale.
-        weights.append(quantize(draw(n, rank), bits, group if rank else 0, not full))
-        if rank == 0 and group:
-            weights[2] = type(weights[2])(*(None if t is None else t[:, :0] for t in weights[2]))
-        c, b, a = weights
+        c, b, a = (quantize(draw(*size), bits, group, not full) for size in (shared, (rank, k), (n, rank)))
+        if rank == 0 and group:  # no column, no group
+            a = a._replace(scales=a.scales[:, :0], zeros=None if a.zeros is None else a.zeros[:, :0])
         index, extra = draw.labels(channels, clusters, labels), (draw(channels), draw(n)) if full else (None, None)
         levels = (c.qweight, c.scales, index, b.qweight, b.scales, a.qweight, a.scales)
         return draw(*lead, k), *levels, c.zeros, b.zeros, a.zeros, *extra, axis, bits, group, 0
