@@ -138,9 +138,19 @@ def shared(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
     def composite_fp32(args: tuple[Any, ...]) -> Call:
         return composite(tuple(a.float() if a is not None and a.is_floating_point() else a for a in args[:5]))
 
-    size = torch.empty((), dtype=dtype).element_size() * (clusters * k + rank * (n + k))
+    numbers = clusters * k + rank * (n + k)
+    size = torch.empty((), dtype=dtype).element_size() * numbers
     peers = {"torch composite": composite, "torch fp32 composite": composite_fp32}
     yield _linear("swsc_linear", "n/16+r32", n, k, m, dtype, make, size, peers=peers)
+
+    def rounded(x: Tensor) -> tuple[Any, ...]:
+        _, shared, _, *factors = make(x)[:5]
+        c, b, a = (ops.quantize(w) for w in (shared, *factors))
+        levels = (c.qweight, c.scales, labels, b.qweight, b.scales, a.qweight, a.scales)
+        return x, *levels, *[None] * 5, 0, 8, 0, 8
+
+    more = {"compute": "vnni", "exact": False}
+    yield _linear("quant_swsc_linear", "n/16+r32 int8", n, k, m, dtype, rounded, numbers, **more)
 
 
 def dense(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:

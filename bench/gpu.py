@@ -140,6 +140,12 @@ def layer_cases(inputs: int, rows: int, columns: int, device: str = "cuda") -> I
         ("quant_lowrank_linear", "low rank 50 % int4", low | grouped, tuple(p._replace(bits=4.25) for p in pivoted)),
         ("cur_linear", "cur", {"rank": third}, chain(columns, third, third, rows)),
         ("swsc_linear", "swsc", shared, (*chain(columns, rows // 4), *chain(columns, 32, rows))),
+        (
+            "quant_swsc_linear",
+            "swsc int4",
+            {"rank": 128, "clusters": rows // 4} | grouped,
+            tuple(p._replace(bits=4.25) for p in (*chain(columns, rows // 4), *chain(columns, 128, rows))),
+        ),
         ("sliced_linear", "sliced", {"whole": half}, (whole,)),
         ("quant_linear", "int4", grouped | {"symmetric": True}, (whole._replace(bits=4.125),)),
         ("quant_linear", "int8", {"bits": 8, "group_size": 0, "symmetric": True}, (whole._replace(bits=8),)),
