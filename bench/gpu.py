@@ -143,7 +143,7 @@ def layer_cases(inputs: int, rows: int, columns: int, device: str = "cuda") -> I
         (
             "quant_swsc_linear",
             "swsc int4",
-            {"rank": 128, "clusters": rows // 4} | grouped,
+            {"rank": 128, "clusters": rows // 4, "axis": 0} | grouped,
             tuple(p._replace(bits=4.25) for p in (*chain(columns, rows // 4), *chain(columns, 128, rows))),
         ),
         ("sliced_linear", "sliced", {"whole": half}, (whole,)),

@@ -72,10 +72,10 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
     ),
     "quant_swsc_linear": _turns(
         _LAYERS,
-        {"clusters": 255, "bits": 8, "group_size": 0},
-        {"clusters": 255, "bits": 4, "group_size": 10},
-        {"clusters": 7, "bits": 8, "group_size": 32},
-        {"clusters": 7, "bits": 4, "group_size": 0},
+        {"clusters": 255, "axis": 0, "bits": 8, "group_size": 0},
+        {"clusters": 7, "axis": 0, "bits": 4, "group_size": 10},
+        {"clusters": 7, "axis": 1, "bits": 8, "group_size": 32},
+        {"clusters": 255, "axis": 1, "bits": 4, "group_size": 0},
     ),
     "sliced_linear": [shape | {"whole": [301, 195]} for shape in _PLAIN],
     "quant_linear": _turns(

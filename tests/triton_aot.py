@@ -103,9 +103,13 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
             yield "quant_linears", (x, *(t(n, k // 2, dtype=u8), t(n, k // 128), t(n, k // 128), None) * 3, 4, 128)
             sharing = (t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None)
             yield "swsc_linears", (x, *sharing * 3)
-            levels = (t(64, k // 2, dtype=u8), t(64, k // 128), t(2048, dtype=u8), t(32, k // 2, dtype=u8))
-            factors = (t(32, k // 128), t(n, 16, dtype=u8), t(n, 1), None, None, None, t(2048), None, 0, 4, 128)
-            yield "quant_swsc_linear", (x, *levels, *factors)
+            factors = (t(32, k // 2, dtype=u8), t(32, k // 128), t(n, 16, dtype=u8), t(n, 1))
+            rest = (*factors, None, None, None, t(2048), None)
+            outputs = (t(64, k // 2, dtype=u8), t(64, k // 128), t(2048, dtype=u8))
+            yield "quant_swsc_linear", (x, *outputs, *rest, 0, 4, 128)
+            if every:
+                inputs = (t(n, 32, dtype=u8), t(n, 1), t(2048, dtype=u8))
+                yield "quant_swsc_linear", (x, *inputs, *rest, 1, 4, 128)
         if every:
             yield "lowrank_linear", (x, t(rank, k), t(n, rank), None, t(n))
             yield "swsc_linear", (x, t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None, 0)

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 1 : 2)
 }  // namespace tinycomp::cuda
 
 #if defined(TINYCOMP_TORCH)
-#include "linear_host.cuh"
+#include "shared_inputs.cuh"
 
 namespace tinycomp::cuda {
 
@@ -73,13 +73,7 @@ void shared_inputs(const Device& device, const Tensor& x, const Rows<T>& inputs,
                     out.y_stride, out.bias, device.counters(), inputs.rows);
     return device.check_launch();
   }
-  const Between<T> z(device, x, inputs.rows, down.rows), corrections(device, x, inputs.rows, up.rows),
-      sums(device, x, inputs.rows, one_hot.rows);
-  product<T, Dense<T>>(device, inputs.matrix(), inputs.rows, down, keep(z));
-  product<T, Dense<T>>(device, keep(z).next(), inputs.rows, up, keep(corrections));
-  product<T, OneHot<T>>(device, inputs.matrix(), inputs.rows, one_hot, keep(sums));
-  out.base = corrections.data, out.base_stride = corrections.stride;
-  product<T, Dense<T>>(device, keep(sums).next(), inputs.rows, centroids, out);
+  summed_products<T, Dense<T>>(device, x, inputs, one_hot, down, centroids, up, out);
 }
 
 Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& b, const Tensor& a,
@@ -115,6 +109,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
   });
 }
 
+TINYCOMP_SHARED_PRODUCT(, TINYCOMP_ONE_HOT)
 TINYCOMP_CUDA_KERNEL(swsc_linear, swsc_linear)
 
 }  // namespace tinycomp::cuda

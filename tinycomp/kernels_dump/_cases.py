@@ -88,10 +88,18 @@ def _quant_lowrank_linear(
 
 
 def _quant_swsc_linear(
-    draw: Draw, inputs: int, in_features: int, out_features: int, rank: int, clusters: int, bits: int, group_size: int
+    draw: Draw,
+    inputs: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    clusters: int,
+    axis: int,
+    bits: int,
+    group_size: int,
 ) -> Args:
-    x, centroids, labels, b, a, scales, bias, axis = _swsc_linear(
-        draw, inputs, in_features, out_features, rank, clusters, 0, 32
+    x, centroids, labels, b, a, scales, bias, _ = _swsc_linear(
+        draw, inputs, in_features, out_features, rank, clusters, axis, 32
     )
     c, b, a = (quantize(w, bits, group_size, False) for w in (centroids, b, a))
     levels = (c.qweight, c.scales, labels, b.qweight, b.scales, a.qweight, a.scales)
@@ -321,8 +329,10 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"rank": 33, "pivoted": False, "bits": 8, "group_size": 0},
     ),
     "quant_swsc_linear": _layers(
-        {"rank": 64, "clusters": 24, "bits": 4, "group_size": 32},
-        {"rank": 15, "clusters": 23, "bits": 8, "group_size": 0},
+        {"rank": 64, "clusters": 24, "axis": 0, "bits": 4, "group_size": 32},
+        {"rank": 15, "clusters": 23, "axis": 1, "bits": 4, "group_size": 0},
+        {"rank": 15, "clusters": 23, "axis": 0, "bits": 8, "group_size": 0},
+        {"rank": 7, "clusters": 40, "axis": 1, "bits": 8, "group_size": 32},
     ),
     "masked_linear": _layers(
         *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))

@@ -94,11 +94,10 @@ def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _not_shared_inputs(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
-    """Why a call whose weight shares input channels cannot run, where it cannot."""
-    at = {"swsc_linears": -1, "quant_swsc_linear": 13}.get(name)
-    if at is None or args[at] == 0:
+    """Why a call of layers whose inputs share centroids cannot run, where it cannot."""
+    if name != "swsc_linears" or args[-1] == 0:
         return None
-    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
+    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[-1]}"
 
 
 def _refused(backend: str, *call: Any) -> str | None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
 from tinycomp.triton_kernels._product import Base, Rounded
-from tinycomp.triton_kernels._stages import Part, run_stages
+from tinycomp.triton_kernels._stages import OneHot, Part, run_stages
+from tinycomp.triton_kernels.swsc_linear import shared_inputs
 
 
 @kernel_op("quant_swsc_linear")
@@ -33,11 +34,19 @@ def quant_swsc_linear(
         Rounded(bits, s, z, group_size)
         for s, z in ((centroid_scales, centroid_zeros), (b_scales, b_zeros), (a_scales, a_zeros))
     )
-    flat = rows_of(x)
-    inputs = flat.shape[0]
-    y = x.new_empty(*x.shape[:-1], a.shape[0])
-    shared, z = (x.new_empty(inputs, w.shape[0]) for w in (centroids, b))
-    base = Base(shared, labels.contiguous(), adjacent(scales))
-    up = Part(z, a, y.view(inputs, a.shape[0]), on_a, bias=adjacent(bias), base=base)
-    run_stages([Part(flat, b, None, on_b, kept=z), Part(flat, centroids, None, on_centroids, kept=shared)], [up])
+    # Packed columns are an even number of clusters, the last of which may be one that no label names.
+    flat, clusters = rows_of(x), centroids.shape[axis] * (2 if axis == 1 and bits == 4 else 1)
+    inputs, features = flat.shape[0], a.shape[0]
+    y = x.new_empty(*x.shape[:-1], features)
+    shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
+    labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
+    out, down = y.view(inputs, features), Part(flat, b, None, on_b, kept=z)
+    if axis == 0:
+        up = Part(z, a, out, on_a, bias=bias, base=Base(shared, labels, scales))
+        run_stages([down, Part(flat, centroids, None, on_centroids, kept=shared)], [up])
+        return y
+    outputs = x.new_empty(inputs, features)
+    centres = Part(shared, centroids, None, on_centroids, kept=outputs)
+    up = Part(z, a, out, on_a, bias=bias, base=Base(outputs))
+    shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up)
     return y

@@ -43,6 +43,23 @@ def segment_sum_kernel(
     tl.store(sums_ptr + m[:, None] * clusters + c[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
 
 
+def shared_inputs(sums: Part, down: Part, centres: Part, up: Part) -> None:
+    """The products of a layer whose inputs share: `sums` has a `OneHot`, `centres` reads them and `up` adds to it."""
+    flat, one_hot = sums.x, sums.w
+    assert isinstance(one_hot, OneHot)
+    inputs, clusters = flat.shape[0], one_hot.clusters
+    if inputs <= DECODE_INPUTS:
+        run_stages([down, sums], [centres], [up])
+        return
+    bm, bc, bk = SEGMENT_BLOCK
+    if clusters:
+        torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
+            flat, flat.stride(0), one_hot.labels, one_hot.scales, sums.kept, inputs, clusters, flat.shape[1],
+            BM=bm, BC=bc, BK=bk,
+        )  # fmt: skip
+    run_stages([down, centres], [up])
+
+
 @kernel_op("swsc_linear")
 def swsc_linear(
     x: Tensor,
@@ -67,13 +84,5 @@ def swsc_linear(
     outputs = x.new_empty(inputs, a.shape[0])
     centres = Part(shared, centroids, kept=outputs)
     up = Part(z, a, out, base=Base(outputs), bias=bias)
-    if inputs <= DECODE_INPUTS:
-        run_stages([down, Part(flat, OneHot(labels, scales, clusters), kept=shared)], [centres], [up])
-        return y
-    bm, bc, bk = SEGMENT_BLOCK
-    if clusters:
-        torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
-            flat, flat.stride(0), labels, scales, shared, inputs, clusters, x.shape[-1], BM=bm, BC=bc, BK=bk
-        )
-    run_stages([down, centres], [up])
+    shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up)
     return y
