@@ -111,9 +111,9 @@ void stream_inputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& y
 void through_torch(const Layer<double>& layer, const Tensor& x, int64_t axis, const Tensor& y) {
   const int64_t m = x.size(0), in = x.size(1), n = layer.out_features, k = layer.clusters;
   const auto product = [](const RoundedWeight& w, const Tensor& inputs) {
-    return torch::stable::contiguous(gemm(w.inputs(inputs), w.dense()));
+    return adjacent(gemm(w.inputs(inputs), w.dense()));
   };
-  Tensor read = torch::stable::contiguous(x);
+  Tensor read = adjacent(x);
   if (axis == 1) {
     const Tensor sums = empty({m, k}, ScalarType::Double);
     const auto* from = static_cast<const double*>(read.const_data_ptr());

@@ -185,8 +185,9 @@ struct Kept {
 template <class T>
 struct Between : Kept<T> {
   int64_t stride;
-  Between(const Device& device, const Tensor& like, int64_t rows, int64_t columns)
-      : Kept<T>(device, like, rows * ((columns + 7) / 8 * 8), rows <= kDecodeRows), stride((columns + 7) / 8 * 8) {}
+  Between(const Device& device, const Tensor& like, int64_t rows, int64_t columns, bool one_launch = true)
+      : Kept<T>(device, like, rows * ((columns + 7) / 8 * 8), one_launch && rows <= kDecodeRows),
+        stride((columns + 7) / 8 * 8) {}
 };
 
 }  // namespace tinycomp::cuda

@@ -28,7 +28,7 @@ Tensor quant_swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor&
     const int64_t features = up.storage.rows, channels = axis == 0 ? features : inputs.columns;
     STD_TORCH_CHECK(labels.size(0) == channels && (axis == 0 || shared.storage.rows == features),
                     "quant_swsc_linear: shape does not fit");
-    const Tensor label = torch::stable::contiguous(labels);
+    const Tensor label = adjacent(labels);
     const int label_bytes = static_cast<int>(label.element_size());
     const Vector<T> scale(scales, scalar_type<T>, channels, "quant_swsc_linear: scales");
     const Vector<T> shift(bias, scalar_type<T>, features, "quant_swsc_linear: bias");
@@ -41,7 +41,7 @@ Tensor quant_swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor&
                               to_int(clusters, "clusters"), inputs.columns, label_bytes, 0,          0};
         return summed_products<T, W>(device, x, inputs, one_hot, down.storage, shared.storage, up.storage, out);
       }
-      const Between<T> z(x, inputs.rows, down.storage.rows), sums(x, inputs.rows, shared.storage.rows);
+      const Between<T> z(device, x, inputs.rows, down.storage.rows), sums(device, x, inputs.rows, shared.storage.rows);
       out.base = sums.data, out.base_stride = sums.stride;
       out.labels = label.const_data_ptr(), out.label_bytes = label_bytes, out.scales = scale.data;
       chain<T, true, W>(device, inputs.matrix(), inputs.rows, shared.storage, keep(sums), down.storage, keep(z),

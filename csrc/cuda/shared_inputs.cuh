@@ -1,4 +1,4 @@
-// Input channels that share centroids, for many inputs: a launch for each product.
+// Input channels that share centroids, a launch for each product.
 #pragma once
 
 #include "linear_host.cuh"
@@ -12,8 +12,8 @@ TINYCOMP_SHARED_PRODUCT(extern, TINYCOMP_ONE_HOT)
 template <class T, class W>
 void summed_products(const Device& device, const Tensor& x, const Rows<T>& inputs, const Storage& one_hot,
                      const Storage& down, const Storage& centroids, const Storage& up, Output<T> out) {
-  const Between<T> z(x, inputs.rows, down.rows), corrections(x, inputs.rows, up.rows),
-      sums(x, inputs.rows, one_hot.rows);
+  const Between<T> z(device, x, inputs.rows, down.rows, false), corrections(device, x, inputs.rows, up.rows, false),
+      sums(device, x, inputs.rows, one_hot.rows, false);
   product<T, W>(device, inputs.matrix(), inputs.rows, down, keep(z));
   product<T, W>(device, keep(z).next(), inputs.rows, up, keep(corrections));
   product<T, OneHot<T>>(device, inputs.matrix(), inputs.rows, one_hot, keep(sums));

@@ -81,13 +81,7 @@ _KERNELS = {
 }
 
 
-def _why_not(*args: Any) -> str | None:
-    if args[-1] == 0:
-        return None
-    return f"the Triton kernel of swsc_linears takes layers whose outputs share (axis 0), got axis {args[-1]}"
-
-
-@kernel_op("swsc_linears", why_not=_why_not)
+@kernel_op("swsc_linears")
 @with_signature("swsc_linears")
 def swsc_linears(x: Tensor, *args: Any) -> Tensor:
     flat, parts = rows_of(x), [args[i : i + 6] for i in (0, 6, 12) if args[i] is not None]
