@@ -112,7 +112,7 @@ class ElasticLinear(Grouped, CompressedLinear):
             if self.gather or self.scatter:
                 held = self._ready().tensors
                 if held is not None:
-                    return ops.swsc_linear(x, *held, int(self.gather))
+                    return ops.swsc_linear(*(x, *held, int(self.gather)))
         if self.gather:
             x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)

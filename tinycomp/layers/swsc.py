@@ -94,7 +94,7 @@ class SWSCLinear(Grouped, ChannelSharing):
             return together
         held = self.group_tensors()
         if held is not None:
-            return ops.swsc_linear(x, *held, self.axis)
+            return ops.swsc_linear(*(x, *held, self.axis))
         labels = self.labels.long()
         if self.axis == 0:
             y = self.centroids(x).index_select(-1, labels)
