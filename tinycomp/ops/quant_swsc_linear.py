@@ -54,9 +54,7 @@ def quant_swsc_linear(
         b_scales: (rank, groups of in_features).
         a: (out_features, rank) in the same layout.
         a_scales: (out_features, groups of rank).
-        centroid_zeros: as centroid_scales, or None.
-        b_zeros: as b_scales, or None.
-        a_zeros: as a_scales, or None.
+        centroid_zeros, b_zeros, a_zeros: as the scales of the same weight, or None.
         scales: one per label in the dtype of x, or None.
         bias: (out_features,) in the dtype of x, or None.
         axis: 0 or 1.
@@ -68,8 +66,7 @@ def quant_swsc_linear(
         (..., out_features) in the dtype of x.
 
     Raises:
-        ValueError: shapes do not fit, a label is out of range, or axis, bits, group_size or activation_bits are not
-            allowed.
+        ValueError: shapes do not fit, a label is out of range, or one of the integers is not allowed.
         TypeError: dtypes are not supported.
 
     Cost: the FLOPs of `swsc_linear`; at M = 1 the bytes of the rounded weights and of the labels. Differentiable in x,
