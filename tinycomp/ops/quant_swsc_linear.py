@@ -40,9 +40,9 @@ def quant_swsc_linear(
     axis 0 (output channels): y_i = s_i (C x)[labels_i] + a_i (b x) + bias_i
     axis 1 (input channels):  x'_c = sum over j with labels_j = c of s_j x_j;  y = C x' + a (b x) + bias
 
-    activation_bits 0: weights are rebuilt in float32 and rounded to the dtype of x. Activations stay in the dtype of x;
-    a kernel may keep float32 between two products. activation_bits 8: what a weight multiplies (x, b x and x') is
-    rounded as in `quant_linear`; gradients pass through that rounding as if it were not there.
+    activation_bits 0: weights are rebuilt in float32 and rounded to the dtype of x, in which activations stay; a kernel
+    may keep float32 between two products. activation_bits 8: what a weight multiplies (x, b x, x') is rounded as in
+    `quant_linear`; gradients pass through that rounding as if it were not there.
 
     Args:
         x: (..., in_features) float32, bfloat16, float16 or float64.
@@ -54,7 +54,9 @@ def quant_swsc_linear(
         b_scales: (rank, groups of in_features).
         a: (out_features, rank) in the same layout.
         a_scales: (out_features, groups of rank).
-        centroid_zeros, b_zeros, a_zeros: as the scales of the same weight, or None.
+        centroid_zeros: as centroid_scales, or None.
+        b_zeros: as b_scales, or None.
+        a_zeros: as a_scales, or None.
         scales: one per label in the dtype of x, or None.
         bias: (out_features,) in the dtype of x, or None.
         axis: 0 or 1.
@@ -69,8 +71,7 @@ def quant_swsc_linear(
         ValueError: shapes do not fit, a label is out of range, or one of the integers is not allowed.
         TypeError: dtypes are not supported.
 
-    Cost: the FLOPs of `swsc_linear`; at M = 1 the bytes of the rounded weights and of the labels. Differentiable in x,
-    the scales and zeros of the weights, scales and bias.
+    Cost: as `swsc_linear`, in bytes of rounded weights. Differentiable in x, all scales and zeros, and bias.
     """
     return _call(
         x, centroids, centroid_scales, labels, b, b_scales, a, a_scales, centroid_zeros, b_zeros, a_zeros, scales, bias,
