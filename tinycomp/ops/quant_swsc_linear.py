@@ -39,7 +39,6 @@ def quant_swsc_linear(
 
     axis 0 (output channels): y_i = s_i (C x)[labels_i] + a_i (b x) + bias_i
     axis 1 (input channels):  x'_c = sum over j with labels_j = c of s_j x_j;  y = C x' + a (b x) + bias
-
     activation_bits 0: weights are rebuilt in float32 and rounded to the dtype of x, in which activations stay; a kernel
     may keep float32 between two products. activation_bits 8: what a weight multiplies (x, b x, x') is rounded as in
     `quant_linear`; gradients pass through that rounding as if it were not there.
@@ -47,10 +46,10 @@ def quant_swsc_linear(
     Args:
         x: (..., in_features) float32, bfloat16, float16 or float64.
         centroids: (clusters, in_features) for axis 0, (out_features, clusters) for axis 1, in the layout of
-            `quant_linear`'s qweight. Of packed centroids of axis 1 the last column may be one that no label names.
+            `quant_linear`'s qweight; packed, of axis 1 the last column may be one that no label names.
         centroid_scales: (rows of centroids, groups of its inputs).
         labels: uint8, int32 or int64 (out_features,) for axis 0, (in_features,) for axis 1, below `clusters`.
-        b: (rank, in_features) in the same layout; rank may be 0.
+        b: (rank, in_features) in that layout; rank may be 0.
         b_scales: (rank, groups of in_features).
         a: (out_features, rank) in the same layout.
         a_scales: (out_features, groups of rank).

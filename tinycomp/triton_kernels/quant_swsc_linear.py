@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
@@ -43,7 +44,12 @@ def quant_swsc_linear(
     out, down = y.view(inputs, features), Part(flat, b, None, on_b, kept=z)
     if axis == 0:
         up = Part(z, a, out, on_a, bias=bias, base=Base(shared, labels, scales))
-        run_stages([down, Part(flat, centroids, None, on_centroids, kept=shared)], [up])
+        readers = [down, Part(flat, centroids, None, on_centroids, kept=shared)]
+        if x.dtype == torch.float32:  # both stages in one kernel spill registers on sm_80
+            run_stages(readers)
+            run_stages([up])
+        else:
+            run_stages(readers, [up])
         return y
     outputs = x.new_empty(inputs, features)
     centres = Part(shared, centroids, None, on_centroids, kept=outputs)
