@@ -45,7 +45,7 @@ def quant_swsc_linear(
     if axis == 0:
         up = Part(z, a, out, on_a, bias=bias, base=Base(shared, labels, scales))
         readers = [down, Part(flat, centroids, None, on_centroids, kept=shared)]
-        if x.dtype == torch.float32:  # both stages in one kernel spill registers on sm_80
+        if apart:
             run_stages(readers)
             run_stages([up])
         else:
@@ -54,5 +54,5 @@ def quant_swsc_linear(
     outputs = x.new_empty(inputs, features)
     centres = Part(shared, centroids, None, on_centroids, kept=outputs)
     up = Part(z, a, out, on_a, bias=bias, base=Base(outputs))
-    shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up)
+    shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up, apart)
     return y

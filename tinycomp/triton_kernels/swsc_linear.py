@@ -43,13 +43,18 @@ def segment_sum_kernel(
     tl.store(sums_ptr + m[:, None] * clusters + c[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def shared_inputs(sums: Part, down: Part, centres: Part, up: Part) -> None:
-    """The products of a layer whose inputs share: `sums` has a `OneHot`, `centres` reads them and `up` adds to it."""
+def shared_inputs(sums: Part, down: Part, centres: Part, up: Part, apart: bool = False) -> None:
+    """The products of a layer whose inputs share: `sums` has a `OneHot`, `centres` reads them and `up` adds to it.
+
+    `apart`: a launch for each stage.
+    """
     flat, one_hot = sums.x, sums.w
     assert isinstance(one_hot, OneHot)
     inputs, clusters = flat.shape[0], one_hot.clusters
     if inputs <= DECODE_INPUTS:
-        run_stages([down, sums], [centres], [up])
+        stages = ([down, sums], [centres], [up])
+        for run in [[stage] for stage in stages] if apart else [stages]:
+            run_stages(*run)
         return
     bm, bc, bk = SEGMENT_BLOCK
     if clusters:
