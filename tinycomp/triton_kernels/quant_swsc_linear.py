@@ -42,6 +42,7 @@ def quant_swsc_linear(
     shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
     labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
     out, down = y.view(inputs, features), Part(flat, b, None, on_b, kept=z)
+    apart = x.dtype == torch.float32  # all stages in one kernel spill registers on sm_80
     if axis == 0:
         up = Part(z, a, out, on_a, bias=bias, base=Base(shared, labels, scales))
         readers = [down, Part(flat, centroids, None, on_centroids, kept=shared)]
