@@ -90,19 +90,19 @@ def plain_weights(*children: nn.Module) -> list[Any] | None:
 
     Adapters and parametrisations change the class; hooks and replaced forwards show in the instance.
     """
-    weights = []
-    for child in children:
-        if (
-            type(child) is not nn.Linear
-            or child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-            or "forward" in child.__dict__
-        ):
-            return None
-        weights.append(child._parameters["weight"])
-    return weights
+    return [child._parameters["weight"] for child in children] if all(map(is_plain, children)) else None
+
+
+def is_plain(child: nn.Module) -> bool:
+    """Whether nothing is attached to a child: see `plain_weights`."""
+    return not (
+        type(child) is not nn.Linear
+        or child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+        or "forward" in child.__dict__
+    )
 
 
 def filled(target: nn.Linear, value: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinycomp import ops
-from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
+from tinycomp.layers._base import CompressedLinear, check_size, is_plain, linear, plain_weights, tensors
 from tinycomp.layers.grouped import Grouped
 
 BILLIONTHS = 10**9  # ratios are stored as integers, which casting a model to another dtype leaves alone
@@ -168,10 +168,10 @@ class _OnePass:
     def __init__(self, layer: ElasticLinear) -> None:
         self.side = "inputs" if layer.gather else "outputs"
         self.weight, self.bias, self.index = layer.full.weight, layer.bias, layer._buffers.get(self.side)
-        # Inference tensors do not count their changes.
-        self.copied = [t for t in (self.bias, self.index) if t is not None and not t.is_inference()]
-        self.state = self._state()
-        self.tensors = self._tensors(layer) if plain_weights(layer.full) is not None else None
+        self.address = self.weight.data_ptr()
+        # What is copied: how often it was changed in place. Inference tensors do not count that.
+        self.copied = [(t, t._version) for t in (self.bias, self.index) if t is not None and not t.is_inference()]
+        self.tensors = self._tensors(layer) if is_plain(layer.full) else None
 
     def _tensors(self, layer: ElasticLinear) -> tuple[Any, ...] | None:
         if (layer.gather and layer.scatter) or (not layer.gather and layer.active_in != layer.in_features):
@@ -184,17 +184,14 @@ class _OnePass:
         if len(active) == 0:  # nothing to take: one row or column that no output or input wants
             weight = weight.new_zeros(len(weight), 1) if layer.gather else weight.new_zeros(1, layer.in_features)
         features = layer.in_features if layer.gather else layer.out_features
-        labels = torch.zeros(features, dtype=torch.int32, device=weight.device)
-        labels[active] = torch.arange(len(active), dtype=torch.int32, device=weight.device)
+        dtype = torch.uint8 if len(active) <= 256 else torch.int32
+        labels = torch.zeros(features, dtype=dtype, device=weight.device)
+        labels[active] = torch.arange(len(active), device=weight.device).to(dtype)
         scales = weight.new_zeros(features).index_fill_(0, active, 1)
         if bias is not None and layer.scatter:
             bias = bias.new_zeros(features).index_copy_(0, active, bias)
         b, a = weight.new_empty(0, layer.in_features), weight.new_empty(features if layer.scatter else len(weight), 0)
         return weight, labels, b, a, scales, bias
-
-    def _state(self) -> list[int]:
-        """Where the weight is, and how often what is copied was changed in place."""
-        return [self.weight.data_ptr(), *[t._version for t in self.copied]]
 
     def holds(self, layer: ElasticLinear) -> bool:
         """Whether the layer has the same tensors as before, unchanged where they were copied, and nothing attached.
@@ -203,12 +200,15 @@ class _OnePass:
         """
         full = layer._modules["full"]
         assert full is not None
+        for tensor, version in self.copied:
+            if tensor._version != version:
+                return False
         return (
             full._parameters.get("weight") is self.weight
             and layer._parameters.get("bias") is self.bias
             and layer._buffers.get(self.side) is self.index
-            and self.state == self._state()
-            and (self.tensors is None or plain_weights(full) is not None)
+            and self.weight.data_ptr() == self.address
+            and (self.tensors is None or is_plain(full))
         )
 
 
