@@ -35,8 +35,8 @@ def _beside(shape: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": [300, 257, 256]}
 
 
-def _sharing(shape: dict[str, Any]) -> dict[str, Any]:
-    layers = [[300, 255, shape["rank"]], [257, 7, 0], [256, 33, shape["rank"]]]
+def _sharing(shape: dict[str, Any], least: int = 0) -> dict[str, Any]:
+    layers = [[300, 255, shape["rank"]], [257, 7, least], [256, 33, shape["rank"]]]
     return {"inputs": shape["inputs"], "in_features": shape["in_features"], "layers": layers}
 
 
@@ -62,6 +62,9 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "group_size": 0, "activation_bits": 8},
     ),
     "swsc_linears": [_sharing(shape) for shape in _LAYERS],
+    "quant_swsc_linears": _turns(
+        [_sharing(shape, 1) for shape in _LAYERS], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
+    ),
     "cur_linear": _LAYERS,
     "swsc_linear": _turns(
         _LAYERS,

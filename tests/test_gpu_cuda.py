@@ -162,6 +162,7 @@ def masked(module: torch.nn.Linear) -> MaskedLinear:
         (tc.SVD(ratio=0.6, weighting="none"), ["lowrank_linears"] * 2),
         (tc.SVD(ratio=0.6, weighting="none", bits=8), ["quant_lowrank_linears"] * 2),
         (tc.SWSC(clusters=4, rank=2, weighted=False), ["swsc_linears"] * 2),
+        (tc.SWSC(clusters=4, rank=2, weighted=False, factor_bits=8), ["quant_swsc_linears"] * 2),
         (tc.Rounding(bits=8), ["quant_linears"] * 2),
         (replacing(lambda m: QuantLinear.from_linear(m, 8, activation_bits=8)), ["quant_linears"] * 2),
         (elastic, ["swsc_linears", "sliced_linears"]),

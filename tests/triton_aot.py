@@ -107,6 +107,7 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
             rest = (*factors, None, None, None, t(2048), None)
             outputs = (t(64, k // 2, dtype=u8), t(64, k // 128), t(2048, dtype=u8))
             yield "quant_swsc_linear", (x, *outputs, *rest, 0, 4, 128)
+            yield "quant_swsc_linears", (x, *(*outputs, *rest) * 2, *[None] * 12, 0, 4, 128)
             if every:
                 inputs = (t(n, 32, dtype=u8), t(n, 1), t(2048, dtype=u8))
                 yield "quant_swsc_linear", (x, *inputs, *rest, 1, 4, 128)

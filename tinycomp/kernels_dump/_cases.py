@@ -1,4 +1,4 @@
-"""Arguments of every op for a shape: what `--shapes` may name, and the shapes that are dumped without it."""
+"""Arguments of every op for a shape: what `--shapes` may name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinycomp import ops
+from tinycomp.kernels_dump._shapes import DEFAULTS as DEFAULTS
 from tinycomp.ops.masked_formats import pack_masked
 from tinycomp.ops.quant_linear import quantize
 
@@ -163,6 +164,16 @@ def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int,
     return draw.inputs(inputs, in_features), *packed, draw(out_features), out_features, format, value_bits
 
 
+def _quant_swsc_linears(
+    draw: Draw, inputs: int, in_features: int, layers: list[list[int]], bits: int, group_size: int
+) -> Args:
+    """`layers` as of swsc_linears."""
+    one = functools.partial(_quant_swsc_linear, draw, 1, in_features, axis=0)
+    each = [one(out_features=n, rank=r, clusters=c, bits=bits, group_size=group_size) for n, c, r in layers]
+    found = [v for args in each for v in args[1:13]]
+    return draw.inputs(inputs, in_features), *found, *[None] * (36 - len(found)), 0, bits, group_size, 0
+
+
 def _masked_linears(draw: Draw, inputs: int, in_features: int, layers: list[int], format: str, value_bits: int) -> Args:
     found = [v for n in layers for v in _masked_linear(draw, 1, in_features, n, format, value_bits)[1:7]]
     return draw.inputs(inputs, in_features), *found, *[None] * (18 - len(found)), format, value_bits
@@ -218,6 +229,7 @@ _MAKERS: dict[str, Callable[..., Args]] = {
     "sliced_linears": _sliced_linears,
     "quant_linears": _quant_linears,
     "swsc_linears": _swsc_linears,
+    "quant_swsc_linears": _quant_swsc_linears,
     "cur_linear": _cur_linear,
     "sliced_linear": _sliced_linear,
     "swsc_linear": _swsc_linear,
@@ -255,106 +267,3 @@ def make(name: str, dtype: torch.dtype, seed: int, shape: dict[str, Any]) -> Arg
     args += tuple(argument.default_value for argument in arguments[len(args) :])
     ops.OPS[name].check(*args)
     return args
-
-
-_FEW = {"inputs": 1, "in_features": 256, "out_features": 192}
-_ODD = {"inputs": 33, "in_features": 193, "out_features": 129}
-# Two shapes that ask for the kernels of large layers on a device with few processors.
-_WIDE = {"inputs": 16, "in_features": 128, "out_features": 96, "processors": 1}
-_TALL = {"inputs": 160, "in_features": 136, "out_features": 264, "processors": 1}
-_LAYERS = (_FEW, _ODD, _WIDE, _TALL)
-
-
-def _layers(*variants: dict[str, Any], layers: tuple[dict[str, int], ...] = _LAYERS) -> list[dict[str, Any]]:
-    """Every layer shape, the variants taken in turn, and every variant at least once."""
-    count = max(len(layers), len(variants))
-    return [layers[i % len(layers)] | variants[i % len(variants)] for i in range(count)]
-
-
-DEFAULTS: dict[str, list[dict[str, Any]]] = {
-    "lowrank_linear": _layers({"rank": 40, "pivoted": True}, {"rank": 7, "pivoted": False}),
-    "lowrank_linears": [
-        {"inputs": 1, "in_features": 256, "layers": [[192, 40, 1], [64, 16, 1], [64, 24, 0]]},
-        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 1], [257, 7, 0]]},
-        {"inputs": 7, "in_features": 128, "layers": [[96, 40, 1], [96, 32, 1]], "processors": 1},
-        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 0], [64, 16, 1]]},
-    ],
-    "quant_lowrank_linears": [
-        {
-            "inputs": 1,
-            "in_features": 256,
-            "layers": [[192, 64, 1], [64, 32, 1], [64, 32, 0]],
-            "bits": 4,
-            "group_size": 32,
-        },
-        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 1], [257, 7, 0]], "bits": 8, "group_size": 0},
-        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 0], [64, 16, 1]], "bits": 4, "group_size": 10},
-    ],
-    "sliced_linears": [
-        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64]},
-        {"inputs": 16, "in_features": 193, "layers": [129, 257]},
-        {"inputs": 7, "in_features": 128, "layers": [96, 96], "processors": 1},
-        {"inputs": 33, "in_features": 193, "layers": [129, 64]},
-    ],
-    "quant_linears": [
-        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64], "bits": 4, "group_size": 32},
-        {"inputs": 16, "in_features": 193, "layers": [129, 257], "bits": 8, "group_size": 0},
-        {"inputs": 33, "in_features": 193, "layers": [129, 64], "bits": 4, "group_size": 10},
-        {"inputs": 7, "in_features": 256, "layers": [129, 64, 8], "bits": 8, "group_size": 0, "activation_bits": 8},
-    ],
-    "swsc_linears": [
-        {"inputs": 1, "in_features": 256, "layers": [[192, 40, 16], [64, 16, 0], [64, 24, 8]]},
-        {"inputs": 16, "in_features": 193, "layers": [[129, 33, 7], [257, 17, 5]]},
-        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 0]]},
-    ],
-    "cur_linear": _layers({"rank": 33}),
-    "sliced_linear": _layers({"whole": [272, 264]}),
-    "swsc_linear": _layers(
-        {"rank": 7, "clusters": 17, "axis": 0, "label_bits": 8},
-        {"rank": 15, "clusters": 23, "axis": 1, "label_bits": 32},
-        layers=(_FEW, _ODD, _TALL, _WIDE),
-    ),
-    "quant_linear": _layers(
-        {"bits": 4, "group_size": 64, "symmetric": False},
-        {"bits": 8, "group_size": 0, "symmetric": True},
-        {"bits": 4, "group_size": 10, "symmetric": True},
-    )
-    + _layers(
-        {"bits": 8, "group_size": 0, "symmetric": True, "activation_bits": 8},
-        {"bits": 4, "group_size": 64, "symmetric": False, "activation_bits": 8},
-        {"bits": 8, "group_size": 10, "symmetric": False, "activation_bits": 8},
-    ),
-    "quant_lowrank_linear": _layers(
-        {"rank": 64, "pivoted": True, "bits": 4, "group_size": 32},
-        {"rank": 33, "pivoted": False, "bits": 8, "group_size": 0},
-    ),
-    "quant_swsc_linear": _layers(
-        {"rank": 64, "clusters": 24, "axis": 0, "bits": 4, "group_size": 32},
-        {"rank": 15, "clusters": 23, "axis": 1, "bits": 4, "group_size": 0},
-        {"rank": 15, "clusters": 23, "axis": 0, "bits": 8, "group_size": 0},
-        {"rank": 7, "clusters": 40, "axis": 1, "bits": 8, "group_size": 32},
-    ),
-    "masked_linear": _layers(
-        *({"format": f, "value_bits": b} for b in (0, 8, 4) for f in ("bitmask", "2:4", "block32"))
-    ),
-    "masked_linears": [
-        {"inputs": 1, "in_features": 256, "layers": [192, 64, 64], "format": "bitmask", "value_bits": 0},
-        {"inputs": 16, "in_features": 193, "layers": [129, 257], "format": "2:4", "value_bits": 8},
-        {"inputs": 33, "in_features": 193, "layers": [129, 64], "format": "block32", "value_bits": 4},
-    ],
-    "column_norms": [{"rows": 300, "columns": 129}],
-    "gram_accumulate_": [{"rows": 70, "columns": 129}, {"rows": 260, "columns": 136, "processors": 1}],
-    "kmeans_assign": [
-        {"points": 129, "clusters": 70, "columns": 33},
-        {"points": 70, "clusters": 129, "columns": 200},
-    ],
-    "kmeans_update": [{"points": 129, "clusters": 7, "columns": 133}],
-    "select_pivots": [{"rows": 41, "columns": 33, "k": 7, "method": method} for method in ("qr", "lu")],
-    "sample_without_replacement": [{"count": 300}],
-    "split_bregman_step_": [
-        {"count": 1100, "momentum": True, "coupled": True},
-        {"count": 1100, "momentum": False, "coupled": False},
-        {"count": 1099, "momentum": True, "coupled": False, "adam": True, "gamma": False, "support": True},
-        {"count": 1100, "momentum": False, "coupled": True, "gamma": False, "support": True, "group_size": 11},
-    ],
-}

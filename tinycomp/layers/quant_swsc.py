@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tinycomp import ops
 from tinycomp.layers._base import tensors
+from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.swsc import ChannelSharing, SWSCLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize
 
@@ -16,7 +17,7 @@ _ALWAYS = ("centroids", "centroids_scales", "centroids_zeros", "labels", "scales
 _FACTORS = ("b", "b_scales", "b_zeros", "a", "a_scales", "a_zeros")
 
 
-class QuantSWSCLinear(ChannelSharing):
+class QuantSWSCLinear(Grouped, ChannelSharing):
     """`SWSCLinear` whose centroids and factors are rounded: a call of `ops.quant_swsc_linear`.
 
     Buffers centroids, b and a are the levels of `SWSCLinear`'s weights, beside them centroids_scales, b_scales and
@@ -46,6 +47,8 @@ class QuantSWSCLinear(ChannelSharing):
     centroids_zeros: Tensor | None
     b_zeros: Tensor | None
     a_zeros: Tensor | None
+
+    group_op = "quant_swsc_linears"
 
     def __init__(
         self,
@@ -89,13 +92,19 @@ class QuantSWSCLinear(ChannelSharing):
         others = sum(t.numel() for name, t in tensors if name not in ("bias", "labels", *self._shapes))
         return others + sum(rows * columns for rows, columns in self._shapes.values())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def group_tensors(self) -> tuple[Any, ...]:
         centroids, c_scales, c_zeros, labels, scales, bias = tensors(self, *_ALWAYS)
         b, b_scales, b_zeros, a, a_scales, a_zeros = tensors(self, *_FACTORS) if self.rank else self._no_factors()
-        return ops.quant_swsc_linear(
-            x, centroids, c_scales, labels, b, b_scales, a, a_scales, c_zeros, b_zeros, a_zeros, scales, bias,
-            self.axis, self.bits, self.group_size, self.activation_bits,
-        )  # fmt: skip
+        return centroids, c_scales, labels, b, b_scales, a, a_scales, c_zeros, b_zeros, a_zeros, scales, bias
+
+    def group_numbers(self) -> tuple[int, ...]:
+        return self.axis, self.bits, self.group_size, self.activation_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        return ops.quant_swsc_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def _no_factors(self) -> list[Any]:
         """What rank 0 has in the place of _FACTORS."""

@@ -18,6 +18,7 @@ from tinycomp.ops.quant_linears import quant_linears
 from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
 from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
 from tinycomp.ops.quant_swsc_linear import quant_swsc_linear
+from tinycomp.ops.quant_swsc_linears import quant_swsc_linears
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
 from tinycomp.ops.sliced_linear import sliced_linear
@@ -50,6 +51,7 @@ __all__ = [
     "quant_lowrank_linear",
     "quant_lowrank_linears",
     "quant_swsc_linear",
+    "quant_swsc_linears",
     "quantize",
     "register",
     "sample_without_replacement",

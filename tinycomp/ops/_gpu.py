@@ -21,6 +21,7 @@ _SCALES = {
     "quant_lowrank_linear": (2, 4, 6, 7),
     "quant_lowrank_linears": tuple(i + 8 * layer for layer in range(3) for i in (2, 4, 6, 7)),
     "quant_swsc_linear": (2, 5, 7, 8, 9, 10),
+    "quant_swsc_linears": tuple(i + 12 * layer for layer in range(3) for i in (2, 5, 7, 8, 9, 10)),
     "masked_linear": (4,),
     "masked_linears": tuple(4 + 6 * layer for layer in range(3)),
 }
@@ -95,9 +96,10 @@ def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 def _not_shared_inputs(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why a call of layers whose inputs share centroids cannot run, where it cannot."""
-    if name != "swsc_linears" or args[-1] == 0:
+    at = {"swsc_linears": -1, "quant_swsc_linears": -4}.get(name)
+    if at is None or args[at] == 0:
         return None
-    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[-1]}"
+    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
 
 
 def _refused(backend: str, *call: Any) -> str | None:

@@ -11,8 +11,7 @@ from tinycomp.triton_kernels._stages import OneHot, Part, run_stages
 from tinycomp.triton_kernels.swsc_linear import shared_inputs
 
 
-@kernel_op("quant_swsc_linear")
-def quant_swsc_linear(
+def rounded_shared(
     x: Tensor,
     centroids: Tensor,
     centroid_scales: Tensor,
@@ -57,3 +56,6 @@ def quant_swsc_linear(
     up = Part(z, a, out, on_a, bias=bias, base=Base(outputs))
     shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up, apart)
     return y
+
+
+quant_swsc_linear = kernel_op("quant_swsc_linear")(rounded_shared)
