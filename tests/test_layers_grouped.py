@@ -15,6 +15,7 @@ import tinycomp as tc
 from tinycomp import ops
 from tinycomp.layers import LowRankLinear, group_, grouped
 from tinycomp.models import spec_of
+from tinycomp.ops import _registry
 from tinycomp.ops._group import gpu_backends
 
 IDS = torch.arange(7)[None]
@@ -31,6 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call(x, *layers)
 
     monkeypatch.setattr(grouped, "gpu_backends", lambda x: ("torch",))
+    monkeypatch.setattr(_registry, "_forced", "torch")
     monkeypatch.setattr(ops, "lowrank_linears", counted)
     return found
 

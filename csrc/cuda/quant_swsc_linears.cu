@@ -38,8 +38,7 @@ Tensor quant_swsc_linears(const Tensor& x, const Tensor& centroids1, const Tenso
           down(b, b_scales, b_zeros, columns, bits, group_size, name),
           up(a, a_scales, a_zeros, down.storage.rows, bits, group_size, name);
       group.add(at, shared.storage, down.storage, up.storage, labels, scales, bias);
-      for (const RoundedWeight<T>* w : {&shared, &down, &up})
-        group.hold(w->levels.tensor), group.hold(w->scales.tensor), group.hold(w->zeros.tensor);
+      group.hold(shared), group.hold(down), group.hold(up);
     };
     add(0, centroids1, centroid_scales1, labels1, b1, b_scales1, a1, a_scales1, centroid_zeros1, b_zeros1, a_zeros1,
         scales1, bias1);

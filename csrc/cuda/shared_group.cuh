@@ -93,6 +93,7 @@ struct SharedGroup {
   void hold(const std::optional<Tensor>& tensor) {
     if (tensor) held.push_back(*tensor);
   }
+  void hold(const RoundedWeight<T>& w) { hold(w.levels.tensor), hold(w.scales.tensor), hold(w.zeros.tensor); }
   void add(int at, const Storage& centroids, const Storage& down, const Storage& up, const Tensor& labels,
            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
     STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == up.rows, "labels do not fit");
@@ -111,9 +112,7 @@ struct SharedGroup {
                   scale.data,
                   shift.data,
                   nullptr};
-    for (const std::optional<Tensor>& tensor :
-         {std::optional(label), scale.tensor, shift.tensor, sums.tensor, z.tensor})
-      hold(tensor);
+    hold(label), hold(scale.tensor), hold(shift.tensor), hold(sums.tensor), hold(z.tensor);
     features += up.rows, first += centroids.rows + down.rows;
   }
   // One launch for few inputs, otherwise one for each product.
