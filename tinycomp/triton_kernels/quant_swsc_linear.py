@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import adjacent, kernel_op, rows_of
 from tinycomp.triton_kernels._product import Base, Rounded
 from tinycomp.triton_kernels._stages import OneHot, Part, run_stages
@@ -13,6 +16,7 @@ from tinycomp.triton_kernels.swsc_linear import shared_inputs
 
 def rounded_shared(
     x: Tensor,
+    out: Tensor,
     centroids: Tensor,
     centroid_scales: Tensor,
     labels: Tensor,
@@ -20,16 +24,17 @@ def rounded_shared(
     b_scales: Tensor,
     a: Tensor,
     a_scales: Tensor,
-    centroid_zeros: Tensor | None = None,
-    b_zeros: Tensor | None = None,
-    a_zeros: Tensor | None = None,
-    scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    axis: int = 0,
-    bits: int = 8,
-    group_size: int = 0,
-    activation_bits: int = 0,
-) -> Tensor:
+    centroid_zeros: Tensor | None,
+    b_zeros: Tensor | None,
+    a_zeros: Tensor | None,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    axis: int,
+    bits: int,
+    group_size: int,
+    activation_bits: int,
+) -> None:
+    """One layer into (inputs, out_features), whose rows may be apart."""
     on_centroids, on_b, on_a = (
         Rounded(bits, s, z, group_size)
         for s, z in ((centroid_scales, centroid_zeros), (b_scales, b_zeros), (a_scales, a_zeros))
@@ -37,10 +42,9 @@ def rounded_shared(
     # Packed columns are an even number of clusters, the last of which may be one that no label names.
     flat, clusters = rows_of(x), centroids.shape[axis] * (2 if axis == 1 and bits == 4 else 1)
     inputs, features = flat.shape[0], a.shape[0]
-    y = x.new_empty(*x.shape[:-1], features)
     shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
     labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
-    out, down = y.view(inputs, features), Part(flat, b, None, on_b, kept=z)
+    down = Part(flat, b, None, on_b, kept=z)
     apart = x.dtype == torch.float32  # all stages in one kernel spill registers on sm_80
     if axis == 0:
         up = Part(z, a, out, on_a, bias=bias, base=Base(shared, labels, scales))
@@ -50,12 +54,16 @@ def rounded_shared(
             run_stages([up])
         else:
             run_stages(readers, [up])
-        return y
+        return
     outputs = x.new_empty(inputs, features)
     centres = Part(shared, centroids, None, on_centroids, kept=outputs)
     up = Part(z, a, out, on_a, bias=bias, base=Base(outputs))
     shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up, apart)
+
+
+@kernel_op("quant_swsc_linear")
+@with_signature("quant_swsc_linear")
+def quant_swsc_linear(x: Tensor, *args: Any) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], args[5].shape[0])
+    rounded_shared(x, y.view(x.shape[:-1].numel(), y.shape[-1]), *args)
     return y
-
-
-quant_swsc_linear = kernel_op("quant_swsc_linear")(rounded_shared)
