@@ -148,8 +148,9 @@ def random_shape(name: str, draw: random.Random) -> dict[str, Any]:
         if isinstance(one, int):
             shape["layers"] = rows
         else:
-            most_last = 1 if name.endswith("lowrank_linears") else 20
-            shape["layers"] = [[n, draw.randint(1, n), draw.randint(0, most_last)] for n in rows]
+            # Pivoted or not; ranks, of rounded factors from 1 on.
+            low, high = (0, 1) if name.endswith("lowrank_linears") else (int(name.startswith("quant")), 20)
+            shape["layers"] = [[n, draw.randint(1, n), draw.randint(low, high)] for n in rows]
     if "k" in shape:
         shape["k"] = draw.randint(1, min(shape["rows"], shape["columns"]))
     if "count" in shape and shape.get("group_size"):
