@@ -28,7 +28,7 @@ def lowrank_linears(x: Tensor, *layers: Tensor | None) -> Tensor:
     Raises:
         ValueError, TypeError: as `lowrank_linear`.
 
-    Cost: that of the layers, x read once; on a GPU one launch (Triton: two) for at most 16 inputs.
+    Cost: that of the layers, x read once; on a GPU one launch (Triton in graphs: two) for at most 16 inputs.
     """
     return _call(x, *layers)
 

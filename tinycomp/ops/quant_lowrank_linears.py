@@ -30,7 +30,7 @@ def quant_lowrank_linears(x: Tensor, *layers: Tensor | int | None) -> Tensor:
     Raises:
         ValueError, TypeError: as `quant_lowrank_linear`.
 
-    Cost: that of the layers, x read once; on a GPU one launch (Triton: two) for at most 16 inputs.
+    Cost: that of the layers, x read once; on a GPU one launch (Triton in graphs: two) for at most 16 inputs.
     """
     return _call(x, *layers)
 

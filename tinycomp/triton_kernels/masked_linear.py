@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, rows_of
 
 # Inputs, rows and columns per program, warps. A step of 32 columns is one block of "block32".
@@ -159,15 +160,6 @@ def packed_layers(x: Tensor, layers: Sequence[SparseLayer], format: str, value_b
 
 
 @kernel_op("masked_linear")
-def masked_linear(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    format: str = "bitmask",
-    value_bits: int = 0,
-) -> Tensor:
-    return packed_layers(x, [SparseLayer(values, mask, offsets, scales, bias, out_features)], format, value_bits)
+@with_signature("masked_linear")
+def masked_linear(x: Tensor, *args: Any) -> Tensor:
+    return packed_layers(x, [SparseLayer(*args[:6])], *args[6:])
