@@ -61,11 +61,19 @@ AWKWARD: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "group_size": 10, "activation_bits": 8},
         {"bits": 8, "group_size": 0, "activation_bits": 8},
     ),
-    "swsc_linears": [_sharing(shape) for shape in _LAYERS],
+    "swsc_linears": _turns([_sharing(shape) for shape in _LAYERS], {"axis": 0}, {"axis": 0}, {"axis": 1}, {"axis": 1}),
     "quant_swsc_linears": _turns(
-        [_sharing(shape, 1) for shape in _LAYERS], {"bits": 8, "group_size": 0}, {"bits": 4, "group_size": 10}
+        [_sharing(shape, 1) for shape in _LAYERS],
+        {"bits": 8, "group_size": 0},
+        {"bits": 4, "group_size": 10},
+        {"bits": 4, "group_size": 10, "axis": 1},
+        {"bits": 8, "group_size": 0, "axis": 1},
     ),
     "cur_linear": _LAYERS,
+    "cur_linears": [
+        {"inputs": s["inputs"], "in_features": 193, "layers": [[300, s["rank"]], [257, 7], [256, s["rank"]]]}
+        for s in _LAYERS
+    ],
     "swsc_linear": _turns(
         _LAYERS,
         {"clusters": 255, "axis": 0, "label_bits": 8},
@@ -147,6 +155,8 @@ def random_shape(name: str, draw: random.Random) -> dict[str, Any]:
         one = shape["layers"][0]  # features; with rank and whether it is pivoted, or with clusters and rank
         if isinstance(one, int):
             shape["layers"] = rows
+        elif name == "cur_linears":
+            shape["layers"] = [[n, draw.randint(1, 20)] for n in rows]
         else:
             # Pivoted or not; ranks, of rounded factors from 1 on.
             low, high = (0, 1) if name.endswith("lowrank_linears") else (int(name.startswith("quant")), 20)

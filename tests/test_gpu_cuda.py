@@ -19,7 +19,7 @@ from tolerance import assert_close
 import tinycomp as tc
 from tinycomp import ops
 from tinycomp.kernels_dump import _cases, _record
-from tinycomp.layers import DenseLinear, MaskedLinear, QuantLinear, group_, set_ratio_
+from tinycomp.layers import CURLinear, DenseLinear, MaskedLinear, QuantLinear, group_, set_ratio_
 from tinycomp.models import spec_of, unit_groups
 from tinycomp.ops import _registry
 from tinycomp.ops._registry import OPS
@@ -109,10 +109,8 @@ DECODE = [name for name in OPS if name.endswith(("_linear", "_linears"))]
 
 @pytest.mark.parametrize("name", DECODE)
 def test_few_inputs_allocate_nothing_but_the_result(library: ctypes.CDLL, name: str) -> None:
-    """After the first call of a stream, which makes its scratch memory; and one launch for every form but one."""
+    """After the first call of a stream, which makes its scratch memory; and they take one launch."""
     shapes = [shape for shape in _cases.DEFAULTS[name] if shape["inputs"] <= 16 and "processors" not in shape]
-    if name == "quant_swsc_linear":
-        shapes = [shape for shape in shapes if shape["axis"] == 0]
     assert shapes
     op, library.tinycomp_recorded.restype = getattr(torch.ops.tinycomp_emulated, name).default, ctypes.c_char_p
     for shape in shapes:
@@ -151,6 +149,10 @@ def replacing(make: Callable[[torch.nn.Linear], torch.nn.Module]) -> Callable[[t
     return change
 
 
+def three_factors(module: torch.nn.Linear) -> CURLinear:
+    return CURLinear.from_factors(module.weight[:, :7], torch.ones(7, 6), module.weight[:6], module.bias)
+
+
 def masked(module: torch.nn.Linear) -> MaskedLinear:
     return MaskedLinear.from_linear(module, module.weight > 0, value_bits=8)
 
@@ -163,6 +165,9 @@ def masked(module: torch.nn.Linear) -> MaskedLinear:
         (tc.SVD(ratio=0.6, weighting="none", bits=8), ["quant_lowrank_linears"] * 2),
         (tc.SWSC(clusters=4, rank=2, weighted=False), ["swsc_linears"] * 2),
         (tc.SWSC(clusters=4, rank=2, weighted=False, factor_bits=8), ["quant_swsc_linears"] * 2),
+        (tc.SWSC(clusters=4, rank=2, weighted=False, axis="input"), ["swsc_linears"] * 2),
+        (tc.SWSC(clusters=4, rank=2, weighted=False, axis="input", factor_bits=8), ["quant_swsc_linears"] * 2),
+        (replacing(three_factors), ["cur_linears"] * 2),
         (tc.Rounding(bits=8), ["quant_linears"] * 2),
         (replacing(lambda m: QuantLinear.from_linear(m, 8, activation_bits=8)), ["quant_linears"] * 2),
         (elastic, ["swsc_linears", "sliced_linears"]),

@@ -99,6 +99,7 @@ def calls(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, tuple[Any, ...
         if every or m == 1:
             yield "lowrank_linears", (x, *(t(rank, k), t(n - rank, rank), order, None) * 2)
             yield "quant_lowrank_linears", (x, *(*int4, None, None, None, None) * 3, 4, 128)
+            yield "cur_linears", (x, *(t(rank, k), t(rank, rank), t(n, rank), None) * 3)
             yield "sliced_linears", (x, *(t(n, k), None) * 3)
             yield "quant_linears", (x, *(t(n, k // 2, dtype=u8), t(n, k // 128), t(n, k // 128), None) * 3, 4, 128)
             sharing = (t(64, k), t(2048, dtype=u8), t(32, k), t(n, 32), t(2048), None)

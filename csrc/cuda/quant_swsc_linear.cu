@@ -1,8 +1,7 @@
 // quant_swsc_linear: swsc_linear on centroids and factors rounded to int8 or int4, rebuilt in registers.
-#include "linear.cuh"
+#include "shared_group.cuh"
 
 #if defined(TINYCOMP_TORCH)
-#include "shared_inputs.cuh"
 
 namespace tinycomp::cuda {
 
@@ -13,39 +12,35 @@ Tensor quant_swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor&
                          const std::optional<Tensor>& bias, int64_t axis, int64_t bits, int64_t group_size,
                          int64_t activation_bits) {
   STD_TORCH_CHECK(activation_bits == 0, "quant_swsc_linear: activations are not rounded on the device");
-  STD_TORCH_CHECK((axis == 0 || axis == 1) && centroids.dim() == 2 && labels.dim() == 1,
-                  "quant_swsc_linear: axis, centroids or labels do not fit");
+  STD_TORCH_CHECK(axis == 0 || axis == 1, "quant_swsc_linear: axis does not fit");
   return with_float_type(x.scalar_type(), "quant_swsc_linear", [&](auto zero) {
     using T = decltype(zero);
     const Device device(x);
     const Rows<T> inputs(x, -1, "quant_swsc_linear: x");
-    // Of packed columns there may be one more than clusters: one that no label names, whose sum is zero.
-    const int64_t clusters = axis == 0 ? centroids.size(0) : centroids.size(1) * (bits == 4 ? 2 : 1);
-    const RoundedWeight<T> shared(centroids, centroid_scales, centroid_zeros, axis == 0 ? inputs.columns : clusters,
-                                  bits, group_size, "quant_swsc_linear: centroids"),
+    const RoundedWeight<T> shared(centroids, centroid_scales, centroid_zeros,
+                                  axis ? columns_of(centroids, bits) : inputs.columns, bits, group_size,
+                                  "quant_swsc_linear: centroids"),
         down(b, b_scales, b_zeros, inputs.columns, bits, group_size, "quant_swsc_linear: b"),
         up(a, a_scales, a_zeros, down.storage.rows, bits, group_size, "quant_swsc_linear: a");
-    const int64_t features = up.storage.rows, channels = axis == 0 ? features : inputs.columns;
-    STD_TORCH_CHECK(labels.size(0) == channels && (axis == 0 || shared.storage.rows == features),
-                    "quant_swsc_linear: shape does not fit");
+    if (axis == 1) {
+      SharedGroup<T, 1> group(device, x);
+      group.add(0, shared.storage, down.storage, up.storage, labels, scales, bias);
+      return bits == 8 ? group.template run<Rounded<T, 8>>() : group.template run<Rounded<T, 4>>();
+    }
+    const int64_t features = up.storage.rows;
+    STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == features, "quant_swsc_linear: labels do not fit");
     const Tensor label = adjacent(labels);
-    const int label_bytes = static_cast<int>(label.element_size());
-    const Vector<T> scale(scales, scalar_type<T>, channels, "quant_swsc_linear: scales");
+    const Vector<T> scale(scales, scalar_type<T>, features, "quant_swsc_linear: scales");
     const Vector<T> shift(bias, scalar_type<T>, features, "quant_swsc_linear: bias");
     const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
+    const Between<T> z(device, x, inputs.rows, down.storage.rows), sums(device, x, inputs.rows, shared.storage.rows);
     Output<T> out = into(y, features, shift.data);
+    out.base = sums.data, out.base_stride = sums.stride;
+    out.labels = label.const_data_ptr(), out.label_bytes = static_cast<int>(label.element_size());
+    out.scales = scale.data;
     const auto run = [&](auto storage) {
-      using W = decltype(storage);
-      if (axis == 1) {
-        const Storage one_hot{label.const_data_ptr(),       nullptr,        nullptr,     scale.data, nullptr, 0,
-                              to_int(clusters, "clusters"), inputs.columns, label_bytes, 0,          0};
-        return summed_products<T, W>(device, x, inputs, one_hot, down.storage, shared.storage, up.storage, out);
-      }
-      const Between<T> z(device, x, inputs.rows, down.storage.rows), sums(device, x, inputs.rows, shared.storage.rows);
-      out.base = sums.data, out.base_stride = sums.stride;
-      out.labels = label.const_data_ptr(), out.label_bytes = label_bytes, out.scales = scale.data;
-      chain<T, true, W>(device, inputs.matrix(), inputs.rows, shared.storage, keep(sums), down.storage, keep(z),
-                        up.storage, out);
+      chain<T, true, decltype(storage)>(device, inputs.matrix(), inputs.rows, shared.storage, keep(sums), down.storage,
+                                        keep(z), up.storage, out);
     };
     bits == 8 ? run(Rounded<T, 8>{}) : run(Rounded<T, 4>{});
     return y;

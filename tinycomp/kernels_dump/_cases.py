@@ -144,10 +144,16 @@ def _quant_linears(
     return draw.inputs(inputs, in_features), *found, *[None] * (12 - len(found)), bits, group_size, activation_bits
 
 
-def _swsc_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]]) -> Args:
-    """`layers` holds [out_features, clusters, rank] of two or three."""
-    found = [v for n, c, r in layers for v in _swsc_linear(draw, 1, in_features, n, r, c, 0, 32)[1:7]]
+def _cur_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]]) -> Args:
+    """`layers` holds [out_features, rank] of two or three."""
+    found = [v for n, rank in layers for v in _cur_linear(draw, 1, in_features, n, rank)[1:]]
     return draw.inputs(inputs, in_features), *found
+
+
+def _swsc_linears(draw: Draw, inputs: int, in_features: int, layers: list[list[int]], axis: int = 0) -> Args:
+    """`layers` holds [out_features, clusters, rank] of two or three."""
+    found = [v for n, c, r in layers for v in _swsc_linear(draw, 1, in_features, n, r, c, axis, 32)[1:7]]
+    return draw.inputs(inputs, in_features), *found, *[None] * (18 - len(found)), axis
 
 
 def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int, format: str, value_bits: int) -> Args:
@@ -165,13 +171,13 @@ def _masked_linear(draw: Draw, inputs: int, in_features: int, out_features: int,
 
 
 def _quant_swsc_linears(
-    draw: Draw, inputs: int, in_features: int, layers: list[list[int]], bits: int, group_size: int
+    draw: Draw, inputs: int, in_features: int, layers: list[list[int]], bits: int, group_size: int, axis: int = 0
 ) -> Args:
     """`layers` as of swsc_linears."""
-    one = functools.partial(_quant_swsc_linear, draw, 1, in_features, axis=0)
+    one = functools.partial(_quant_swsc_linear, draw, 1, in_features, axis=axis)
     each = [one(out_features=n, rank=r, clusters=c, bits=bits, group_size=group_size) for n, c, r in layers]
     found = [v for args in each for v in args[1:13]]
-    return draw.inputs(inputs, in_features), *found, *[None] * (36 - len(found)), 0, bits, group_size, 0
+    return draw.inputs(inputs, in_features), *found, *[None] * (36 - len(found)), axis, bits, group_size, 0
 
 
 def _masked_linears(draw: Draw, inputs: int, in_features: int, layers: list[int], format: str, value_bits: int) -> Args:
@@ -231,6 +237,7 @@ _MAKERS: dict[str, Callable[..., Args]] = {
     "swsc_linears": _swsc_linears,
     "quant_swsc_linears": _quant_swsc_linears,
     "cur_linear": _cur_linear,
+    "cur_linears": _cur_linears,
     "sliced_linear": _sliced_linear,
     "swsc_linear": _swsc_linear,
     "quant_linear": _quant_linear,

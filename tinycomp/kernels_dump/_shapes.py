@@ -53,6 +53,8 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         {"inputs": 1, "in_features": 256, "layers": [[192, 40, 16], [64, 16, 0], [64, 24, 8]]},
         {"inputs": 16, "in_features": 193, "layers": [[129, 33, 7], [257, 17, 5]]},
         {"inputs": 33, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 0]]},
+        {"inputs": 7, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 0], [64, 24, 8]], "axis": 1},
+        {"inputs": 33, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 0]], "axis": 1},
     ],
     "quant_swsc_linears": [
         {
@@ -64,8 +66,15 @@ DEFAULTS: dict[str, list[dict[str, Any]]] = {
         },
         {"inputs": 16, "in_features": 193, "layers": [[129, 33, 7], [257, 17, 5]], "bits": 8, "group_size": 0},
         {"inputs": 33, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 9]], "bits": 4, "group_size": 10},
+        {"inputs": 7, "in_features": 193, "layers": [[129, 33, 7], [64, 16, 9]], "bits": 8, "group_size": 0, "axis": 1},
+        {"inputs": 33, "in_features": 128, "layers": [[129, 32, 8], [6, 4, 2]], "bits": 4, "group_size": 32, "axis": 1},
     ],
     "cur_linear": _layers({"rank": 33}),
+    "cur_linears": [
+        {"inputs": 1, "in_features": 256, "layers": [[192, 40], [64, 16], [64, 24]]},
+        {"inputs": 16, "in_features": 193, "layers": [[129, 33], [257, 7]]},
+        {"inputs": 33, "in_features": 193, "layers": [[129, 33], [64, 16]]},
+    ],
     "sliced_linear": _layers({"whole": [272, 264]}),
     "swsc_linear": _layers(
         {"rank": 7, "clusters": 17, "axis": 0, "label_bits": 8},

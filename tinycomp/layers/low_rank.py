@@ -106,7 +106,7 @@ class LowRankLinear(Grouped, CompressedLinear):
         return f"{super().extra_repr()}, rank={self.rank}, pivoted={self.pivoted}"
 
 
-class CURLinear(CompressedLinear):
+class CURLinear(Grouped, CompressedLinear):
     """Columns, a small link and rows of a weight: y = c(u(r(x))) + bias. Only the link trains.
 
     Args:
@@ -120,6 +120,7 @@ class CURLinear(CompressedLinear):
     """
 
     frozen = ("r", "c")
+    group_op = "cur_linears"
 
     def __init__(
         self,
@@ -151,11 +152,18 @@ class CURLinear(CompressedLinear):
         layer.weight = c.new_empty(0)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def group_tensors(self) -> tuple[Any, ...] | None:
         children = self._modules
         weights = plain_weights(children["r"], children["u"], children["c"])  # type: ignore[arg-type]
-        if weights is not None:
-            return ops.cur_linear(x, *weights, *tensors(self, "bias"))
+        return None if weights is None else (*weights, *tensors(self, "bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        held = self.group_tensors()
+        if held is not None:
+            return ops.cur_linear(x, *held)
         y = self.c(self.u(self.r(x)))
         return y if self.bias is None else y + self.bias
 

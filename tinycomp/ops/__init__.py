@@ -5,6 +5,7 @@ from __future__ import annotations
 from tinycomp.ops._registry import OPS, ORDER, Cost, Op, load_native, register, status, use_backend
 from tinycomp.ops.column_norms import column_norms
 from tinycomp.ops.cur_linear import cur_linear
+from tinycomp.ops.cur_linears import cur_linears
 from tinycomp.ops.gram_accumulate_ import gram_accumulate_
 from tinycomp.ops.kmeans_assign import kmeans_assign
 from tinycomp.ops.kmeans_update import kmeans_update
@@ -36,6 +37,7 @@ __all__ = [
     "Quantized",
     "column_norms",
     "cur_linear",
+    "cur_linears",
     "dequantize",
     "gram_accumulate_",
     "kmeans_assign",

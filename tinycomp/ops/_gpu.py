@@ -97,7 +97,7 @@ def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 def _not_shared_inputs(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why a call of layers whose inputs share centroids cannot run, where it cannot."""
     at = {"swsc_linears": -1, "quant_swsc_linears": -4}.get(name)
-    if at is None or args[at] == 0:
+    if backend == "CUDA" or at is None or args[at] == 0:
         return None
     return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
 

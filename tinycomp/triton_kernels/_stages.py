@@ -18,7 +18,7 @@ from torch._library.triton import is_wrap_triton_enabled
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, configs, rows_of
 from tinycomp.triton_kernels._product import PLAIN, Base, Rounded, product, product_tile
 
-MOST_PARTS = 6
+MOST_PARTS = 9
 
 
 # fmt: off
@@ -30,6 +30,9 @@ def stages_kernel(
     x4, x_stride4, w4, w_stride4, scales4, zeros4, groups4, y4, kept4, order4, bias4, rows4, columns4,
     x5, x_stride5, w5, w_stride5, scales5, zeros5, groups5, y5, kept5, order5, bias5, rows5, columns5,
     x6, x_stride6, w6, w_stride6, scales6, zeros6, groups6, y6, kept6, order6, bias6, rows6, columns6,
+    x7, x_stride7, w7, w_stride7, scales7, zeros7, groups7, y7, kept7, order7, bias7, rows7, columns7,
+    x8, x_stride8, w8, w_stride8, scales8, zeros8, groups8, y8, kept8, order8, bias8, rows8, columns8,
+    x9, x_stride9, w9, w_stride9, scales9, zeros9, groups9, y9, kept9, order9, bias9, rows9, columns9,
     base, base_stride, labels, label_scales, group_size, y_stride, counters, inputs, bucket,
     IN_FIRST: tl.constexpr, IN_SECOND: tl.constexpr, PARTS: tl.constexpr, STAGE: tl.constexpr,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -46,6 +49,9 @@ def stages_kernel(
         (x4, x_stride4, w4, w_stride4, scales4, zeros4, groups4, y4, kept4, order4, bias4, rows4, columns4),
         (x5, x_stride5, w5, w_stride5, scales5, zeros5, groups5, y5, kept5, order5, bias5, rows5, columns5),
         (x6, x_stride6, w6, w_stride6, scales6, zeros6, groups6, y6, kept6, order6, bias6, rows6, columns6),
+        (x7, x_stride7, w7, w_stride7, scales7, zeros7, groups7, y7, kept7, order7, bias7, rows7, columns7),
+        (x8, x_stride8, w8, w_stride8, scales8, zeros8, groups8, y8, kept8, order8, bias8, rows8, columns8),
+        (x9, x_stride9, w9, w_stride9, scales9, zeros9, groups9, y9, kept9, order9, bias9, rows9, columns9),
     )
     m = tl.arange(0, BM).to(tl.int64)
     ticket = tl.atomic_add(counters, 1) if STAGE < 0 else tl.program_id(0)
@@ -124,7 +130,7 @@ def zeros_of(device: torch.device) -> Tensor | None:
     return COUNTERS[device, stream]
 
 
-def _weight_args(p: Part) -> list[Any]:
+def weight_args(p: Part) -> list[Any]:
     """Arguments of the kernel that describe a weight: w, w_stride, scales, zeros, groups."""
     if isinstance(p.w, OneHot):
         return [p.w.labels.contiguous(), None, adjacent(p.w.scales), None, 1]
@@ -141,7 +147,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
     """All products, each stage after the whole of the one before it: one launch for at most 16 inputs, else one each.
 
     Args:
-        stages: at most three, together at most six products of the same inputs and the same rounding; only the last
+        stages: at most three, together at most nine products of the same inputs and the same rounding; only the last
             product may have a base, and all y have the same stride.
     """
     parts = [part for stage in stages for part in stage]
@@ -155,7 +161,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
         return
     args: list[Any] = []
     for p in parts:
-        args += [p.x, p.x.stride(0), *_weight_args(p), p.y, p.kept, p.order, p.bias, _rows(p), p.x.shape[1]]
+        args += [p.x, p.x.stride(0), *weight_args(p), p.y, p.kept, p.order, p.bias, _rows(p), p.x.shape[1]]
     absent = [None, 0, None, 0, None, None, 1, None, None, None, None, 0, 0]
     args += absent * (MOST_PARTS - len(parts))
     base = parts[-1].base

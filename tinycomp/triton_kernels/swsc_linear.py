@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, kernel_op, rows_of
 from tinycomp.triton_kernels._product import Base, one_hot_weight
 from tinycomp.triton_kernels._stages import OneHot, Part, run_stages
+from tinycomp.triton_kernels.swsc_linears import Layer, shared_group
 
 # Inputs, clusters and channels per program, for more than 16 inputs.
 SEGMENT_BLOCK = (16, 32, 64)
@@ -43,51 +47,34 @@ def segment_sum_kernel(
     tl.store(sums_ptr + m[:, None] * clusters + c[None, :], sums.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def shared_inputs(sums: Part, down: Part, centres: Part, up: Part, apart: bool = False) -> None:
-    """The products of a layer whose inputs share: `sums` has a `OneHot`, `centres` reads them and `up` adds to it.
-
-    `apart`: a launch for each stage.
-    """
-    flat, one_hot = sums.x, sums.w
-    assert isinstance(one_hot, OneHot)
-    inputs, clusters = flat.shape[0], one_hot.clusters
+def shared_inputs(x: Tensor, layer: Layer) -> Tensor:
+    """The outputs of a layer whose inputs share, and whose weights may be rounded."""
+    flat, (on_centroids, on_b, on_a) = rows_of(x), layer.rounded
+    # Packed columns are an even number of clusters, the last of which may be one that no label names.
+    inputs, clusters = flat.shape[0], layer.centroids.shape[1] * (2 if on_centroids.bits == 4 else 1)
+    y = x.new_empty(*x.shape[:-1], layer.a.shape[0])
+    sums, z, centres = (x.new_empty(inputs, n) for n in (clusters, layer.b.shape[0], layer.a.shape[0]))
+    labels, scales = layer.labels.contiguous(), adjacent(layer.scales)
+    down = Part(flat, layer.b, None, on_b, z)
+    shared = Part(sums, layer.centroids, None, on_centroids, centres)
+    up = Part(z, layer.a, y.view(inputs, y.shape[-1]), on_a, bias=adjacent(layer.bias), base=Base(centres))
     if inputs <= DECODE_INPUTS:
-        stages = ([down, sums], [centres], [up])
-        for run in [[stage] for stage in stages] if apart else [stages]:
+        # All stages of rounded weights in one kernel spill registers on sm_80 in float32.
+        stages = ([down, Part(flat, OneHot(labels, scales, clusters), kept=sums)], [shared], [up])
+        for run in [[stage] for stage in stages] if on_b.bits and x.dtype == torch.float32 else [stages]:
             run_stages(*run)
-        return
+        return y
     bm, bc, bk = SEGMENT_BLOCK
     if clusters:
         torch.library.wrap_triton(segment_sum_kernel)[(triton.cdiv(inputs, bm), triton.cdiv(clusters, bc))](
-            flat, flat.stride(0), one_hot.labels, one_hot.scales, sums.kept, inputs, clusters, flat.shape[1],
-            BM=bm, BC=bc, BK=bk,
-        )  # fmt: skip
-    run_stages([down, centres], [up])
+            flat, flat.stride(0), labels, scales, sums, inputs, clusters, flat.shape[1], BM=bm, BC=bc, BK=bk
+        )
+    run_stages([down, shared], [up])
+    return y
 
 
 @kernel_op("swsc_linear")
-def swsc_linear(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    b: Tensor,
-    a: Tensor,
-    scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    axis: int = 0,
-) -> Tensor:
-    flat, clusters = rows_of(x), centroids.shape[axis]
-    inputs = flat.shape[0]
-    y = x.new_empty(*x.shape[:-1], a.shape[0])
-    shared, z = x.new_empty(inputs, clusters), x.new_empty(inputs, b.shape[0])
-    labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
-    out, down = y.view(inputs, a.shape[0]), Part(flat, b, kept=z)
-    if axis == 0:
-        up = Part(z, a, out, base=Base(shared, labels, scales), bias=bias)
-        run_stages([down, Part(flat, centroids, kept=shared)], [up])
-        return y
-    outputs = x.new_empty(inputs, a.shape[0])
-    centres = Part(shared, centroids, kept=outputs)
-    up = Part(z, a, out, base=Base(outputs), bias=bias)
-    shared_inputs(Part(flat, OneHot(labels, scales, clusters), kept=shared), down, centres, up)
-    return y
+@with_signature("swsc_linear")
+def swsc_linear(x: Tensor, *args: Any) -> Tensor:
+    layer = Layer(*args[:6])
+    return shared_inputs(x, layer) if args[6] else shared_group(x, [layer])

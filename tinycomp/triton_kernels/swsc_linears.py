@@ -1,8 +1,9 @@
-"""Triton backend of `swsc_linears`: for few inputs one launch for all layers."""
+"""Triton backend of `swsc_linears`: for few inputs one launch for all layers, whose weights may be rounded."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, configs, kernel_op, rows_of
-from tinycomp.triton_kernels._product import Base, product, product_tile
-from tinycomp.triton_kernels._stages import zeros_of
+from tinycomp.triton_kernels._product import PLAIN, Base, Rounded, product, product_tile
+from tinycomp.triton_kernels._stages import Part, weight_args, zeros_of
 
 LAYERS = 3
 
@@ -21,35 +22,53 @@ LAYERS = 3
 @triton.jit
 def shared_group_kernel(
     x, x_stride,
-    c1, c_stride1, b1, b_stride1, a1, a_stride1, sums1, z1, y1, labels1, scales1, bias1, clusters1, rank1, rows1,
-    c2, c_stride2, b2, b_stride2, a2, a_stride2, sums2, z2, y2, labels2, scales2, bias2, clusters2, rank2, rows2,
-    c3, c_stride3, b3, b_stride3, a3, a_stride3, sums3, z3, y3, labels3, scales3, bias3, clusters3, rank3, rows3,
-    columns, y_stride, counters, inputs, bucket,
-    LAYERS: tl.constexpr, STAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    c1, c_stride1, c_scales1, c_zeros1, c_groups1, b1, b_stride1, b_scales1, b_zeros1, b_groups1,
+    a1, a_stride1, a_scales1, a_zeros1, a_groups1, sums1, z1, y1, labels1, scales1, bias1, clusters1, rank1, rows1,
+    c2, c_stride2, c_scales2, c_zeros2, c_groups2, b2, b_stride2, b_scales2, b_zeros2, b_groups2,
+    a2, a_stride2, a_scales2, a_zeros2, a_groups2, sums2, z2, y2, labels2, scales2, bias2, clusters2, rank2, rows2,
+    c3, c_stride3, c_scales3, c_zeros3, c_groups3, b3, b_stride3, b_scales3, b_zeros3, b_groups3,
+    a3, a_stride3, a_scales3, a_zeros3, a_groups3, sums3, z3, y3, labels3, scales3, bias3, clusters3, rank3, rows3,
+    columns, group_size, y_stride, counters, inputs, bucket,
+    LAYERS: tl.constexpr, STAGE: tl.constexpr, BITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
     """A tile: of every layer's products with centroids and with b (stage 0), or of its outputs (stage 1).
 
     STAGE < 0: of both, with `counters` as in `stages_kernel`.
     """
+    readers = (
+        (c1, c_stride1, c_scales1, c_zeros1, c_groups1, sums1, clusters1),
+        (b1, b_stride1, b_scales1, b_zeros1, b_groups1, z1, rank1),
+        (c2, c_stride2, c_scales2, c_zeros2, c_groups2, sums2, clusters2),
+        (b2, b_stride2, b_scales2, b_zeros2, b_groups2, z2, rank2),
+        (c3, c_stride3, c_scales3, c_zeros3, c_groups3, sums3, clusters3),
+        (b3, b_stride3, b_scales3, b_zeros3, b_groups3, z3, rank3),
+    )
     layers = (
-        (c1, c_stride1, b1, b_stride1, a1, a_stride1, sums1, z1, y1, labels1, scales1, bias1, clusters1, rank1, rows1),
-        (c2, c_stride2, b2, b_stride2, a2, a_stride2, sums2, z2, y2, labels2, scales2, bias2, clusters2, rank2, rows2),
-        (c3, c_stride3, b3, b_stride3, a3, a_stride3, sums3, z3, y3, labels3, scales3, bias3, clusters3, rank3, rows3),
+        (
+            a1, a_stride1, a_scales1, a_zeros1, a_groups1, sums1, z1, y1, labels1, scales1, bias1,
+            clusters1, rank1, rows1,
+        ),
+        (
+            a2, a_stride2, a_scales2, a_zeros2, a_groups2, sums2, z2, y2, labels2, scales2, bias2,
+            clusters2, rank2, rows2,
+        ),
+        (
+            a3, a_stride3, a_scales3, a_zeros3, a_groups3, sums3, z3, y3, labels3, scales3, bias3,
+            clusters3, rank3, rows3,
+        ),
     )
     m = tl.arange(0, BM).to(tl.int64)
     ticket = tl.atomic_add(counters, 1) if STAGE < 0 else tl.program_id(0)
     before = 0
     if STAGE <= 0:
         for i in tl.static_range(2 * LAYERS):
-            c, c_stride, b, b_stride, _, _, sums, z, _, _, _, _, clusters, rank, _ = layers[i // 2]
-            w, w_stride, kept, made = c, c_stride, sums, clusters
-            if i % 2 == 1:
-                w, w_stride, kept, made = b, b_stride, z, rank
+            w, w_stride, w_scales, w_zeros, groups, kept, made = readers[i]
             tiles = tl.cdiv(made, BN)
             if (ticket >= before) & (ticket < before + tiles):
                 product_tile(
-                    x, x_stride, w, w_stride, None, None, 1, 1, None, y_stride, kept, None, None, None, 0, None, None,
-                    m, ticket - before, inputs, made, columns, 0, BN, BK,
+                    x, x_stride, w, w_stride, w_scales, w_zeros, groups, group_size, None, y_stride, kept, None, None,
+                    None, 0, None, None, m, ticket - before, inputs, made, columns, BITS, BN, BK,
                 )
                 if STAGE < 0:
                     tl.debug_barrier()  # the whole tile is written before it counts
@@ -58,15 +77,15 @@ def shared_group_kernel(
     first = before
     if STAGE != 0:
         for i in tl.static_range(LAYERS):
-            _, _, _, _, a, a_stride, sums, z, y, labels, scales, bias, clusters, rank, rows = layers[i]
+            a, a_stride, a_scales, a_zeros, groups, sums, z, y, labels, scales, bias, clusters, rank, rows = layers[i]
             tiles = tl.cdiv(rows, BN)
             if (ticket >= before) & (ticket < before + tiles):
                 if STAGE < 0:
                     while tl.atomic_add(counters + 1, 0, sem="acquire") < first:
                         pass
                 product_tile(
-                    z, rank, a, a_stride, None, None, 1, 1, y, y_stride, None, None, bias, sums, clusters, labels,
-                    scales, m, ticket - before, inputs, rows, rank, 0, BN, BK,
+                    z, rank, a, a_stride, a_scales, a_zeros, groups, group_size, y, y_stride, None, None, bias,
+                    sums, clusters, labels, scales, m, ticket - before, inputs, rows, rank, BITS, BN, BK,
                 )
             before += tiles
     if STAGE < 0:  # noqa: SIM102 - compiled in or out
@@ -81,37 +100,60 @@ _KERNELS = {
 }
 
 
-@kernel_op("swsc_linears")
-@with_signature("swsc_linears")
-def swsc_linears(x: Tensor, *args: Any) -> Tensor:
-    flat, parts = rows_of(x), [args[i : i + 6] for i in (0, 6, 12) if args[i] is not None]
-    inputs, features = flat.shape[0], [a.shape[0] for _, _, _, a, _, _ in parts]
+class Layer(NamedTuple):
+    """Outputs that share centroids: c, b and a may be rounded."""
+
+    centroids: Tensor
+    labels: Tensor
+    b: Tensor
+    a: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    rounded: tuple[Rounded, Rounded, Rounded] = (PLAIN, PLAIN, PLAIN)
+
+
+def shared_group(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """The outputs of one to three layers, rounded alike, beside each other."""
+    flat, features = rows_of(x), [layer.a.shape[0] for layer in layers]
+    inputs, rounded = flat.shape[0], layers[0].rounded[0]
     y = x.new_empty(*x.shape[:-1], sum(features))
     if inputs == 0:
         return y
-    outputs = y.view(inputs, sum(features)).split(features, 1)
     found: list[Any] = []
-    for (centroids, labels, b, a, scales, bias), out in zip(parts, outputs, strict=True):
-        sums, z = (x.new_empty(inputs, w.shape[0]) for w in (centroids, b))
-        labels, scales, bias = labels.contiguous(), adjacent(scales), adjacent(bias)
+    for layer, out in zip(layers, y.view(inputs, sum(features)).split(features, 1), strict=True):
+        sums, z = (x.new_empty(inputs, w.shape[0]) for w in (layer.centroids, layer.b))
+        labels, scales, bias = layer.labels.contiguous(), adjacent(layer.scales), adjacent(layer.bias)
+        on_centroids, on_b, on_a = layer.rounded
+        parts = (
+            Part(flat, layer.centroids, None, on_centroids, sums),
+            Part(flat, layer.b, None, on_b, z),
+            Part(z, layer.a, out, on_a, bias=bias, base=Base(sums, labels, scales)),
+        )
         if inputs > DECODE_INPUTS:
-            product(flat, centroids, None, kept=sums)
-            product(flat, b, None, kept=z)
-            product(z, a, out, bias=bias, base=Base(sums, labels, scales))
+            for p in parts:
+                assert isinstance(p.w, Tensor)
+                product(p.x, p.w, p.y, rounded=p.rounded, kept=p.kept, bias=p.bias, base=p.base)
             continue
-        weights = [rows_of(w) for w in (centroids, b, a)]
-        found += [v for w in weights for v in (w, w.stride(0))]
-        found += [sums, z, out, labels, scales, bias, centroids.shape[0], b.shape[0], a.shape[0]]
+        found += [v for p in parts for v in weight_args(p)]
+        found += [sums, z, out, labels, scales, bias, sums.shape[1], z.shape[1], out.shape[1]]
     if not found:
         return y
-    found += [None, 0, None, 0, None, 0, *[None] * 6, 0, 0, 0] * (LAYERS - len(parts))
-    counters = zeros_of(x.device)
+    found += [*[None, 0, None, None, 1] * 3, *[None] * 6, 0, 0, 0] * (LAYERS - len(layers))
+    # All stages of rounded weights in one kernel spill registers on sm_80 in float32.
+    counters = zeros_of(x.device) if rounded.bits == 0 or x.dtype != torch.float32 else None
     kernel = torch.library.wrap_triton(_KERNELS["decode-float32" if x.dtype == torch.float32 else "decode"])
-    made = [w.shape[0] for centroids, _, b, *_ in parts for w in (centroids, b)]
+    made = [w.shape[0] for layer in layers for w in (layer.centroids, layer.b)]
     for stage, rows in enumerate([made + features] if counters is not None else [made, features]):
         if any(rows):
             kernel[lambda meta, rows=rows: (sum(triton.cdiv(n, meta["BN"]) for n in rows),)](
-                flat, flat.stride(0), *found, x.shape[-1], sum(features), counters, inputs,
-                triton.next_power_of_2(inputs), LAYERS=len(parts), STAGE=-1 if counters is not None else stage,
+                flat, flat.stride(0), *found, x.shape[-1], rounded.group_size or 1 << 30, sum(features), counters,
+                inputs, triton.next_power_of_2(inputs), LAYERS=len(layers),
+                STAGE=-1 if counters is not None else stage, BITS=rounded.bits,
             )  # fmt: skip
     return y
+
+
+@kernel_op("swsc_linears")
+@with_signature("swsc_linears")
+def swsc_linears(x: Tensor, *args: Any) -> Tensor:
+    return shared_group(x, [Layer(*args[i : i + 6]) for i in (0, 6, 12) if args[i] is not None])
