@@ -52,9 +52,10 @@ struct SharedLayer {
   }
 };
 
-// All sums and b of a group, then all outputs, as in group_decode. Registers in float32: see chain3_decode.
+// All sums and b of a group, then all outputs, as in group_decode. In float32, or with rounded weights beside labels,
+// it takes more registers than two blocks have.
 template <class T, class W, int kAxis>
-__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 1 : 2)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 || (kAxis == 1 && !W::kCopies) ? 1 : 2)
     swsc_group_decode(TINYCOMP_INPUT(T), TINYCOMP_SHARED(a, T), TINYCOMP_SHARED(b, T), TINYCOMP_SHARED(c, T),
                       int64_t y_stride, unsigned* counters, int inputs) {
   const SharedLayer<T> a TINYCOMP_SHARED_NAMES(a), b TINYCOMP_SHARED_NAMES(b), c TINYCOMP_SHARED_NAMES(c);

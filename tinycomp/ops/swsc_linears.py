@@ -28,7 +28,7 @@ def swsc_linears(x: Tensor, *layers: Tensor | int | None) -> Tensor:
     Raises:
         ValueError, TypeError: as `swsc_linear`.
 
-    Cost: that of the layers, x read once; on a GPU one launch for at most 16 inputs and axis 0.
+    Cost: that of the layers, x read once; on a GPU one launch for at most 16 inputs (Triton: axis 0).
     """
     return _call(x, *layers)
 
