@@ -165,42 +165,47 @@ struct SharedGroup {
     hold(label), hold(scale.tensor), hold(shift.tensor), hold(sums.tensor), hold(z.tensor);
     features += up.rows, first += clusters + down.rows;
   }
-  // One launch for few inputs, otherwise one for each product.
+  // One launch for few inputs, otherwise one for each product. Defined below, for what is inline is compiled
+  // everywhere.
   template <class W>
-  Tensor run() {
-    const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
-    T* to = static_cast<T*>(y.mutable_data_ptr());
-    for (SharedLayer<T>& l : layers) l.y = to, to += l.a.rows;
-    if (inputs.rows == 0 || features == 0) return y;
-    if (inputs.rows <= kDecodeRows) {
-      const int64_t items = ceil_div(first, 8) + ceil_div(features, 8) + 9;  // of every product one may be incomplete
-      const int64_t fit = 2 * static_cast<int64_t>(device.processors);
-      const auto& [a, b, c] = layers;
-      TINYCOMP_LAUNCH((swsc_group_decode<T, W, kAxis>), dim3(items < fit ? items : fit), dim3(kDecodeThreads),
-                      decode_shared_bytes<1>, device.stream, TINYCOMP_PASS_INPUT(inputs.matrix()),
-                      TINYCOMP_PASS_SHARED(a), TINYCOMP_PASS_SHARED(b), TINYCOMP_PASS_SHARED(c), features,
-                      device.counters(), inputs.rows);
-      device.check_launch();
-      return y;
-    }
-    for (const SharedLayer<T>& l : layers) {
-      const Output<T> sums{nullptr, 0, l.sums, l.sums_stride}, z{nullptr, 0, l.z, l.z_stride};
-      product<T, W>(device, inputs.matrix(), inputs.rows, l.b, z);
-      if constexpr (kAxis == 0) {
-        product<T, W>(device, inputs.matrix(), inputs.rows, l.c, sums);
-        product<T, W>(device, z.next(), inputs.rows, l.a,
-                      Output<T>{l.y, features, nullptr, 0, nullptr, l.bias, l.sums, l.sums_stride, l.labels,
-                                l.label_bytes, l.scales});
-      } else {
-        product<T, OneHot<T>>(device, inputs.matrix(), inputs.rows, l.one_hot(), sums);
-        product<T, W>(device, sums.next(), inputs.rows, l.c, Output<T>{l.y, features});
-        product<T, W>(device, z.next(), inputs.rows, l.a,
-                      Output<T>{l.y, features, nullptr, 0, nullptr, l.bias, l.y, features});
-      }
-    }
+  Tensor run();
+};
+
+template <class T, int kAxis>
+template <class W>
+Tensor SharedGroup<T, kAxis>::run() {
+  const Tensor y = empty(x, shape_with_last(x, features), scalar_type<T>);
+  T* to = static_cast<T*>(y.mutable_data_ptr());
+  for (SharedLayer<T>& l : layers) l.y = to, to += l.a.rows;
+  if (inputs.rows == 0 || features == 0) return y;
+  if (inputs.rows <= kDecodeRows) {
+    const int64_t items = ceil_div(first, 8) + ceil_div(features, 8) + 9;  // of every product one may be incomplete
+    const int64_t fit = 2 * static_cast<int64_t>(device.processors);
+    const auto& [a, b, c] = layers;
+    TINYCOMP_LAUNCH((swsc_group_decode<T, W, kAxis>), dim3(items < fit ? items : fit), dim3(kDecodeThreads),
+                    decode_shared_bytes<1>, device.stream, TINYCOMP_PASS_INPUT(inputs.matrix()),
+                    TINYCOMP_PASS_SHARED(a), TINYCOMP_PASS_SHARED(b), TINYCOMP_PASS_SHARED(c), features,
+                    device.counters(), inputs.rows);
+    device.check_launch();
     return y;
   }
-};
+  for (const SharedLayer<T>& l : layers) {
+    const Output<T> sums{nullptr, 0, l.sums, l.sums_stride}, z{nullptr, 0, l.z, l.z_stride};
+    product<T, W>(device, inputs.matrix(), inputs.rows, l.b, z);
+    if constexpr (kAxis == 0) {
+      product<T, W>(device, inputs.matrix(), inputs.rows, l.c, sums);
+      product<T, W>(device, z.next(), inputs.rows, l.a,
+                    Output<T>{l.y, features, nullptr, 0, nullptr, l.bias, l.sums, l.sums_stride, l.labels,
+                              l.label_bytes, l.scales});
+    } else {
+      product<T, OneHot<T>>(device, inputs.matrix(), inputs.rows, l.one_hot(), sums);
+      product<T, W>(device, sums.next(), inputs.rows, l.c, Output<T>{l.y, features});
+      product<T, W>(device, z.next(), inputs.rows, l.a,
+                    Output<T>{l.y, features, nullptr, 0, nullptr, l.bias, l.y, features});
+    }
+  }
+  return y;
+}
 
 // Layers whose inputs share, alone or not, are compiled once: in the file of the group.
 #define TINYCOMP_SHARED_INPUTS(declared, W)                        \
