@@ -139,7 +139,7 @@ def weight_args(p: Part) -> list[Any]:
     return [w, w.stride(0), scales, zeros, 1 if scales is None else scales.shape[1]]
 
 
-def _rows(p: Part) -> int:
+def rows_in(p: Part) -> int:
     return p.w.clusters if isinstance(p.w, OneHot) else p.w.shape[0]
 
 
@@ -161,7 +161,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
         return
     args: list[Any] = []
     for p in parts:
-        args += [p.x, p.x.stride(0), *weight_args(p), p.y, p.kept, p.order, p.bias, _rows(p), p.x.shape[1]]
+        args += [p.x, p.x.stride(0), *weight_args(p), p.y, p.kept, p.order, p.bias, rows_in(p), p.x.shape[1]]
     absent = [None, 0, None, 0, None, None, 1, None, None, None, None, 0, 0]
     args += absent * (MOST_PARTS - len(parts))
     base = parts[-1].base
@@ -175,7 +175,7 @@ def run_stages(*stages: Sequence[Part]) -> None:
     args += [inputs, triton.next_power_of_2(inputs)]
     kernel = torch.library.wrap_triton(_KERNELS["decode-float32" if parts[0].x.dtype == torch.float32 else "decode"])
     for stage, run in enumerate([parts] if counters is not None else stages):
-        rows = [_rows(p) for p in run]
+        rows = [rows_in(p) for p in run]
         if any(rows):
             kernel[lambda meta, rows=rows: (sum(triton.cdiv(n, meta["BN"]) for n in rows),)](
                 *args,

@@ -1,4 +1,4 @@
-"""Triton backend of `quant_swsc_linears`: for few inputs one launch for all layers, in float32 two."""
+"""Triton backend of `quant_swsc_linears`: for few inputs one launch for all layers, in float32 two for each."""
 
 from __future__ import annotations
 

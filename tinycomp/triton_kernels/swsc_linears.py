@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinycomp.triton_kernels import _stages
 from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, configs, kernel_op, rows_of
 from tinycomp.triton_kernels._product import PLAIN, Base, Rounded, product, product_tile
-from tinycomp.triton_kernels._stages import Part, weight_args, zeros_of
+from tinycomp.triton_kernels._stages import Part, rows_in, weight_args
 
 LAYERS = 3
 
@@ -115,42 +116,54 @@ class Layer(NamedTuple):
 def shared_group(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """The outputs of one to three layers, rounded alike, beside each other."""
     flat, features = rows_of(x), [layer.a.shape[0] for layer in layers]
-    inputs, rounded = flat.shape[0], layers[0].rounded[0]
+    inputs = flat.shape[0]
     y = x.new_empty(*x.shape[:-1], sum(features))
-    if inputs == 0:
-        return y
-    found: list[Any] = []
+    products = []
     for layer, out in zip(layers, y.view(inputs, sum(features)).split(features, 1), strict=True):
         sums, z = (x.new_empty(inputs, w.shape[0]) for w in (layer.centroids, layer.b))
-        labels, scales, bias = layer.labels.contiguous(), adjacent(layer.scales), adjacent(layer.bias)
+        base = Base(sums, layer.labels.contiguous(), adjacent(layer.scales))
         on_centroids, on_b, on_a = layer.rounded
-        parts = (
-            Part(flat, layer.centroids, None, on_centroids, sums),
-            Part(flat, layer.b, None, on_b, z),
-            Part(z, layer.a, out, on_a, bias=bias, base=Base(sums, labels, scales)),
+        products.append(
+            (
+                Part(flat, layer.centroids, None, on_centroids, sums),
+                Part(flat, layer.b, None, on_b, z),
+                Part(z, layer.a, out, on_a, bias=adjacent(layer.bias), base=base),
+            )
         )
-        if inputs > DECODE_INPUTS:
-            for p in parts:
-                assert isinstance(p.w, Tensor)
-                product(p.x, p.w, p.y, rounded=p.rounded, kept=p.kept, bias=p.bias, base=p.base)
-            continue
-        found += [v for p in parts for v in weight_args(p)]
-        found += [sums, z, out, labels, scales, bias, sums.shape[1], z.shape[1], out.shape[1]]
-    if not found:
-        return y
-    found += [*[None, 0, None, None, 1] * 3, *[None] * 6, 0, 0, 0] * (LAYERS - len(layers))
-    # All stages of rounded weights in one kernel spill registers on sm_80 in float32.
-    counters = zeros_of(x.device) if rounded.bits == 0 or x.dtype != torch.float32 else None
-    kernel = torch.library.wrap_triton(_KERNELS["decode-float32" if x.dtype == torch.float32 else "decode"])
-    made = [w.shape[0] for layer in layers for w in (layer.centroids, layer.b)]
+    if inputs > DECODE_INPUTS:
+        for p in (p for parts in products for p in parts):
+            assert isinstance(p.w, Tensor)
+            product(p.x, p.w, p.y, rounded=p.rounded, kept=p.kept, bias=p.bias, base=p.base)
+    elif inputs and layers[0].rounded[0].bits and x.dtype == torch.float32:
+        for parts in products:  # all of it in one kernel spills registers on sm_80
+            _launch([parts], None)
+    elif inputs:
+        _launch(products, _stages.zeros_of(x.device))
+    return y
+
+
+def _launch(products: Sequence[tuple[Part, Part, Part]], counters: Tensor | None) -> None:
+    """The products of layers, in one launch with `counters`, otherwise in one for each stage."""
+    args: list[Any] = []
+    for parts in products:
+        centroids, b, a = parts
+        assert a.base is not None
+        args += [v for p in parts for v in weight_args(p)]
+        args += [centroids.kept, b.kept, a.y, a.base.labels, a.base.scales, a.bias, *(rows_in(p) for p in parts)]
+    args += [*[None, 0, None, None, 1] * 3, *[None] * 6, 0, 0, 0] * (LAYERS - len(products))
+    first, out = products[0][0], products[0][2].y
+    assert out is not None
+    x, inputs, kind = first.x, first.x.shape[0], "decode-float32" if first.x.dtype == torch.float32 else "decode"
+    args += [x.shape[1], first.rounded.group_size or 1 << 30, out.stride(0), counters, inputs]
+    kernel = torch.library.wrap_triton(_KERNELS[kind])
+    made = [rows_in(p) for *readers, _ in products for p in readers]
+    features = [rows_in(parts[2]) for parts in products]
     for stage, rows in enumerate([made + features] if counters is not None else [made, features]):
         if any(rows):
             kernel[lambda meta, rows=rows: (sum(triton.cdiv(n, meta["BN"]) for n in rows),)](
-                flat, flat.stride(0), *found, x.shape[-1], rounded.group_size or 1 << 30, sum(features), counters,
-                inputs, triton.next_power_of_2(inputs), LAYERS=len(layers),
-                STAGE=-1 if counters is not None else stage, BITS=rounded.bits,
+                x, x.stride(0), *args, triton.next_power_of_2(inputs), LAYERS=len(products),
+                STAGE=-1 if counters is not None else stage, BITS=first.rounded.bits,
             )  # fmt: skip
-    return y
 
 
 @kernel_op("swsc_linears")
