@@ -30,7 +30,7 @@ def quant_swsc_linears(x: Tensor, *layers: Tensor | int | None) -> Tensor:
     Raises:
         ValueError, TypeError: as `quant_swsc_linear`.
 
-    Cost: that of the layers, x read once; with CUDA one launch for at most 16 inputs and axis 0.
+    Cost: that of the layers, x read once; on a GPU one launch for at most 16 inputs (Triton: axis 0, 16 bits).
     """
     return _call(x, *layers)
 
