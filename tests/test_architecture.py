@@ -83,6 +83,7 @@ LONG_FUNCTIONS: dict[str, str] = {
     "triton_kernels/split_bregman_step_.py:split_bregman_kernel": "a GPU kernel whose arguments take a line each",
     "triton_kernels/split_bregman_step_.py:split_bregman_step_": "a contract with 19 arguments, as above",
     "triton_kernels/select_pivots.py:pivot_kernel": "a GPU kernel whose arguments take a line each",
+    "triton_kernels/swsc_linears.py:shared_group_kernel": "a GPU kernel of three layers with 24 arguments each",
 }
 
 

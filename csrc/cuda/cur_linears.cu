@@ -112,9 +112,13 @@ Tensor cur_linears(const Tensor& x, const Tensor& r1, const Tensor& u1, const Te
     for (CURLayer<T>& l : layers) l.y = to, to += l.c.rows;
     if (inputs.rows == 0 || features == 0) return y;
     if (inputs.rows > kDecodeRows) {
-      for (const CURLayer<T>& l : layers)
-        chain<T, false>(device, inputs.matrix(), inputs.rows, l.r, {nullptr, 0, l.z, l.z_stride}, l.u,
-                        {nullptr, 0, l.linked, l.linked_stride}, l.c, {l.y, features, nullptr, 0, nullptr, l.bias});
+      for (const CURLayer<T>& l : layers) {
+        const Output<T> z{nullptr, 0, l.z, l.z_stride}, linked{nullptr, 0, l.linked, l.linked_stride};
+        product<T, Dense<T>>(device, inputs.matrix(), inputs.rows, l.r, z);
+        product<T, Dense<T>>(device, z.next(), inputs.rows, l.u, linked);
+        product<T, Dense<T>>(device, linked.next(), inputs.rows, l.c,
+                             Output<T>{l.y, features, nullptr, 0, nullptr, l.bias});
+      }
       return y;
     }
     const int64_t fit = (sizeof(T) == 4 ? 1 : 2) * static_cast<int64_t>(device.processors);

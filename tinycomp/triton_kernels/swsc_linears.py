@@ -46,18 +46,12 @@ def shared_group_kernel(
         (b3, b_stride3, b_scales3, b_zeros3, b_groups3, z3, rank3),
     )
     layers = (
-        (
-            a1, a_stride1, a_scales1, a_zeros1, a_groups1, sums1, z1, y1, labels1, scales1, bias1,
-            clusters1, rank1, rows1,
-        ),
-        (
-            a2, a_stride2, a_scales2, a_zeros2, a_groups2, sums2, z2, y2, labels2, scales2, bias2,
-            clusters2, rank2, rows2,
-        ),
-        (
-            a3, a_stride3, a_scales3, a_zeros3, a_groups3, sums3, z3, y3, labels3, scales3, bias3,
-            clusters3, rank3, rows3,
-        ),
+        (a1, a_stride1, a_scales1, a_zeros1, a_groups1, sums1, z1, y1, labels1, scales1, bias1,
+         clusters1, rank1, rows1),
+        (a2, a_stride2, a_scales2, a_zeros2, a_groups2, sums2, z2, y2, labels2, scales2, bias2,
+         clusters2, rank2, rows2),
+        (a3, a_stride3, a_scales3, a_zeros3, a_groups3, sums3, z3, y3, labels3, scales3, bias3,
+         clusters3, rank3, rows3),
     )
     m = tl.arange(0, BM).to(tl.int64)
     ticket = tl.atomic_add(counters, 1) if STAGE < 0 else tl.program_id(0)
