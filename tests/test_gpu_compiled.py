@@ -87,7 +87,10 @@ def check_budgets(found: list[Kernel], architecture: str) -> None:
         assert kernel.spilled == kernel.stack == 0, kernel
         assert kernel.registers <= budget["registers"], kernel
         assert kernel.shared <= budget["static_shared_bytes"], kernel
-        by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * budget["threads"])
+        # Tiles of one kernel differ in size: rows, columns, and warps along each.
+        tile = re.search(r"4TileILi\d+ELi\d+ELi(\d+)ELi(\d+)E", kernel.symbol)
+        threads = 32 * int(tile[1]) * int(tile[2]) if tile else budget["threads"]
+        by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * threads)
         # 1 KB of every block is the system's.
         by_shared = SHARED[architecture] // (kernel.shared + budget["dynamic_shared_bytes"] + 1024)
         assert min(by_registers, by_shared) >= budget["blocks_per_processor"], kernel
