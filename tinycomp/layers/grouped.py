@@ -22,10 +22,11 @@ MOST_MISSES = 3
 
 
 class Grouped:
-    """What a layer says so that it may be computed together with others."""
+    """What a layer says so that it may be computed together with others, and its forward pass."""
 
     group: Group | None = None
-    group_op: str  # of `tinycomp.ops`, for all layers
+    op: str  # of `tinycomp.ops`, for this layer
+    group_op: str  # for all layers
     in_features: int
     out_features: int
 
@@ -40,6 +41,19 @@ class Grouped:
     def group_features(self) -> int:
         """Outputs."""
         return self.out_features
+
+    def in_parts(self, x: Tensor) -> Tensor:
+        """The layer's output while `group_tensors` gives None."""
+        raise NotImplementedError(f"{type(self).__name__}.in_parts")
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = self.from_group(x)
+        if together is not None:
+            return together
+        held = self.group_tensors()
+        if held is None:
+            return self.in_parts(x)
+        return getattr(ops, self.op)(*(x, *held, *self.group_numbers()))
 
     def from_group(self, x: Tensor) -> Tensor | None:
         """The layer's output if the call of another one made it, or makes it now."""

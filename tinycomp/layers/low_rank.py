@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, filled, linear, plain_weights, tensors
 from tinycomp.layers.grouped import Grouped
 
@@ -31,7 +30,7 @@ class LowRankLinear(Grouped, CompressedLinear):
     """
 
     order: Tensor | None
-    group_op = "lowrank_linears"
+    op, group_op = "lowrank_linear", "lowrank_linears"
 
     def __init__(
         self,
@@ -72,13 +71,7 @@ class LowRankLinear(Grouped, CompressedLinear):
         weights = plain_weights(children["down"], children["up"])  # type: ignore[arg-type]
         return None if weights is None else (*weights, *tensors(self, "order", "bias"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        held = self.group_tensors()
-        if held is not None:
-            return ops.lowrank_linear(x, *held)
+    def in_parts(self, x: Tensor) -> Tensor:
         z = self.down(x)
         y = self.up(z)
         if self.order is not None:
@@ -120,7 +113,7 @@ class CURLinear(Grouped, CompressedLinear):
     """
 
     frozen = ("r", "c")
-    group_op = "cur_linears"
+    op, group_op = "cur_linear", "cur_linears"
 
     def __init__(
         self,
@@ -157,13 +150,7 @@ class CURLinear(Grouped, CompressedLinear):
         weights = plain_weights(children["r"], children["u"], children["c"])  # type: ignore[arg-type]
         return None if weights is None else (*weights, *tensors(self, "bias"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        held = self.group_tensors()
-        if held is not None:
-            return ops.cur_linear(x, *held)
+    def in_parts(self, x: Tensor) -> Tensor:
         y = self.c(self.u(self.r(x)))
         return y if self.bias is None else y + self.bias
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.masked_formats import BLOCK, Packed, check_format, pack_masked, unpack_masked
@@ -34,7 +33,7 @@ class MaskedLinear(Grouped, CompressedLinear):
     offsets: Tensor | None
     scales: Tensor | None
 
-    group_op = "masked_linears"
+    op, group_op = "masked_linear", "masked_linears"
 
     def __init__(
         self,
@@ -109,12 +108,6 @@ class MaskedLinear(Grouped, CompressedLinear):
 
     def group_numbers(self) -> tuple[int | str, ...]:
         return self.format, self.value_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        return ops.masked_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def dense_weight(self) -> Tensor:
         packed = Packed(self.values, self.mask, self.offsets, self.scales)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
@@ -36,7 +35,7 @@ class QuantLinear(Grouped, CompressedLinear):
     scales: Tensor
     zeros: Tensor | None
 
-    group_op = "quant_linears"
+    op, group_op = "quant_linear", "quant_linears"
 
     def __init__(
         self,
@@ -99,12 +98,6 @@ class QuantLinear(Grouped, CompressedLinear):
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        return ops.quant_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def dense_weight(self) -> Tensor:
         w = dequantize(self.qweight, self.scales, self.zeros, self.in_features, self.bits, self.group_size)

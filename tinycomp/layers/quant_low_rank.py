@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, tensors
 from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.low_rank import LowRankLinear
@@ -34,7 +33,7 @@ class QuantLowRankLinear(Grouped, CompressedLinear):
         dtype: dtype of scales, zeros and bias.
     """
 
-    group_op = "quant_lowrank_linears"
+    op, group_op = "quant_lowrank_linear", "quant_lowrank_linears"
     order: Tensor | None
     r: Tensor
     r_scales: Tensor
@@ -108,12 +107,6 @@ class QuantLowRankLinear(Grouped, CompressedLinear):
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        return ops.quant_lowrank_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors that the levels stand for, in the layer's dtype."""

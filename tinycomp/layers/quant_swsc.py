@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import tensors
 from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.swsc import ChannelSharing, SWSCLinear
@@ -48,7 +47,7 @@ class QuantSWSCLinear(Grouped, ChannelSharing):
     b_zeros: Tensor | None
     a_zeros: Tensor | None
 
-    group_op = "quant_swsc_linears"
+    op, group_op = "quant_swsc_linear", "quant_swsc_linears"
 
     def __init__(
         self,
@@ -99,12 +98,6 @@ class QuantSWSCLinear(Grouped, ChannelSharing):
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.axis, self.bits, self.group_size, self.activation_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        return ops.quant_swsc_linear(x, *self.group_tensors(), *self.group_numbers())
 
     def _no_factors(self) -> list[Any]:
         """What rank 0 has in the place of _FACTORS."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinycomp import ops
 from tinycomp.layers._base import CompressedLinear, check_size, linear, plain_weights, tensors
 from tinycomp.layers.grouped import Grouped
 
@@ -54,7 +53,7 @@ class SWSCLinear(Grouped, ChannelSharing):
         dtype: dtype of centroids, factors and gains.
     """
 
-    group_op = "swsc_linears"
+    op, group_op = "swsc_linear", "swsc_linears"
 
     def __init__(
         self,
@@ -88,13 +87,7 @@ class SWSCLinear(Grouped, ChannelSharing):
     def group_numbers(self) -> tuple[int, ...]:
         return (self.axis,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        held = self.group_tensors()
-        if held is not None:
-            return ops.swsc_linear(*(x, *held, self.axis))
+    def in_parts(self, x: Tensor) -> Tensor:
         labels = self.labels.long()
         if self.axis == 0:
             y = self.centroids(x).index_select(-1, labels)

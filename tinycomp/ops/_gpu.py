@@ -94,16 +94,8 @@ def _no_index(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return f"the {backend} kernel of {name} has no format 'index'" if args[at : at + 1] == ("index",) else None
 
 
-def _not_shared_inputs(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
-    """Why a call of layers whose inputs share centroids cannot run, where it cannot."""
-    at = {"swsc_linears": -1, "quant_swsc_linears": -4}.get(name)
-    if backend == "CUDA" or at is None or args[at] == 0:
-        return None
-    return f"the {backend} kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
-
-
 def _refused(backend: str, *call: Any) -> str | None:
-    return _no_index(backend, *call) or _not_shared_inputs(backend, *call) or _no_rounding(backend, *call)
+    return _no_index(backend, *call) or _no_rounding(backend, *call)
 
 
 def why_not_cuda(name: str, args: tuple[Any, ...]) -> str | None:
@@ -124,4 +116,7 @@ def why_not_triton(name: str, args: tuple[Any, ...]) -> str | None:
     data = _data(name, args)
     if data.dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel of {name} takes float32, bfloat16 and float16, got {data.dtype}"
+    at = {"swsc_linears": -1, "quant_swsc_linears": -4}.get(name)
+    if at is not None and args[at] != 0:
+        return f"the Triton kernel of {name} takes layers whose outputs share (axis 0), got axis {args[at]}"
     return _refused("Triton", name, args)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinycomp.triton_kernels import _stages
 from tinycomp.triton_kernels._group import with_signature
 from tinycomp.triton_kernels._launch import DECODE_INPUTS, adjacent, configs, kernel_op, rows_of
-from tinycomp.triton_kernels._product import PLAIN, Base, Rounded, product, product_tile
+from tinycomp.triton_kernels._product import PLAIN, Base, Rounded, product_tile
 from tinycomp.triton_kernels._stages import Part, rows_in, weight_args
 
 LAYERS = 3
@@ -125,9 +125,8 @@ def shared_group(x: Tensor, layers: Sequence[Layer]) -> Tensor:
             )
         )
     if inputs > DECODE_INPUTS:
-        for p in (p for parts in products for p in parts):
-            assert isinstance(p.w, Tensor)
-            product(p.x, p.w, p.y, rounded=p.rounded, kept=p.kept, bias=p.bias, base=p.base)
+        for parts in products:
+            _stages.run_stages(parts[:2], parts[2:])
     elif inputs and layers[0].rounded[0].bits and x.dtype == torch.float32:
         for parts in products:  # all of it in one kernel spills registers on sm_80
             _launch([parts], None)
