@@ -18,6 +18,7 @@ struct Choice {
   const DotTable* table;
   const RoundedTable* rounded;
   const ExpandTable* expansion;
+  DotTable::Dot pairs;
   bool runs;
 };
 
@@ -29,12 +30,18 @@ Choice choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-  const Choice choices[] = {{"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, has_vnni},
-                            {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, has_avx512},
-                            {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, has_avx2},
-                            {"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
+  const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi2");
+  // Intel's products of bfloat16 run at half the rate of its float32 multiply-adds, AMD's at twice that.
+  const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+  const Choice choices[] = {
+      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, avx512_pairs, has_bf16},
+      {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
+      {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, has_vnni},
+      {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, has_avx512},
+      {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, nullptr, has_avx2},
+      {"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, true}};
 #else
-  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, true}};
+  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, true}};
 #endif
   const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
   const std::string forced = variable ? variable : "";
@@ -59,6 +66,13 @@ void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, c
          float* out, int64_t ldo) {
   choice().table->dot[static_cast<int>(type)](static_cast<const char*>(w), stride, rows, cols, x, ldx, m, out, ldo);
 }
+
+void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t ldx, int64_t m,
+               float* out, int64_t ldo) {
+  choice().pairs(static_cast<const char*>(w), stride, rows, words, x, ldx, m, out, ldo);
+}
+
+bool has_pairs() { return choice().pairs != nullptr; }
 
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                 float* out, int64_t ldo) {

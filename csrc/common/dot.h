@@ -19,6 +19,12 @@ constexpr int64_t kPanelInputs = 8;
 void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
          float* out, int64_t ldo);
 
+// The same with weights and inputs both in bfloat16, two to a word, an even number of columns: products are exact, sums
+// in float32. Distances and `words` count words. Only where `has_pairs()`: the processor is faster so.
+void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t ldx, int64_t m,
+               float* out, int64_t ldo);
+bool has_pairs();
+
 // Blocks of kBlock x kBlock weights, `count` of them one after another in memory, of which number b meets inputs from
 // columns[b] on: out[j * ldo + i] += sum_b sum_c w_b[i, c] * x[j * ldx + columns[b] + c] for i < kBlock, j < m.
 constexpr int64_t kBlock = 32;
@@ -31,7 +37,7 @@ void widen(Type type, const void* from, float* to, int64_t n);
 // n float32 values rounded to f32, bf16 or f16.
 void narrow(Type type, const float* from, void* to, int64_t n);
 
-// "avx512vnni", "avx512", "avx2" or "portable".
+// "avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace tinycomp

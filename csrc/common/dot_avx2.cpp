@@ -12,6 +12,7 @@ namespace {
 struct Avx2 {
   using Vec = __m256;
   static constexpr int width = 8, inputs = 2, panel_inputs = 5;
+  static constexpr int64_t panels_from = kPanelInputs;
   static constexpr bool narrows = false;
 
   TINYCOMP_TARGET static Vec zero() { return _mm256_setzero_ps(); }

@@ -2,10 +2,11 @@
 // TINYCOMP_TARGET (the function attribute that enables its instructions) and V.
 //
 // V has: Vec, width, inputs (input rows per tile of four weight rows, so that accumulators stay in registers),
-// panel_inputs (the same for panels), zero(), set1(v), add(a, b), fma(a, b, c), transpose(width vectors), sum4(four
-// vectors, out), sum(vector), load(const T*) widening T to float32, load_pairs(const BFloat16*) of 2 width numbers as
-// they are, first(v) and second(v) of these pairs widened, load_first(const T*, n) with zeros after the first n <
-// width, store(float*, vector), and where `narrows` also store to 16-bit types.
+// panel_inputs (the same for panels), panels_from (inputs from which on panels are faster), zero(), set1(v), add(a, b),
+// fma(a, b, c), transpose(width vectors), sum4(four vectors, out), sum(vector), load(const T*) widening T to float32,
+// load_pairs(const BFloat16*) of 2 width numbers as they are, first(v) and second(v) of these pairs widened,
+// load_first(const T*, n) with zeros after the first n < width, store(float*, vector), and where `narrows` also store
+// to 16-bit types.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -287,7 +288,7 @@ TINYCOMP_TARGET void blocks_typed(const void* w, const int32_t* columns, int64_t
 template <class V, class T>
 TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                                int64_t m, float* out, int64_t ldo) {
-  if (m >= kPanelInputs && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
+  if (m >= V::panels_from && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
   for (; i + kBlockRows <= rows; i += kBlockRows)
     all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);

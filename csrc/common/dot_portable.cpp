@@ -10,6 +10,7 @@ struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
   static constexpr int width = 4, inputs = 2, panel_inputs = 4;
+  static constexpr int64_t panels_from = kPanelInputs;
   static constexpr bool narrows = false;
 
   static Vec zero() { return Vec{}; }

@@ -22,6 +22,8 @@ extern const DotTable portable_dot;
 #if defined(__x86_64__)
 extern const DotTable avx2_dot;
 extern const DotTable avx512_dot;
+void avx512_pairs(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
+                  float* out, int64_t ldo);  // dot_pairs of dot.h
 #endif
 
 }  // namespace tinycomp

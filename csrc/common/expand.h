@@ -17,19 +17,26 @@ using Gather = float (*)(Type type, const void* values, const uint16_t* index, i
 // The same for float32 values and inputs x[index * ldx + j], j < inputs, at once.
 using GatherMany = void (*)(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                             int64_t inputs, float* sums);
-// The same for up to 32 inputs in 16 bits, bfloat16, of which word 16 i + k of `x` holds number k (below) and number
-// k + 16 (above) of column i; 32 sums.
+// The same for up to 32 inputs in bfloat16, of which word 16 i + k of `x` holds numbers 2 k (below) and 2 k + 1 (above)
+// of column i; 32 sums. Values are exact in bfloat16.
 using GatherPairs = void (*)(const float* values, const uint16_t* index, int64_t count, const uint32_t* x, float* sums);
 // Set bits of 16 `blocks` columns.
 using CountBits = int64_t (*)(const uint16_t* mask, int64_t blocks);
-// Four rows of which row r takes values from number at[r] on, with `x` (16 `blocks` floats, arranged): their four sums.
-// Reads up to 16 values beyond the last one of a row, which must exist.
+// x (16 `blocks` floats, which are exact in 16-bit types) as expand_dot and pairs_dot want it, in no more floats.
+using Arrange = void (*)(Type type, const float* x, int64_t blocks, float* to);
+// Four rows of which row r takes values from number at[r] on, with arranged inputs: their four sums. `blocks` is a
+// multiple of `together` / 16; up to 32 values beyond the last one of a row are read, and must exist.
 using ExpandDot = void (*)(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4],
                            int64_t blocks, const float* x, float* sums);
 // The same for rows of 2:4, with their codes (two bytes for a block); nothing is read beyond the values. False, and no
 // sums, if a code does not name two columns in their order.
 using PairsDot = bool (*)(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                           int64_t blocks, const float* x, float* sums);
+// `expand` for bfloat16 as it is, for a multiple of `together` columns.
+using Words = int64_t (*)(const uint16_t* values, int64_t at, int64_t count, const uint16_t* mask, int64_t blocks,
+                          uint16_t* out);
+// n bytes of codes of 2:4, two in each (i0 + 4 i1), as the eight bits that they name.
+using CodeBits = void (*)(const uint8_t* codes, int64_t n, uint8_t* bits);
 
 struct ExpandTable {
   Expand expand;
@@ -41,27 +48,29 @@ struct ExpandTable {
   ExpandDot expand_dot;
   bool (*pairs)(Type);
   PairsDot pairs_dot;
+  Arrange arrange;
+  int64_t together;  // columns that expand_dot takes at once
+  Words words;       // null: none
+  CodeBits code_bits;
 };
 const ExpandTable& expansion();
 extern const ExpandTable portable_expand;
+void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits);  // a byte at a time
 #if defined(__x86_64__)
 extern const ExpandTable avx2_expand;
 extern const ExpandTable avx512_expand;
+extern const ExpandTable avx512vbmi2_expand;
+extern const ExpandTable avx512bf16_expand;
 
-// Values of 16 bits, by look-up of where each goes in a register; part of both tables.
+// Values of 16 bits, by look-up of where each goes in a register; part of both tables. Of 16 columns of bf16 those of
+// even number come first, for then a shift and a mask widen them.
 bool looked_up(Type type);
+void arrange16(Type type, const float* x, int64_t blocks, float* to);
 void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums);
 bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                   int64_t blocks, const float* x, float* sums);
 float gather_scalars(Type type, const void* values, const uint16_t* index, int64_t count, const float* x);
 #endif
-
-// x for expand_dot and pairs_dot: of 16 columns of bf16 those of even number come first, for then a shift and a mask
-// widen them.
-inline void arrange_inputs(Type type, const float* x, int64_t blocks, float* to) {
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int i = 0; i < 16; ++i) to[16 * b + i] = x[16 * b + (type == Type::bf16 ? 2 * (i % 8) + i / 8 : i)];
-}
 
 }  // namespace tinycomp

@@ -158,7 +158,12 @@ TINYCOMP_TARGET void gather_pairs(const float* values, const uint16_t* index, in
       sum[h + 2] = _mm256_fmadd_ps(value, _mm256_castsi256_ps(high), sum[h + 2]);
     }
   }
-  for (int h = 0; h < 4; ++h) _mm256_storeu_ps(sums + 8 * h, sum[h]);
+  // Words 8 h + k hold inputs 16 h + 2 k in sum[h], and those that follow them in sum[h + 2].
+  for (int h = 0; h < 2; ++h) {
+    const __m256 low = _mm256_unpacklo_ps(sum[h], sum[h + 2]), high = _mm256_unpackhi_ps(sum[h], sum[h + 2]);
+    _mm256_storeu_ps(sums + 16 * h, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(sums + 16 * h + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
 }
 
 TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
@@ -216,6 +221,11 @@ float gather_scalars(Type type, const void* values, const uint16_t* index, int64
 
 bool looked_up(Type type) { return type == Type::bf16 || type == Type::f16; }
 
+void arrange16(Type type, const float* x, int64_t blocks, float* to) {
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int i = 0; i < 16; ++i) to[16 * b + i] = x[16 * b + (type == Type::bf16 ? 2 * (i % 8) + i / 8 : i)];
+}
+
 void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums) {
   const auto* from = static_cast<const uint16_t*>(values);
@@ -238,7 +248,11 @@ const ExpandTable avx2_expand = {portable_expand.expand,
                                  looked_up,
                                  lookup_dot,
                                  looked_up,
-                                 lookup_pairs};
+                                 lookup_pairs,
+                                 arrange16,
+                                 16,
+                                 nullptr,
+                                 code_bits};
 
 }  // namespace tinycomp
 #endif

@@ -157,8 +157,11 @@ TINYCOMP_TARGET void gather_pairs(const float* values, const uint16_t* index, in
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) add(i + k, low[k], high[k]);
   for (; i < count; ++i) add(i, low[0], high[0]);
-  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3])));
-  _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_add_ps(high[0], high[1]), _mm512_add_ps(high[2], high[3])));
+  const __m512 even = _mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3]));
+  const __m512 odd = _mm512_add_ps(_mm512_add_ps(high[0], high[1]), _mm512_add_ps(high[2], high[3]));
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_ps(sums, _mm512_permutex2var_ps(even, first, odd));
+  _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd));
 }
 
 TINYCOMP_TARGET int64_t count_bits(const uint16_t* mask, int64_t blocks) {
@@ -177,7 +180,8 @@ bool any(Type) { return true; }
 }  // namespace
 
 const ExpandTable avx512_expand = {expand_bits, gather_scalars, gather_rows, gather_pairs, count_bits,
-                                   any,         expand_dot,     looked_up,   lookup_pairs};
+                                   any,         expand_dot,     looked_up,   lookup_pairs, arrange16,
+                                   16,          nullptr,        code_bits};
 
 }  // namespace tinycomp
 #endif

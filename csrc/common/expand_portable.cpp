@@ -2,6 +2,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <array>
+
 #include "expand.h"
 
 namespace tinycomp {
@@ -63,15 +65,30 @@ void gather_pairs(const float* values, const uint16_t* index, int64_t count, con
       const uint32_t word = x[16 * index[i] + k], low = word << 16, high = word & 0xffff0000;
       float both[2];
       __builtin_memcpy(&both[0], &low, 4), __builtin_memcpy(&both[1], &high, 4);
-      sums[k] += values[i] * both[0], sums[k + 16] += values[i] * both[1];
+      sums[2 * k] += values[i] * both[0], sums[2 * k + 1] += values[i] * both[1];
     }
 }
 
 bool none(Type) { return false; }
 
+// Two codes as the bits that they name.
+constexpr std::array<uint8_t, 256> two_of_four = [] {
+  std::array<uint8_t, 256> bits{};
+  for (int byte = 0; byte < 256; ++byte) {
+    const int low = 1 << (byte & 3) | 1 << (byte >> 2 & 3), high = 1 << (byte >> 4 & 3) | 1 << (byte >> 6 & 3);
+    bits[byte] = static_cast<uint8_t>(low | high << 4);
+  }
+  return bits;
+}();
+
 }  // namespace
 
+void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits) {
+  for (int64_t i = 0; i < n; ++i) bits[i] = two_of_four[codes[i]];
+}
+
 const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, gather_pairs, count_bits,
-                                     none,        nullptr,       none,        nullptr};
+                                     none,        nullptr,       none,        nullptr,      nullptr,
+                                     16,          nullptr,       code_bits};
 
 }  // namespace tinycomp

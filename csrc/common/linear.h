@@ -203,26 +203,50 @@ enum {
 // few places of the nearest cache.
 inline int64_t row_distance(int64_t cols, int64_t rows) { return rows >= 4 && cols % 512 == 0 ? cols + 16 : cols; }
 
-// The rows of an input in float32. Narrow ones are widened by `prepare`, the first stage of a call, and those that
-// `apart` allows to be `stride` > cols floats apart are copied there.
+// Lines of numbers that meet the rows of a weight, `stride` floats apart: in float32, or (`pairs`) in bfloat16, two
+// where a float would be, for dot_pairs.
+struct Operand {
+  const float* data;
+  int64_t stride;
+  bool pairs;
+
+  Operand from(int64_t line) const { return {data + line * stride, stride, pairs}; }
+};
+
+// Whether `cols` columns of type T are multiplied as pairs.
+template <class T>
+bool in_pairs(int64_t cols) {
+  return std::is_same_v<T, BFloat16> && has_pairs() && cols % 2 == 0;
+}
+
+// The rows of an input, as products read them: in float32 if `wide`, else in whichever form is faster. `prepare`, the
+// first stage of a call, makes what is not there: narrow ones are widened, and those that `apart` allows to be
+// `stride` > cols apart are copied.
 class Inputs {
  public:
   template <class T>
-  Inputs(const Tensor& x, T, bool apart = false)
+  Inputs(const Tensor& x, T, bool apart = false, bool wide = true)
       : tensor_(adjacent(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),
-        stride(apart ? row_distance(cols, rows) : cols),
+        pairs_(!wide && in_pairs<T>(cols)),
+        stride(apart ? row_distance(floats(), rows) : floats()),
         type_(dot_type<T>),
         width_(sizeof(T)),
-        as_they_are_(type_ == Type::f32 && stride == cols),
-        wide_(kInputSlot, as_they_are_ ? 0 : rows * stride) {}
+        as_they_are_((type_ == Type::f32 || pairs_) && stride == floats() &&
+                     reinterpret_cast<uintptr_t>(from_) % 4 == 0),
+        made_(kInputSlot, as_they_are_ ? 0 : rows * stride) {}
 
-  const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : wide_.data(); }
+  const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : made_.data(); }
+  bool pairs() const { return pairs_; }
+  Operand operand() const { return {data(), stride, pairs_}; }
   Stage stage() const { return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
   void prepare(int64_t first, int64_t last) const {
-    for (int64_t j = first; j < last; ++j) take(j, 0, cols, wide_.data() + j * stride);
+    for (int64_t j = first; j < last; ++j) {
+      float* to = made_.data() + j * stride;
+      pairs_ ? void(__builtin_memcpy(to, from_ + j * cols * width_, cols * width_)) : take(j, 0, cols, to);
+    }
   }
   // Columns [c, c + n) of row j in float32; needs no `prepare`.
   void take(int64_t j, int64_t c, int64_t n, float* to) const { widen(type_, from_ + (j * cols + c) * width_, to, n); }
@@ -231,15 +255,22 @@ class Inputs {
   static constexpr int64_t one = 1;
   Tensor tensor_;
   const char* from_;
+  int64_t floats() const { return pairs_ ? cols / 2 : cols; }
 
  public:
-  const int64_t cols, rows, stride;
+  const int64_t cols, rows;
+
+ private:
+  bool pairs_;
+
+ public:
+  const int64_t stride;
 
  private:
   Type type_;
   int64_t width_;
   bool as_they_are_;
-  Scratch wide_;
+  Scratch made_;
 };
 
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
@@ -258,24 +289,49 @@ inline double weight_estimate(const Weight& w, int64_t m) {
   return microseconds(static_cast<double>(w.rows) * w.stride, static_cast<double>(w.rows) * w.cols * m);
 }
 
-// Products on the way from one weight to the next: m rows in float32, `apart` as inputs are.
+// Products on the way from one weight to the next: m rows in float32, `apart` as inputs are, and `pairs` also in
+// bfloat16.
 class Middle {
  public:
-  Middle(int slot, int64_t m, int64_t cols, bool apart = true)
-      : stride(apart ? row_distance(cols, m) : cols), memory_(slot, m * stride) {}
+  Middle(int slot, int64_t m, int64_t cols, bool apart = true, bool pairs = false)
+      : stride(apart ? row_distance(cols, m) : cols),
+        rows_(m),
+        words_(pairs ? row_distance((cols + 1) / 2, m) : 0),
+        memory_(slot, m * (stride + words_)) {}
   float* row(int64_t j) const { return memory_.data() + j * stride; }
+  // Columns [first, last) of rows [from, to) are there.
+  void done(int64_t first, int64_t last, int64_t from, int64_t to) const {
+    for (int64_t j = from; j < to && words_ > 0; ++j)
+      narrow(Type::bf16, row(j) + first, reinterpret_cast<char*>(words(j)) + first * 2, last - first);
+  }
+  void done(int64_t first, int64_t last) const { done(first, last, 0, rows_); }
+  // Columns [at, at + cols), once they are done.
+  Operand operand(int64_t at, int64_t cols) const {
+    if (words_ > 0 && at % 2 == 0 && cols % 2 == 0) return {words(0) + at / 2, words_, true};
+    return {row(0) + at, stride, false};
+  }
   const int64_t stride;
 
  private:
+  float* words(int64_t j) const { return memory_.data() + rows_ * stride + j * words_; }
+  int64_t rows_, words_;
   Scratch memory_;
 };
 
-// out[j * ldo + i] for each of m inputs, `ldx` floats apart, and each weight row i in [first, last).
-inline void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last, float* out,
+// Products of weight rows [first, first + n) with m lines of inputs.
+inline void dot(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t n, float* out, int64_t ldo) {
+  const char* rows = w.data + first * w.stride;
+  if (x.pairs)
+    dot_pairs(rows, w.stride, n, w.cols / 2, x.data, x.stride, m, out, ldo);
+  else
+    dot(w.type, rows, w.stride, n, w.cols, x.data, x.stride, m, out, ldo);
+}
+
+// out[j * ldo + i] for each of m inputs and each weight row i in [first, last).
+inline void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, float* out,
                      int64_t ldo) {
   for (int64_t j = 0; j < m; j += kInputsAtOnce)
-    dot(w.type, w.data + first * w.stride, w.stride, last - first, w.cols, x + j * ldx, ldx,
-        std::min(kInputsAtOnce, m - j), out + j * ldo + first, ldo);
+    dot(w, x.from(j), std::min(kInputsAtOnce, m - j), first, last - first, out + j * ldo + first, ldo);
 }
 
 // to[i] = line[from[i]] + bias[i], all of them; no bias if that is empty.
@@ -330,14 +386,13 @@ struct Output {
 
 // store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).
 template <class Store>
-void dot_rows(const Weight& w, const float* x, int64_t ldx, int64_t m, int64_t first, int64_t last,
-              const Store& store) {
+void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Store& store) {
   const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
   for (int64_t start = 0; start < m; start += kInputsAtOnce) {
     const int64_t inputs = std::min(kInputsAtOnce, m - start);
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
-      dot(w.type, w.data + i * w.stride, w.stride, n, w.cols, x + start * ldx, ldx, inputs, out.data(), kBatch);
+      dot(w, x.from(start), inputs, i, n, out.data(), kBatch);
       for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
     }
   }

@@ -43,7 +43,7 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
     places.set(l, place_stage(layer.pivoted() ? m : 0, layer.out_features));
     estimate += weight_estimate(layer.r, m) + weight_estimate(layer.t, m);
   }
-  const Middle lines(kMiddleSlot, m, lines_at[L]);
+  const Middle lines(kMiddleSlot, m, lines_at[L], true, in_pairs<T>(0));
   const int64_t ld = lines.stride;
   const Stage stages[] = {x.stage(), kept.stage(), others.stage(), places.stage()};
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
@@ -53,14 +53,16 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
       const LowRank<T>& layer = layers[l];
       float* z = lines.row(0) + lines_at[l];
       const Output<T> out{y + y_at[l], layer.out_features, layer.bias, stride};
-      if (stage == 1)
-        dot_rows(layer.r, x.data(), x.stride, m, begin, end, z, ld);
-      else if (stage == 3)
+      const Operand products = lines.operand(lines_at[l], layer.rank);
+      if (stage == 1) {
+        dot_rows(layer.r, x.operand(), m, begin, end, z, ld);
+        lines.done(lines_at[l] + begin, lines_at[l] + end);
+      } else if (stage == 3)
         out.place(begin, end, layer.from, lines, lines_at[l]);
       else if (layer.pivoted())
-        dot_rows(layer.t, z, ld, m, begin, end, z + layer.rank, ld);
+        dot_rows(layer.t, products, m, begin, end, z + layer.rank, ld);
       else
-        dot_rows(layer.t, z, ld, m, begin, end,
+        dot_rows(layer.t, products, m, begin, end,
                  [&](int64_t j, int64_t i, float* values, int64_t n) { out.store(j, i, values, n); });
     });
   });

@@ -9,16 +9,6 @@
 
 namespace tinycomp {
 
-// Two codes of 2:4 (i0 + 4 i1 each) as the eight bits that they name.
-constexpr std::array<uint8_t, 256> two_of_four = [] {
-  std::array<uint8_t, 256> bits{};
-  for (int byte = 0; byte < 256; ++byte) {
-    const int low = 1 << (byte & 3) | 1 << (byte >> 2 & 3), high = 1 << (byte >> 4 & 3) | 1 << (byte >> 6 & 3);
-    bits[byte] = static_cast<uint8_t>(low | high << 4);
-  }
-  return bits;
-}();
-
 // Arguments after checking; what an index or an offset holds is checked where it is used, and `bad` reports it.
 struct Masked {
   std::string format;
@@ -51,7 +41,7 @@ struct Masked {
       return;
     }
     auto* bits = reinterpret_cast<uint8_t*>(to);
-    for (int64_t c = 0; c < bytes; ++c) bits[c] = two_of_four[from[c]];
+    expansion().code_bits(from, bytes, bits);
     // A missing last group has no code.
     if (cols % 8 > 0 && cols % 8 <= 4) bits[bytes - 1] &= 15;
   }
@@ -59,6 +49,15 @@ struct Masked {
   std::pair<int64_t, int64_t> value_range(int64_t i) const {
     const int64_t each = 2 * ((cols + 3) / 4);
     return format == "2:4" ? std::pair{i * each, (i + 1) * each} : range(i, count);
+  }
+  // Row i in bfloat16, up to the end of a register of 32.
+  void expand_words(int64_t i, uint16_t* scratch, uint16_t* to) const {
+    const int64_t blocks = (cols + 31) / 32 * 2;
+    scratch[blocks - 1] = 0;
+    words(i, scratch);
+    const auto [first, last] = value_range(i);
+    const auto* from = static_cast<const uint16_t*>(values.const_data_ptr());
+    if (expansion().words(from, first, count, scratch, blocks, to) != last) bad = true;
   }
   // Row i in float32; `to` has room for a multiple of 16.
   void expand_row(int64_t i, uint16_t* scratch, float* to) const {

@@ -20,14 +20,21 @@ void batches(int64_t m, int64_t first, int64_t last, const Rows& rows, const Sto
   }
 }
 
-// One input, padded to 16 columns, and arranged as the products of packed rows want it.
+// One input, padded to as many columns as packed rows are multiplied by together, and arranged as the products of
+// packed rows want it.
 struct OneInput {
   const float *plain, *arranged;
 };
 
+// Columns of a row, up to the end of what is multiplied together.
+inline int64_t padded(int64_t cols) {
+  const int64_t together = expansion().together;
+  return (cols + together - 1) / together * together;
+}
+
 // One input: four rows at a time go straight into sums, where enough values follow theirs.
 inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t n, float* out) {
-  const int64_t blocks = (w.cols + 15) / 16, each = 2 * ((w.cols + 3) / 4), bytes = (w.cols + 7) / 8;
+  const int64_t blocks = padded(w.cols) / 16, each = 2 * ((w.cols + 3) / 4), bytes = (w.cols + 7) / 8;
   const bool two_of_four = w.format == "2:4";
   const bool pairs = two_of_four && w.cols % 16 == 0 && expansion().pairs(w.type);
   const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, 16 * blocks);
@@ -44,6 +51,7 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
         continue;
       }
       uint16_t* mask = const_cast<uint16_t*>(all) + k * blocks;
+      mask[blocks - 1] = 0;
       w.words(line, mask);
       const auto [first, last] = w.value_range(line);
       at[k] = first, masks[k] = mask;
@@ -69,18 +77,25 @@ template <class Store>
 void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t first, int64_t last, const Store& store) {
   // As many rows as a panel has: the second-level cache keeps them.
   constexpr int64_t kRows = 32;
-  const int64_t padded = row_distance((w.cols + 15) / 16 * 16, kRows);
-  const Scratch dense(kRebuildSlot, kRows * padded), mask(kMaskSlot, padded / 16);
+  const int64_t width = row_distance(padded(w.cols), kRows);
+  const Scratch dense(kRebuildSlot, kRows * width), mask(kMaskSlot, width / 16);
+  auto* bits = reinterpret_cast<uint16_t*>(mask.data());
   batches(
       x.rows, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
         if (x.rows == 1 && w.cols > 0) return expanded_once(w, one, i, n, out);
         for (int64_t done = 0; done < n; done += kRows) {
           const int64_t rows = std::min(kRows, n - done);
-          for (int64_t r = 0; r < rows; ++r)
-            w.expand_row(i + done + r, reinterpret_cast<uint16_t*>(mask.data()), dense.data() + r * padded);
-          dot(Type::f32, dense.data(), padded * 4, rows, w.cols, x.data() + start * x.stride, x.stride, inputs,
-              out + done, kBatch);
+          for (int64_t r = 0; r < rows; ++r) {
+            float* to = dense.data() + r * width;
+            x.pairs() ? w.expand_words(i + done + r, bits, reinterpret_cast<uint16_t*>(to))
+                      : w.expand_row(i + done + r, bits, to);
+          }
+          const Operand some = x.operand().from(start);
+          if (x.pairs())
+            dot_pairs(dense.data(), width * 4, rows, w.cols / 2, some.data, some.stride, inputs, out + done, kBatch);
+          else
+            dot(Type::f32, dense.data(), width * 4, rows, w.cols, some.data, some.stride, inputs, out + done, kBatch);
         }
       },
       store);
@@ -215,7 +230,7 @@ inline void pack_pairs(const Inputs& x, int64_t first, int64_t last, uint32_t* t
   for (int64_t start = 0; start < x.rows; start += Columns::kGroup, to += x.cols * kWords)
     for (int64_t c = first; c < last; c += kSome)
       for (int64_t k = 0; k < kWords; ++k) {
-        const int64_t low = start + k, high = low + kWords;
+        const int64_t low = start + 2 * k, high = low + 1;
         const float* below = low < x.rows ? x.data() + low * x.stride + c : nothing.data();
         const float* above = high < x.rows ? x.data() + high * x.stride + c : nothing.data();
         for (int64_t i = 0; i < std::min(kSome, last - c); ++i) {
@@ -227,23 +242,25 @@ inline void pack_pairs(const Inputs& x, int64_t first, int64_t last, uint32_t* t
 }
 
 // The share of kept weights up to which multiplying them alone is faster than a dense product.
-constexpr double kFewKept = 0.35;
+constexpr double kFewKept = 0.35, kFewBeforePairs = 0.12;
 
 template <class T>
-void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
-  const int64_t m = x.rows;
-  const int64_t wide = (w.cols + 15) / 16 * 16;
+void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
+  const int64_t m = row_count(inputs), wide = padded(w.cols);
   // A row that keeps few weights meets the inputs of its columns alone, where a line of memory holds many of these.
   const bool bits = w.format == "bitmask" || w.format == "2:4";
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
-  const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * kFewKept;
+  const double few = expansion().words != nullptr ? kFewBeforePairs : kFewKept;
+  const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few;
+  const bool pairs = m > 1 && bits && !sparse && w.type == Type::bf16 && expansion().words != nullptr;
+  const Inputs x(inputs, T{}, true, !pairs);
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
   const bool blocks = w.format == "block32";
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
   const Scratch columns(kMiddleSlot, turned || padded || blocks ? floats : 0);
   const OneInput one{columns.data(), columns.data() + wide};
-  auto* pairs = reinterpret_cast<uint32_t*>(columns.data());
-  const Columns lines{columns.data(), turned && narrow ? pairs : nullptr, m};
+  auto* words = reinterpret_cast<uint32_t*>(columns.data());
+  const Columns lines{columns.data(), turned && narrow ? words : nullptr, m};
   const Stage packing = turned   ? Stage{w.cols, 256}
                         : padded ? Stage{1, 1}
                         : blocks ? Stage{w.cols / kBlock, 8}
@@ -255,11 +272,12 @@ void stream(const Masked& w, const Inputs& x, const Output<T>& y) {
     if (stage == 0) return x.prepare(first, last);
     if (stage == 1 && padded) {
       std::fill_n(std::copy_n(x.data(), w.cols, columns.data()), wide - w.cols, 0.0f);
-      return arrange_inputs(w.type, one.plain, wide / 16, columns.data() + wide);
+      if (expansion().arrange == nullptr) return;
+      return expansion().arrange(w.type, one.plain, wide / 16, columns.data() + wide);
     }
     if (stage == 1 && blocks) return pack_blocks(x, first, last, columns.data());
     if (stage == 1) {
-      if (narrow) return pack_pairs(x, first, last, pairs);
+      if (narrow) return pack_pairs(x, first, last, words);
       for (int64_t c = first; c < last; ++c)
         for (int64_t j = 0; j < m; ++j) columns.data()[c * m + j] = x.data()[j * x.stride + c];
       return;
@@ -376,7 +394,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
       y = torch::stable::view(y, {shape.data(), shape.size()});
     } else {
       y = empty(shape, scalar_type<T>);
-      stream<T>(w, Inputs(x, zero, true), {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
+      stream<T>(w, x, {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     }
     STD_TORCH_CHECK(!w.bad, "masked_linear: offsets, mask and values disagree");
     return y;

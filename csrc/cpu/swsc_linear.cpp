@@ -22,18 +22,20 @@ struct Layer {
 template <class T>
 void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
-  const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank);
+  const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, true, in_pairs<T>(rank));
   const Stage readers{k + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
   const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a, m).chunk : kBatch}};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
-      if (first < k)
-        dot_rows(layer.centroids, x.data(), x.stride, m, first, std::min(last, k), shared.row(0), shared.stride);
-      if (last > k) dot_rows(layer.b, x.data(), x.stride, m, std::max(first, k) - k, last - k, low.row(0), low.stride);
+      if (first < k) dot_rows(layer.centroids, x.operand(), m, first, std::min(last, k), shared.row(0), shared.stride);
+      if (last > k) {
+        dot_rows(layer.b, x.operand(), m, std::max(first, k) - k, last - k, low.row(0), low.stride);
+        low.done(std::max(first, k) - k, last - k);
+      }
     } else {
-      dot_rows(layer.a, low.row(0), low.stride, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
+      dot_rows(layer.a, low.operand(0, rank), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
         const float* z = shared.row(j);
         for (int64_t c = 0; c < n; ++c) values[c] += layer.scale(i + c) * z[layer.labels[i + c]];
         y.store(j, i, values, n);
@@ -46,25 +48,29 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
 template <class T>
 void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
-  const Middle sums(kMiddleSlot, m, k), low(kLowSlot, m, rank), shared(kLinkSlot, m, n);
+  const Middle sums(kMiddleSlot, m, k, true, in_pairs<T>(k)), low(kLowSlot, m, rank, true, in_pairs<T>(rank));
+  const Middle shared(kLinkSlot, m, n);
   const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b, m), row_stage(layer.centroids, m)};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
+      const Scratch line(kResultSlot, x.cols);
       for (int64_t j = first; j < last; ++j) {
+        x.take(j, 0, x.cols, line.data());
         float* to = std::fill_n(sums.row(j), k, 0.0f) - k;
-        for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * x.data()[j * x.stride + i];
+        for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * line.data()[i];
+        sums.done(0, k, j, j + 1);
       }
     } else if (stage == 2) {
-      dot_rows(layer.b, x.data(), x.stride, m, first, last, low.row(0), low.stride);
+      dot_rows(layer.b, x.operand(), m, first, last, low.row(0), low.stride);
+      low.done(first, last);
     } else {
-      dot_rows(layer.centroids, sums.row(0), sums.stride, m, first, last, shared.row(0), shared.stride);
-      dot_rows(layer.a, low.row(0), low.stride, m, first, last,
-               [&](int64_t j, int64_t i, float* values, int64_t count) {
-                 for (int64_t c = 0; c < count; ++c) values[c] += shared.row(j)[i + c];
-                 y.store(j, i, values, count);
-               });
+      dot_rows(layer.centroids, sums.operand(0, k), m, first, last, shared.row(0), shared.stride);
+      dot_rows(layer.a, low.operand(0, rank), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t count) {
+        for (int64_t c = 0; c < count; ++c) values[c] += shared.row(j)[i + c];
+        y.store(j, i, values, count);
+      });
     }
   });
 }
@@ -147,7 +153,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
       }
     }
     if constexpr (!std::is_same_v<T, double>) {
-      const Inputs inputs(x, zero, true);
+      const Inputs inputs(x, zero, true, false);
       const Output<T> results{static_cast<T*>(y.mutable_data_ptr()), out, layer.bias};
       axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }

@@ -1,0 +1,28 @@
+// dot.h for AVX-512 BF16: products of two bfloat16 numbers in 32 bits each, on what is else the float32 code.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+
+#include "avx512.h"
+#include "dot_kernels.h"
+
+namespace tinycomp {
+namespace {
+
+struct Avx512Pairs : Avx512 {
+  static constexpr int64_t panels_from = 32;
+  TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+
+}  // namespace
+
+void avx512_pairs(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
+                  float* out, int64_t ldo) {
+  dot_typed<Avx512Pairs, float>(w, stride, rows, cols, x, ldx, m, out, ldo);
+}
+
+}  // namespace tinycomp
+#endif

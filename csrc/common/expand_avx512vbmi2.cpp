@@ -1,0 +1,161 @@
+// expand.h for AVX-512 VBMI2, which expands 32 values of 16 bits in one instruction; without and with that of products
+// of bfloat16 (AVX-512 BF16). Everything else is as for AVX-512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "expand.h"
+#include "prefetch.h"
+
+#define TINYCOMP_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
+
+namespace tinycomp {
+namespace {
+
+// How 32 columns meet their inputs: as pairs of bfloat16, as halves of such pairs in float32, or widened from float16.
+enum class By { kPairs, kHalves, kWidened };
+
+// sum += the products of 32 columns, expanded in `w`; inputs as `arrange` puts them.
+template <By by>
+TINYCOMP_TARGET inline void multiply(__m512i w, const float* x, __m512& sum) {
+  if constexpr (by == By::kPairs) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(_mm512_loadu_ps(x)));
+  } else if constexpr (by == By::kHalves) {
+    const __m512i odd = _mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_loadu_ps(x), sum);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(odd), _mm512_loadu_ps(x + 16), sum);
+  } else {
+    sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(w)), _mm512_loadu_ps(x), sum);
+    sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1)), _mm512_loadu_ps(x + 16), sum);
+  }
+}
+
+// `blocks` is even. Rows are named one by one: as arrays they would be kept in memory.
+template <By by>
+TINYCOMP_TARGET void dot_words(const uint16_t* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
+                               int64_t blocks, const float* x, float* sums) {
+  constexpr int64_t kFloats = by == By::kPairs ? 16 : 32;
+  // The next four rows, which follow these.
+  const int64_t ahead = (start[3] - start[0]) * 4 / 3;
+  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  const uint16_t *from0 = values + start[0], *from1 = values + start[1];
+  const uint16_t *from2 = values + start[2], *from3 = values + start[3];
+  const uint16_t *bits0 = mask[0], *bits1 = mask[1], *bits2 = mask[2], *bits3 = mask[3];
+  for (int64_t b = 0; b < blocks; b += 2, x += kFloats) {
+    const auto row = [&](const uint16_t* bits, const uint16_t*& from, __m512& sum) TINYCOMP_TARGET {
+      uint32_t some;
+      __builtin_memcpy(&some, bits + b, 4);
+      const __m512i w = _mm512_maskz_expand_epi16(some, _mm512_loadu_si512(from));
+      from += static_cast<uint64_t>(__builtin_popcount(some));
+      multiply<by>(w, x, sum);
+    };
+    row(bits0, from0, sum0), row(bits1, from1, sum1), row(bits2, from2, sum2), row(bits3, from3, sum3);
+    prefetch(from0 + ahead), prefetch(from1 + ahead), prefetch(from2 + ahead), prefetch(from3 + ahead);
+  }
+  sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
+  sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
+}
+
+template <By bf16>
+void expand_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+                const float* x, float* sums) {
+  const auto* from = static_cast<const uint16_t*>(values);
+  if (type == Type::bf16) return dot_words<bf16>(from, at, mask, blocks, x, sums);
+  if (type == Type::f16) return dot_words<By::kWidened>(from, at, mask, blocks, x, sums);
+  avx512_expand.expand_dot(type, values, at, mask, blocks, x, sums);
+}
+
+// bfloat16 inputs: those of even number in 32 come first, or all in 16 bits.
+template <By bf16>
+void arrange(Type type, const float* x, int64_t blocks, float* to) {
+  for (int64_t i = 0; i < 16 * blocks; ++i) {
+    if (type != Type::bf16)
+      to[i] = x[i];
+    else if (bf16 == By::kHalves)
+      to[i] = x[i / 32 * 32 + 2 * (i % 16) + i / 16 % 2];
+  }
+  if (type == Type::bf16 && bf16 == By::kPairs) narrow(Type::bf16, x, to, 16 * blocks);
+}
+
+// 32 columns at a time; see Words.
+TINYCOMP_TARGET int64_t expand_words(const uint16_t* values, int64_t at, int64_t count, const uint16_t* mask,
+                                     int64_t blocks, uint16_t* out) {
+  for (int64_t b = 0; b < blocks; b += 2) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, mask + b, 4);
+    const int n = __builtin_popcount(bits);
+    if (at + n > count) return -1;
+    const auto some = static_cast<__mmask32>(n == 32 ? ~0u : (1u << n) - 1);
+    const __m512i v = at + 32 <= count ? _mm512_loadu_si512(values + at) : _mm512_maskz_loadu_epi16(some, values + at);
+    _mm512_storeu_si512(out + 16 * b, _mm512_maskz_expand_epi16(bits, v));
+    at += n;
+  }
+  return at;
+}
+
+// Codes of 2:4 are half a byte, and so are the bits that they name.
+TINYCOMP_TARGET void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits) {
+  const __m512i named = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+  const __m512i half = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 some = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i v = _mm512_maskz_loadu_epi8(some, codes + i);
+    const __m512i low = _mm512_shuffle_epi8(named, _mm512_and_si512(v, half));
+    const __m512i high = _mm512_shuffle_epi8(named, _mm512_and_si512(_mm512_srli_epi16(v, 4), half));
+    _mm512_mask_storeu_epi8(bits + i, some, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
+  }
+}
+
+// Two kept weights, in bfloat16, meet their lines of inputs together.
+TINYCOMP_TARGET void gather_bf16(const float* values, const uint16_t* index, int64_t count, const uint32_t* x,
+                                 float* sums) {
+  constexpr int64_t kSome = 512;
+  alignas(64) uint16_t narrowed[kSome];
+  __m512 low[2], high[2];
+  for (int k = 0; k < 2; ++k) low[k] = high[k] = _mm512_setzero_ps();
+  const auto add = [&](const uint16_t* pair, int64_t first, int64_t second, int k) TINYCOMP_TARGET {
+    uint32_t both;
+    __builtin_memcpy(&both, pair, 4);
+    const __m512i one = _mm512_loadu_si512(x + 16 * first), other = _mm512_loadu_si512(x + 16 * second);
+    const auto w = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(both)));
+    low[k] = _mm512_dpbf16_ps(low[k], w, reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(one, other)));
+    high[k] = _mm512_dpbf16_ps(high[k], w, reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(one, other)));
+  };
+  for (int64_t start = 0; start < count; start += kSome) {
+    const int64_t n = count - start < kSome ? count - start : kSome;
+    const uint16_t* at = index + start;
+    narrow(Type::bf16, values + start, narrowed, n);
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) add(narrowed + i, at[i], at[i + 1], 0), add(narrowed + i + 2, at[i + 2], at[i + 3], 1);
+    for (; i + 2 <= n; i += 2) add(narrowed + i, at[i], at[i + 1], 0);
+    if (i < n) {
+      const uint16_t last[] = {narrowed[i], 0};
+      add(last, at[i], at[i], 0);
+    }
+  }
+  const __m512 even = _mm512_add_ps(low[0], low[1]), odd = _mm512_add_ps(high[0], high[1]);
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(sums, _mm512_permutex2var_ps(even, first, odd));
+  _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(even, second, odd));
+}
+
+bool any(Type) { return true; }
+bool none(Type) { return false; }
+
+template <By bf16>
+ExpandTable table(GatherPairs gather_pairs, Words words) {
+  ExpandTable made = avx512_expand;
+  made.gather_pairs = gather_pairs, made.words = words;
+  made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 32;
+  made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits;
+  return made;
+}
+
+}  // namespace
+
+const ExpandTable avx512vbmi2_expand = table<By::kHalves>(avx512_expand.gather_pairs, nullptr);
+const ExpandTable avx512bf16_expand = table<By::kPairs>(gather_bf16, expand_words);
+
+}  // namespace tinycomp
+#endif
