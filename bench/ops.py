@@ -41,7 +41,7 @@ FAULT = 1.05
 
 
 def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
-    """GB/s of main memory and G operations/s of FMA and VNNI, best of several tries; arithmetic times threads.
+    """GB/s of main memory and G operations/s of FMA, bfloat16 products and VNNI, best of several tries; arithmetic times threads.
 
     "stream" only reads; "update" writes what it reads, and processors with paths for both move more bytes then.
     """
@@ -56,7 +56,11 @@ def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
         "stream": rows.nbytes / min(s for t in reads.values() for s in t.seconds) / 1e9,
         "update": max(rows.nbytes * updates[name][0] / min(t.seconds) for name, t in writes.items()) / 1e9,
     }
-    for name, candidates in (("fma", ("fma512", "fma256")), ("vnni", ("vnni512",))):
+    for name, candidates in (
+        ("fma", ("fma512", "fma256")),
+        ("bf16", ("bf16_512",)),
+        ("vnni", ("vnni512",)),
+    ):
         best = 0.0
         for instruction in candidates:
             for _ in range(5):
@@ -64,7 +68,8 @@ def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
                 done = _C.run_peak(instruction, 2_000_000)
                 best = max(best, done / max(time.thread_time() - start, 1e-9) / 1e9)
         found[name] = best * threads
-    found["vnni"] = found["vnni"] or found["fma"]
+    for name in ("bf16", "vnni"):
+        found[name] = max(found[name], found["fma"])
     return found
 
 
@@ -146,7 +151,8 @@ class Bench:
     def _row(self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], dense_bytes: int) -> dict[str, Any]:
         cost = ops.OPS[case.op].cost(*args)
         mine = times["ours"].median
-        limit = max(cost.bytes / self.peaks[case.memory] / 1e9, cost.flops / self.peaks[case.compute] / 1e9)
+        compute = "bf16" if case.compute == "fma" and case.dtype == torch.bfloat16 else case.compute
+        limit = max(cost.bytes / self.peaks[case.memory] / 1e9, cost.flops / self.peaks[compute] / 1e9)
         row: dict[str, Any] = {
             "key": case.key,
             "op": case.op,
@@ -243,7 +249,7 @@ def plot(rows: list[dict[str, Any]], peak: dict[str, float], path: Path) -> None
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     grid = [2 ** (i / 4) for i in range(-8, 45)]
-    for name in ("fma", "vnni"):
+    for name in ("fma", "bf16", "vnni"):
         axes.loglog(grid, [min(peak["stream"] * i, peak[name]) for i in grid], label=f"limit, {name}")
     for op in sorted({row["op"] for row in rows}):
         chosen = [row for row in rows if row["op"] == op and row["gflop_s"] > 0]
@@ -267,15 +273,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error(f"--cpu-time with --threads {options.threads}, allowed 1; the CPU clock adds threads up")
+    RESULTS.parent.mkdir(exist_ok=True)
     rows = []
     for row in run(options):
         print(json.dumps(row) if options.json else line(row), flush=True)
         rows.append(row)
+        if not options.json:
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     if options.json:
         return
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
     timed = [row for row in rows if "time_us" in row]
     if timed:
         plot(timed, timed[0]["peaks"], RESULTS.with_suffix(".png"))

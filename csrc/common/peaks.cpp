@@ -22,6 +22,19 @@ __attribute__((target("avx512f,avx512vnni"))) double vnni512(int64_t n) {
   return _mm512_reduce_add_epi32(sums[0]) == 1 ? 0 : 2.0 * 64 * kChains * n;
 }
 
+__attribute__((target("avx512f,avx512bf16"))) double bf16_512(int64_t n) {
+  __m512 sums[kChains];
+  __m512i a = _mm512_set1_epi32(0x3f003f00);  // halves
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; ++i) {
+    const auto pairs = reinterpret_cast<__m512bh>(a);
+    for (auto& sum : sums) sum = _mm512_dpbf16_ps(sum, pairs, pairs);
+    asm volatile("" : "+v"(a));
+  }
+  for (int c = 1; c < kChains; ++c) sums[0] = _mm512_add_ps(sums[0], sums[c]);
+  return _mm512_reduce_add_ps(sums[0]) == 1 ? 0 : 2.0 * 32 * kChains * n;
+}
+
 __attribute__((target("avx512f"))) double fma512(int64_t n) {
   __m512 sums[kChains], a = _mm512_set1_ps(0.5f);
   for (auto& sum : sums) sum = a;
@@ -52,6 +65,7 @@ double run_peak(const std::string& instruction, int64_t n) {
   __builtin_cpu_init();
   if (instruction == "fma512" && __builtin_cpu_supports("avx512f")) return fma512(n);
   if (instruction == "vnni512" && __builtin_cpu_supports("avx512vnni")) return vnni512(n);
+  if (instruction == "bf16_512" && __builtin_cpu_supports("avx512bf16")) return bf16_512(n);
   if (instruction == "fma256" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return fma256(n);
 #endif
   return 0;
