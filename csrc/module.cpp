@@ -29,6 +29,7 @@ static std::map<std::string, bool> cpu_features() {
   features["avx512dq"] = __builtin_cpu_supports("avx512dq");
   features["avx512vl"] = __builtin_cpu_supports("avx512vl");
   features["avx512vnni"] = __builtin_cpu_supports("avx512vnni");
+  features["avx512vbmi2"] = __builtin_cpu_supports("avx512vbmi2");
   features["avx512bf16"] = __builtin_cpu_supports("avx512bf16");
 #endif
   return features;
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of tinycomp.ops; importing this module registers them with torch.";
   m.def("build_info", &build_info, "Compiler, C++ standard, oldest torch served, instruction set in use.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the kernels ask about.");
-  m.def("run_peak", &tinycomp::run_peak, "Operations of n rounds of fma512, fma256, bf16_512 or vnni512; 0 if not available.");
+  m.def("run_peak", &tinycomp::run_peak,
+        "Operations of n rounds of fma512, fma256, bf16_512 or vnni512; 0 if not available.");
   m.def("signatures", [] { return tinycomp::signatures(); }, "C++ signature of each registered kernel.");
 }

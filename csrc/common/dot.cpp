@@ -31,8 +31,7 @@ Choice choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi2");
-  // Intel's products of bfloat16 run at half the rate of its float32 multiply-adds, AMD's at twice that.
-  const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+  const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
       {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, avx512_pairs, has_bf16},
       {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
@@ -48,7 +47,9 @@ Choice choose() {
   std::string allowed;
   for (const Choice& choice : choices) {
     if (!choice.runs) continue;
-    if (forced.empty() || forced == choice.name) return choice;
+    // Intel's products of bfloat16 run at half the rate of its float32 multiply-adds, AMD's at twice that.
+    const bool fast = choice.pairs == nullptr || on_amd;
+    if (forced.empty() ? fast : forced == choice.name) return choice;
     allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
   }
   throw std::runtime_error("TINYCOMP_CPU_INSTRUCTIONS: got '" + forced + "', allowed " + allowed +
@@ -88,9 +89,9 @@ void narrow(Type type, const float* from, void* to, int64_t n) {
 }
 
 #if defined(__x86_64__)
-const bool prefetch_far = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+const bool on_amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
 #else
-const bool prefetch_far = false;
+const bool on_amd = false;
 #endif
 
 const RoundedTable& rounded() { return *choice().rounded; }

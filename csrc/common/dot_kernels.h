@@ -78,9 +78,7 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   for (int j = 0; j < M; ++j)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
-  const int64_t ahead = R * stride <= (prefetch_far ? kFarNear : kNear) ? R * stride
-                        : prefetch_far                                  ? kFarAhead
-                                                                        : kAhead;
+  const int64_t ahead = R * stride <= (on_amd ? kFarNear : kNear) ? R * stride : on_amd ? kFarAhead : kAhead;
   Lines inputs(x, ldx);
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {

@@ -24,9 +24,10 @@ using GatherPairs = void (*)(const float* values, const uint16_t* index, int64_t
 using CountBits = int64_t (*)(const uint16_t* mask, int64_t blocks);
 // x (16 `blocks` floats, which are exact in 16-bit types) as expand_dot and pairs_dot want it, in no more floats.
 using Arrange = void (*)(Type type, const float* x, int64_t blocks, float* to);
-// Four rows of which row r takes values from number at[r] on, with arranged inputs: their four sums. `blocks` is a
-// multiple of `together` / 16; up to 32 values beyond the last one of a row are read, and must exist.
-using ExpandDot = void (*)(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4],
+// Four rows of which row r takes values from number at[r] on, with arranged inputs: their four sums, and in `at` the
+// numbers after the last ones. `blocks` is a multiple of `together` / 16; up to 32 values beyond are read, and must
+// exist.
+using ExpandDot = void (*)(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4],
                            int64_t blocks, const float* x, float* sums);
 // The same for rows of 2:4, with their codes (two bytes for a block); nothing is read beyond the values. False, and no
 // sums, if a code does not name two columns in their order.
@@ -66,7 +67,7 @@ extern const ExpandTable avx512bf16_expand;
 // even number come first, for then a shift and a mask widen them.
 bool looked_up(Type type);
 void arrange16(Type type, const float* x, int64_t blocks, float* to);
-void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+void lookup_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums);
 bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                   int64_t blocks, const float* x, float* sums);

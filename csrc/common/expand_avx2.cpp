@@ -75,11 +75,11 @@ TINYCOMP_TARGET inline void store_sums(__m256 a, __m256 b, __m256 c, __m256 d, f
 // Four rows at once are what registers hold: each is a pointer to its mask (or codes), one to its values and a sum,
 // named one by one, for as arrays they would be kept in memory.
 template <Type type>
-TINYCOMP_TARGET void dot_as(const uint16_t* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
+TINYCOMP_TARGET void dot_as(const uint16_t* values, int64_t (&start)[4], const uint16_t* const (&mask)[4],
                             int64_t blocks, const float* x, float* sums) {
   // The next four rows, which follow these.
   const int64_t ahead = (start[3] - start[0]) * 4 / 3;
-  const bool far = prefetch_far;
+  const bool far = on_amd;
   __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   const uint16_t *from0 = values + start[0], *from1 = values + start[1];
   const uint16_t *from2 = values + start[2], *from3 = values + start[3];
@@ -106,6 +106,7 @@ TINYCOMP_TARGET void dot_as(const uint16_t* values, const int64_t (&start)[4], c
       __builtin_prefetch(from2 + ahead), __builtin_prefetch(from3 + ahead);
     }
   }
+  start[0] = from0 - values, start[1] = from1 - values, start[2] = from2 - values, start[3] = from3 - values;
   store_sums(sum0, sum1, sum2, sum3, sums);
 }
 
@@ -113,7 +114,7 @@ template <Type type>
 TINYCOMP_TARGET bool pairs_as(const uint16_t* values, const int64_t (&start)[4], const uint8_t* const (&codes)[4],
                               int64_t blocks, const float* x, float* sums) {
   const int64_t ahead = (start[3] - start[0]) * 4 / 3;
-  const bool far = prefetch_far;
+  const bool far = on_amd;
   __m256i seen = _mm256_setzero_si256();
   __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   const uint16_t* from0 = values + start[0];
@@ -226,7 +227,7 @@ void arrange16(Type type, const float* x, int64_t blocks, float* to) {
     for (int i = 0; i < 16; ++i) to[16 * b + i] = x[16 * b + (type == Type::bf16 ? 2 * (i % 8) + i / 8 : i)];
 }
 
-void lookup_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+void lookup_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums) {
   const auto* from = static_cast<const uint16_t*>(values);
   type == Type::bf16 ? dot_as<Type::bf16>(from, at, mask, blocks, x, sums)

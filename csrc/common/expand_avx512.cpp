@@ -56,8 +56,8 @@ TINYCOMP_TARGET inline __m512 take16(const void* values, int64_t at) {
 }
 
 template <Type type>
-TINYCOMP_TARGET void dot_as(const void* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
-                            int64_t blocks, const float* x, float* sums) {
+TINYCOMP_TARGET void dot_as(const void* values, int64_t (&start)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+                            const float* x, float* sums) {
   constexpr int64_t kAhead = 1024, kBytes = type == Type::f32 ? 8 : type == Type::i8 ? 2 : 1;
   // Named one by one: as an array they would be kept in memory.
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
@@ -71,11 +71,12 @@ TINYCOMP_TARGET void dot_as(const void* values, const int64_t (&start)[4], const
     };
     row(mask[0], at0, sum0), row(mask[1], at1, sum1), row(mask[2], at2, sum2), row(mask[3], at3, sum3);
   }
+  start[0] = at0, start[1] = at1, start[2] = at2, start[3] = at3;
   sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
   sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
 }
 
-TINYCOMP_TARGET void expand_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4],
+TINYCOMP_TARGET void expand_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4],
                                 int64_t blocks, const float* x, float* sums) {
   switch (type) {
     case Type::f32:

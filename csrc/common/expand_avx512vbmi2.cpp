@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "expand.h"
 #include "prefetch.h"
 
@@ -14,6 +16,12 @@ namespace {
 
 // How 32 columns meet their inputs: as pairs of bfloat16, as halves of such pairs in float32, or widened from float16.
 enum class By { kPairs, kHalves, kWidened };
+
+// From a register: AMD's processors take many times longer from memory.
+TINYCOMP_TARGET inline __m512i expanded(uint32_t bits, __m512i values) {
+  asm("" : "+v"(values));
+  return _mm512_maskz_expand_epi16(bits, values);
+}
 
 // sum += the products of 32 columns, expanded in `w`; inputs as `arrange` puts them.
 template <By by>
@@ -32,11 +40,12 @@ TINYCOMP_TARGET inline void multiply(__m512i w, const float* x, __m512& sum) {
 
 // `blocks` is even. Rows are named one by one: as arrays they would be kept in memory.
 template <By by>
-TINYCOMP_TARGET void dot_words(const uint16_t* values, const int64_t (&start)[4], const uint16_t* const (&mask)[4],
+TINYCOMP_TARGET void dot_words(const uint16_t* values, int64_t (&start)[4], const uint16_t* const (&mask)[4],
                                int64_t blocks, const float* x, float* sums) {
   constexpr int64_t kFloats = by == By::kPairs ? 16 : 32;
-  // The next four rows, which follow these.
-  const int64_t ahead = (start[3] - start[0]) * 4 / 3;
+  // The next four rows but four, which follow these in memory, from end to end: a line or two for each step.
+  const int64_t each = (start[3] - start[0]) * 4 / 3 * 2 / std::max<int64_t>(blocks / 2, 1);
+  const auto* ahead = reinterpret_cast<const char*>(values + start[0] + (start[3] - start[0]) * 8 / 3);
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   const uint16_t *from0 = values + start[0], *from1 = values + start[1];
   const uint16_t *from2 = values + start[2], *from3 = values + start[3];
@@ -45,19 +54,22 @@ TINYCOMP_TARGET void dot_words(const uint16_t* values, const int64_t (&start)[4]
     const auto row = [&](const uint16_t* bits, const uint16_t*& from, __m512& sum) TINYCOMP_TARGET {
       uint32_t some;
       __builtin_memcpy(&some, bits + b, 4);
-      const __m512i w = _mm512_maskz_expand_epi16(some, _mm512_loadu_si512(from));
+      const __m512i w = expanded(some, _mm512_loadu_si512(from));
       from += static_cast<uint64_t>(__builtin_popcount(some));
       multiply<by>(w, x, sum);
     };
+    prefetch(ahead);
+    if (each > 64) prefetch(ahead + 64);
+    ahead += each;
     row(bits0, from0, sum0), row(bits1, from1, sum1), row(bits2, from2, sum2), row(bits3, from3, sum3);
-    prefetch(from0 + ahead), prefetch(from1 + ahead), prefetch(from2 + ahead), prefetch(from3 + ahead);
   }
+  start[0] = from0 - values, start[1] = from1 - values, start[2] = from2 - values, start[3] = from3 - values;
   sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
   sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
 }
 
 template <By bf16>
-void expand_dot(Type type, const void* values, const int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+void expand_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums) {
   const auto* from = static_cast<const uint16_t*>(values);
   if (type == Type::bf16) return dot_words<bf16>(from, at, mask, blocks, x, sums);
@@ -87,7 +99,7 @@ TINYCOMP_TARGET int64_t expand_words(const uint16_t* values, int64_t at, int64_t
     if (at + n > count) return -1;
     const auto some = static_cast<__mmask32>(n == 32 ? ~0u : (1u << n) - 1);
     const __m512i v = at + 32 <= count ? _mm512_loadu_si512(values + at) : _mm512_maskz_loadu_epi16(some, values + at);
-    _mm512_storeu_si512(out + 16 * b, _mm512_maskz_expand_epi16(bits, v));
+    _mm512_storeu_si512(out + 16 * b, expanded(bits, v));
     at += n;
   }
   return at;

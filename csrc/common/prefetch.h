@@ -8,8 +8,8 @@
 
 namespace tinycomp {
 
-extern const bool prefetch_far;  // whether this is one (dot.cpp)
+extern const bool on_amd;  // dot.cpp
 
-inline void prefetch(const void* p) { prefetch_far ? __builtin_prefetch(p, 0, 2) : __builtin_prefetch(p); }
+inline void prefetch(const void* p) { on_amd ? __builtin_prefetch(p, 0, 2) : __builtin_prefetch(p); }
 
 }  // namespace tinycomp

@@ -2,6 +2,7 @@
 // that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks:
 // only kept blocks.
 #include "../common/masked.h"
+#include "../common/prefetch.h"
 
 namespace tinycomp {
 namespace {
@@ -34,40 +35,39 @@ inline int64_t padded(int64_t cols) {
 
 // One input: four rows at a time go straight into sums, where enough values follow theirs.
 inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t n, float* out) {
-  const int64_t blocks = padded(w.cols) / 16, each = 2 * ((w.cols + 3) / 4), bytes = (w.cols + 7) / 8;
-  const bool two_of_four = w.format == "2:4";
+  const int64_t width = padded(w.cols), blocks = width / 16, bytes = (w.cols + 7) / 8;
+  const bool two_of_four = w.format == "2:4", in_place = !two_of_four && w.cols == width;
   const bool pairs = two_of_four && w.cols % 16 == 0 && expansion().pairs(w.type);
-  const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, 16 * blocks);
-  const auto* all = reinterpret_cast<uint16_t*>(words.data());
+  const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, width);
+  auto* const all = reinterpret_cast<uint16_t*>(words.data());
   for (int64_t r = 0; r < n;) {
-    int64_t at[4];
+    int64_t at[4], ends[4];
     const uint16_t* masks[4];
     const uint8_t* codes[4];
     bool together = r + 4 <= n && (pairs || expansion().dots(w.type));
+    for (int64_t c = 0; together && c < 4 * bytes; c += 64) prefetch(w.mask_data() + (i + r + 4) * bytes + c);
     for (int64_t k = 0; k < 4 && together; ++k) {
       const int64_t line = i + r + k;
-      if (pairs) {
-        at[k] = line * each, codes[k] = w.mask_data() + line * bytes;
-        continue;
-      }
-      uint16_t* mask = const_cast<uint16_t*>(all) + k * blocks;
-      mask[blocks - 1] = 0;
-      w.words(line, mask);
-      const auto [first, last] = w.value_range(line);
-      at[k] = first, masks[k] = mask;
-      together = expansion().count(mask, blocks) == last - first && last + 32 <= w.count;
+      codes[k] = w.mask_data() + line * bytes;
+      std::tie(at[k], ends[k]) = w.value_range(line);
+      if (pairs) continue;
+      masks[k] = in_place ? reinterpret_cast<const uint16_t*>(codes[k]) : all + k * blocks;
+      if (!in_place) all[(k + 1) * blocks - 1] = 0, w.words(line, all + k * blocks);
+      // Whatever the mask says, no more is read; what it does say, `at` tells.
+      together = at[k] + width + 32 <= w.count;
     }
     if (pairs && together) {
       together = expansion().pairs_dot(w.type, w.values.const_data_ptr(), at, codes, blocks, x.arranged, out + r);
     } else if (together) {
       expansion().expand_dot(w.type, w.values.const_data_ptr(), at, masks, blocks, x.arranged, out + r);
+      together = std::equal(at, at + 4, ends);
     }
     if (together) {
       r += 4;
       continue;
     }
     for (const int64_t end = std::min(r + 4, n); r < end; ++r) {
-      w.expand_row(i + r, const_cast<uint16_t*>(all), row.data());
+      w.expand_row(i + r, all, row.data());
       dot(Type::f32, row.data(), 0, 1, w.cols, x.plain, 0, 1, out + r, 1);
     }
   }
