@@ -245,7 +245,10 @@ class Inputs {
   void prepare(int64_t first, int64_t last) const {
     for (int64_t j = first; j < last; ++j) {
       float* to = made_.data() + j * stride;
-      pairs_ ? void(__builtin_memcpy(to, from_ + j * cols * width_, cols * width_)) : take(j, 0, cols, to);
+      if (pairs_)
+        std::copy_n(from_ + j * cols * width_, cols * width_, reinterpret_cast<char*>(to));
+      else
+        take(j, 0, cols, to);
     }
   }
   // Columns [c, c + n) of row j in float32; needs no `prepare`.

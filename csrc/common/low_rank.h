@@ -1,5 +1,5 @@
 // Low-rank layers of one input: z = x rᵀ, then t zᵀ, put where `order` says. One parallel region for all of them;
-// products stay in float32 and cache.
+// products stay in cache.
 #pragma once
 
 #include "linear.h"

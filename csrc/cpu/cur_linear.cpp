@@ -1,4 +1,4 @@
-// cur_linear: three factors in a row, each streamed once, in one parallel region; products stay in float32 and cache.
+// cur_linear: three factors in a row, each streamed once, in one parallel region; products stay in cache.
 #include "../common/linear.h"
 
 namespace tinycomp {
