@@ -41,7 +41,7 @@ FAULT = 1.05
 
 
 def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
-    """GB/s of main memory and G operations/s of FMA, bfloat16 products and VNNI, best of several tries; arithmetic times threads.
+    """GB/s of main memory and G operations/s of FMA, bfloat16 products and VNNI (times threads), best of several tries.
 
     "stream" only reads; "update" writes what it reads, and processors with paths for both move more bytes then.
     """
