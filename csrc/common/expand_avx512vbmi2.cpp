@@ -43,7 +43,7 @@ template <By by>
 TINYCOMP_TARGET void dot_words(const uint16_t* values, int64_t (&start)[4], const uint16_t* const (&mask)[4],
                                int64_t blocks, const float* x, float* sums) {
   constexpr int64_t kFloats = by == By::kPairs ? 16 : 32;
-  // The next four rows but four, which follow these in memory, from end to end: a line or two for each step.
+  // Four rows after the next four, which follow these in memory, from end to end: a line or two for each step.
   const int64_t each = (start[3] - start[0]) * 4 / 3 * 2 / std::max<int64_t>(blocks / 2, 1);
   const auto* ahead = reinterpret_cast<const char*>(values + start[0] + (start[3] - start[0]) * 8 / 3);
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
