@@ -78,7 +78,8 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   for (int j = 0; j < M; ++j)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
-  const int64_t ahead = R * stride <= (on_amd ? kFarNear : kNear) ? R * stride : on_amd ? kFarAhead : kAhead;
+  const int64_t next = R * stride, far = std::max<int64_t>(next, 1);
+  const int64_t ahead = next > (on_amd ? kFarNear : kNear) ? (on_amd ? kFarAhead : kAhead) : on_amd ? (kFarAhead+far-1)/far*far : next;
   Lines inputs(x, ldx);
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {

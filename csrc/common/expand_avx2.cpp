@@ -243,6 +243,7 @@ bool lookup_pairs(Type type, const void* values, const int64_t (&at)[4], const u
 
 const ExpandTable avx2_expand = {portable_expand.expand,
                                  gather_scalars,
+                                 nullptr,
                                  portable_expand.gather_many,
                                  gather_pairs,
                                  count_bits,

@@ -152,13 +152,55 @@ TINYCOMP_TARGET void gather_bf16(const float* values, const uint16_t* index, int
   _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(even, second, odd));
 }
 
+// The inputs of eight kept weights, by one load and one insertion each.
+TINYCOMP_TARGET inline __m128bh gathered(const uint16_t* x, const uint16_t* index) {
+  uint64_t low, high;
+  __builtin_memcpy(&low, index, 8), __builtin_memcpy(&high, index + 4, 8);
+  const auto at = [](uint64_t four, int k) { return static_cast<uint16_t>(four >> 16 * k); };
+  __m128i words = _mm_loadu_si16(x + at(low, 0));
+  words = _mm_insert_epi16(words, x[at(low, 1)], 1);
+  words = _mm_insert_epi16(words, x[at(low, 2)], 2);
+  words = _mm_insert_epi16(words, x[at(low, 3)], 3);
+  words = _mm_insert_epi16(words, x[at(high, 0)], 4);
+  words = _mm_insert_epi16(words, x[at(high, 1)], 5);
+  words = _mm_insert_epi16(words, x[at(high, 2)], 6);
+  words = _mm_insert_epi16(words, x[at(high, 3)], 7);
+  return reinterpret_cast<__m128bh>(words);
+}
+
+// Nothing is asked for ahead: values and columns are two streams that the processor follows by itself (with prefetches
+// 0.46 ns for a kept weight from memory, without 0.27).
+TINYCOMP_TARGET float gather_words(const uint16_t* values, const uint16_t* index, int64_t count, const uint16_t* x,
+                                   uint16_t& most) {
+  __m128 sums[2] = {_mm_setzero_ps(), _mm_setzero_ps()};
+  __m128i largest = _mm_set1_epi16(static_cast<int16_t>(most));
+  const auto eight = [&](const uint16_t* w, const uint16_t* at, int k) TINYCOMP_TARGET {
+    const auto* weights = reinterpret_cast<const __m128i*>(w);
+    const auto* columns = reinterpret_cast<const __m128i*>(at);
+    largest = _mm_max_epu16(largest, _mm_loadu_si128(columns));
+    sums[k] = _mm_dpbf16_ps(sums[k], gathered(x, at), reinterpret_cast<__m128bh>(_mm_loadu_si128(weights)));
+  };
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) eight(values + i, index + i, 0), eight(values + i + 8, index + i + 8, 1);
+  for (; i < count; i += 8) {
+    uint16_t w[8] = {}, at[8] = {};
+    const int64_t n = std::min<int64_t>(count - i, 8);
+    std::copy_n(values + i, n, w), std::copy_n(index + i, n, at);
+    eight(w, at, 0);
+  }
+  // The largest number is what the smallest complement stands for.
+  most = static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(largest, _mm_set1_epi8(-1)))));
+  const __m128 quad = _mm_add_ps(sums[0], sums[1]), pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
 bool any(Type) { return true; }
 bool none(Type) { return false; }
 
 template <By bf16>
-ExpandTable table(GatherPairs gather_pairs, Words words) {
+ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words words) {
   ExpandTable made = avx512_expand;
-  made.gather_pairs = gather_pairs, made.words = words;
+  made.gather_words = gather_words, made.gather_pairs = gather_pairs, made.words = words;
   made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 32;
   made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits;
   return made;
@@ -166,8 +208,8 @@ ExpandTable table(GatherPairs gather_pairs, Words words) {
 
 }  // namespace
 
-const ExpandTable avx512vbmi2_expand = table<By::kHalves>(avx512_expand.gather_pairs, nullptr);
-const ExpandTable avx512bf16_expand = table<By::kPairs>(gather_bf16, expand_words);
+const ExpandTable avx512vbmi2_expand = table<By::kHalves>(nullptr, avx512_expand.gather_pairs, nullptr);
+const ExpandTable avx512bf16_expand = table<By::kPairs>(gather_words, gather_bf16, expand_words);
 
 }  // namespace tinycomp
 #endif

@@ -87,7 +87,7 @@ void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits) {
   for (int64_t i = 0; i < n; ++i) bits[i] = two_of_four[codes[i]];
 }
 
-const ExpandTable portable_expand = {expand_bits, gather_scalar, gather_rows, gather_pairs, count_bits,
+const ExpandTable portable_expand = {expand_bits, gather_scalar, nullptr, gather_rows, gather_pairs, count_bits,
                                      none,        nullptr,       none,        nullptr,      nullptr,
                                      16,          nullptr,       code_bits};
 

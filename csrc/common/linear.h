@@ -367,9 +367,13 @@ struct Output {
 
   // Row j, results i to i + n, from float32 that may be overwritten.
   void store(int64_t j, int64_t i, float* values, int64_t n) const {
+    T* const to = data + j * stride + i;
+    // What is likely to be stored next: rows of results are pages apart, and a write that waits for memory holds up all
+    // that follow it.
+    for (int64_t c = n; c < 2 * n; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(to + c, 1);
     if (!bias.empty())
       for (int64_t c = 0; c < n; ++c) values[c] += bias[i + c];
-    narrow(dot_type<T>, values, data + j * stride + i, n);
+    narrow(dot_type<T>, values, to, n);
   }
   // Rows [first, last) whose result i is entry from[i] of a line from `at` on. A thread does whole rows: threads that
   // wrote between one another's columns would fight over cache lines.

@@ -114,7 +114,26 @@ struct Columns {
   }
 };
 
-// Kept weights alone are multiplied. One input: `x`; more: `columns`.
+// Kept weights alone are multiplied, those of a list with one input, 2^16 words of bfloat16 of which any column may be
+// read. Rows are checked by what they read.
+template <class Store>
+void listed(const Masked& w, const uint16_t* x, int64_t first, int64_t last, const Store& store) {
+  const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+  const auto* values = static_cast<const uint16_t*>(w.values.const_data_ptr());
+  batches(
+      1, first, last,
+      [&](int64_t i, int64_t n, int64_t, int64_t, float* out) {
+        uint16_t most = 0;
+        for (int64_t r = 0; r < n; ++r) {
+          const auto [from, to] = w.range(i + r, w.count);
+          out[r] = expansion().gather_words(values + from, index + from, to - from, x, most);
+          if (most >= w.cols && to > from) w.bad = true;
+        }
+      },
+      store);
+}
+
+// The same, any number of inputs. One: `x`; more: `columns`.
 template <class Store>
 void indexed(const Masked& w, const float* x, const Columns& columns, int64_t first, int64_t last, const Store& store) {
   static_assert(kInputsAtOnce % Columns::kGroup == 0);
@@ -256,13 +275,14 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const Inputs x(inputs, T{}, true, !pairs);
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
   const bool blocks = w.format == "block32";
+  const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
-  const Scratch columns(kMiddleSlot, turned || padded || blocks ? floats : 0);
+  const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 : turned || padded || blocks ? floats : 0);
   const OneInput one{columns.data(), columns.data() + wide};
   auto* words = reinterpret_cast<uint32_t*>(columns.data());
   const Columns lines{columns.data(), turned && narrow ? words : nullptr, m};
   const Stage packing = turned   ? Stage{w.cols, 256}
-                        : padded ? Stage{1, 1}
+                        : padded || words_once ? Stage{1, 1}
                         : blocks ? Stage{w.cols / kBlock, 8}
                                  : Stage{0, 1};
   const bool packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
@@ -275,6 +295,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
       if (expansion().arrange == nullptr) return;
       return expansion().arrange(w.type, one.plain, wide / 16, columns.data() + wide);
     }
+    if (stage == 1 && words_once) return tinycomp::narrow(Type::bf16, x.data(), columns.data(), w.cols);
     if (stage == 1 && blocks) return pack_blocks(x, first, last, columns.data());
     if (stage == 1) {
       if (narrow) return pack_pairs(x, first, last, words);
@@ -286,7 +307,9 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
       for (int64_t c = 0; c < n && !w.scale.empty(); ++c) values[c] *= w.scale[i + c];
       y.store(j, i, values, n);
     };
-    if (sparse || w.format == "index")
+    if (words_once)
+      listed(w, reinterpret_cast<const uint16_t*>(columns.data()), first, last, store);
+    else if (sparse || w.format == "index")
       indexed(w, x.data(), lines, first, last, store);
     else if (blocks)
       blockwise(w, x, columns.data(), first, last, store);
