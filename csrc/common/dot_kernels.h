@@ -56,8 +56,10 @@ template <class V, int R, int M>
 TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo) {
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) {
-    if constexpr (R == 4) {
-      V::sum4(acc[j][0], acc[j][1], acc[j][2], acc[j][3], out + j * ldo);
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 4)
+        V::sum4(acc[j][r], acc[j][r + 1], acc[j][r + 2], acc[j][r + 3], out + j * ldo + r);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);
@@ -76,7 +78,7 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   Vec acc[M][R];
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
   const int64_t next = R * stride, far = std::max<int64_t>(next, 1);
   const int64_t ahead = next > (on_amd ? kFarNear : kNear) ? (on_amd ? kFarAhead : kAhead) : on_amd ? (kFarAhead+far-1)/far*far : next;
@@ -84,7 +86,7 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {
     Vec v[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       v[r] = V::load(row[r] + c);
       prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
@@ -92,18 +94,18 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load(inputs.line(j));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
     }
   }
   if (c < cols) {
     Vec v[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = V::load_first(row[r] + c, cols - c);
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load_first(inputs.line(j), cols - c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[j][r] = V::fma(v[r], input, acc[j][r]);
     }
   }
@@ -289,6 +291,10 @@ TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int6
                                int64_t m, float* out, int64_t ldo) {
   if (m >= V::panels_from && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
+  // More rows that stream from memory side by side (Zen 4: 17 -> 18.5 GB/s); not tried on Intel's.
+  constexpr int64_t kMoreRows = 2 * kBlockRows;
+  for (; m == 1 && on_amd && i + kMoreRows <= rows; i += kMoreRows)
+    tile<V, T, kMoreRows, 1>(w + i * stride, stride, cols, x, ldx, out + i, ldo);
   for (; i + kBlockRows <= rows; i += kBlockRows)
     all_inputs<V, T, kBlockRows>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
   for (; i < rows; ++i) all_inputs<V, T, 1>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
