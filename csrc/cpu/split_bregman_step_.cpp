@@ -130,8 +130,8 @@ void advance_groups(T* __restrict mask, T* __restrict dual, T* __restrict twin, 
 void pack(uint8_t* __restrict inside, int64_t n, uint8_t* __restrict bits) {
   std::fill_n(inside + n, 7, uint8_t{0});
   for (int64_t i = 0; i < n; i += 8) {
-    uint64_t bytes = 0;
-    for (int j = 0; j < 8; ++j) bytes |= static_cast<uint64_t>(inside[i + j]) << (8 * j);
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, inside + i, 8);  // byte j is number j: the processors are little-endian
     // The bits of this number are 7 apart, so that byte i of the other factor arrives as bit i of the top byte.
     bits[i / 8] = static_cast<uint8_t>((bytes * 0x0102040810204080ull) >> 56);
   }
