@@ -26,7 +26,8 @@ namespace {
 // Bytes between a load and the prefetch that goes with it, to the nearest cache (tried at 512, 1024 and 2048) and to
 // the one behind it.
 constexpr int64_t kAhead = 512, kFarAhead = 16384;
-// The prefetch goes to the next rows instead where they are this near: short rows would begin unfetched.
+// The prefetch goes to the next rows instead where they are this near, on AMD to rows at that distance: short rows would
+// begin unfetched.
 constexpr int64_t kNear = 16384, kFarNear = 65536;
 
 template <class T>
@@ -80,8 +81,9 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   for (int j = 0; j < M; ++j)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[j][r] = V::zero();
-  const int64_t next = R * stride, far = std::max<int64_t>(next, 1);
-  const int64_t ahead = next > (on_amd ? kFarNear : kNear) ? (on_amd ? kFarAhead : kAhead) : on_amd ? (kFarAhead+far-1)/far*far : next;
+  const int64_t next = R * stride;
+  int64_t ahead = on_amd ? kFarAhead : kAhead;
+  if (next > 0 && next <= (on_amd ? kFarNear : kNear)) ahead = on_amd ? (ahead + next - 1) / next * next : next;
   Lines inputs(x, ldx);
   int64_t c = 0;
   for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {
@@ -153,6 +155,14 @@ TINYCOMP_TARGET void fill_panel(const char* w, int64_t stride, int64_t n, int64_
           V::store(to + (c + 2 * r) * lines, V::first(v[r]));
           V::store(to + (c + 2 * r + 1) * lines, V::second(v[r]));
         }
+      }
+    if (first + V::width <= n)
+      for (; c + V::width <= cols; c += V::width) {
+#pragma GCC unroll 16
+        for (int r = 0; r < V::width; ++r) v[r] = V::load(row(r, c));
+        V::transpose(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < V::width; ++r) V::store(to + (c + r) * lines, v[r]);
       }
     for (; c < cols; c += V::width) {
       const int64_t left = cols - c;
@@ -251,6 +261,9 @@ TINYCOMP_TARGET void dot_panels(const char* w, int64_t stride, int64_t rows, int
     // The next panel's lines, or the same one for ever where the first tiles have asked for all of them.
     const char* next = at(number + 1, next_i, next_c);
     int64_t missing = number + 1 < panels ? (depth * sizeof(T) + 63) / 64 : 0;
+    // Tiles of few columns end before they have asked for a line of every row.
+    if (depth < kPanelRows<V>)
+      for (int64_t r = 0; r < kPanelRows<V>; ++r, missing = 0) __builtin_prefetch(next + r * stride, 0, 2);
     for (int64_t j = 0, take; j < m; j += take) {
       const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
       take = (left + passes - 1) / passes;
@@ -289,7 +302,9 @@ TINYCOMP_TARGET void blocks_typed(const void* w, const int32_t* columns, int64_t
 template <class V, class T>
 TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
                                int64_t m, float* out, int64_t ldo) {
-  if (m >= V::panels_from && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
+  // Rows of one register would spend more on sums across it.
+  const int64_t panels_from = cols <= V::width ? kPanelInputs : V::panels_from;
+  if (m >= panels_from && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
   int64_t i = 0;
   // More rows that stream from memory side by side (Zen 4: 17 -> 18.5 GB/s); not tried on Intel's.
   constexpr int64_t kMoreRows = 2 * kBlockRows;
