@@ -18,6 +18,7 @@
 
 #include "dot.h"
 #include "dot_table.h"
+#include "lines.h"
 #include "prefetch.h"
 
 namespace tinycomp {
@@ -34,24 +35,6 @@ template <class T>
 TINYCOMP_TARGET inline float scalar(T v) {
   return static_cast<float>(v);
 }
-
-// Up to 12 lines of floats, `ld` apart, read at one place that moves on. A pointer for every fourth, the others are an
-// addressing mode away: compilers would rather keep one for each, more than there are registers.
-struct Lines {
-  const float *first, *fifth, *ninth;
-  int64_t ld, three;
-
-  TINYCOMP_TARGET Lines(const float* x, int64_t ld)
-      : first(x), fifth(x + 4 * ld), ninth(x + 8 * ld), ld(ld), three(3 * ld) {}
-  TINYCOMP_TARGET const float* line(int j) const {
-    const float* from = j < 4 ? first : j < 8 ? fifth : ninth;
-    return from + (j % 4 == 3 ? three : j % 4 * ld);
-  }
-  TINYCOMP_TARGET void move(int64_t n) {
-    first += n, fifth += n, ninth += n;
-    asm("" : "+r"(first), "+r"(fifth), "+r"(ninth));
-  }
-};
 
 template <class V, int R, int M>
 TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* out, int64_t ldo) {
@@ -74,8 +57,6 @@ template <class V, class T, int R, int M>
 TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const float* x, int64_t ldx, float* out,
                           int64_t ldo) {
   using Vec = typename V::Vec;
-  const T* row[R];
-  for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const T*>(w + r * stride);
   Vec acc[M][R];
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j)
@@ -84,14 +65,17 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   const int64_t next = R * stride;
   int64_t ahead = on_amd ? kFarAhead : kAhead;
   if (next > 0 && next <= (on_amd ? kFarNear : kNear)) ahead = on_amd ? (ahead + next - 1) / next * next : next;
-  Lines inputs(x, ldx);
+  Lines<float, M> inputs(x, ldx);
+  Lines<char, R> row(w, stride), later(w + ahead, stride);
+  const auto weights = [&](int r) { return reinterpret_cast<const T*>(row.line(r)); };
+  constexpr int64_t kStep = V::width * sizeof(T);
   int64_t c = 0;
-  for (; c + V::width <= cols; c += V::width, inputs.move(V::width)) {
+  for (; c + V::width <= cols; c += V::width, inputs.move(V::width), row.move(kStep), later.move(kStep)) {
     Vec v[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      v[r] = V::load(row[r] + c);
-      prefetch(reinterpret_cast<const char*>(row[r] + c) + ahead);
+      v[r] = V::load(weights(r));
+      prefetch(later.line(r));
     }
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
@@ -103,7 +87,7 @@ TINYCOMP_TARGET void tile(const char* w, int64_t stride, int64_t cols, const flo
   if (c < cols) {
     Vec v[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) v[r] = V::load_first(row[r] + c, cols - c);
+    for (int r = 0; r < R; ++r) v[r] = V::load_first(weights(r), cols - c);
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const Vec input = V::load_first(inputs.line(j), cols - c);
@@ -194,9 +178,9 @@ TINYCOMP_TARGET void panel_tile(const float* panel, int64_t cols, const float* x
   for (int j = 0; j < J; ++j)
     for (int p = 0; p < P; ++p) __builtin_prefetch(out + j * ldo + p * V::width, 1);
   static_assert(kBlock % kPanelRows<V> == 0);
-  Lines inputs(x, ldx);
+  Lines<float, J> inputs(x, ldx);
   for (int64_t c = 0; c < cols; ahead.from += 64) {
-    if (places != nullptr && c % kBlock == 0) inputs = Lines(x + places[c / kBlock], ldx);
+    if (places != nullptr && c % kBlock == 0) inputs = Lines<float, J>(x + places[c / kBlock], ldx);
     const char* line = ahead.from;
 #pragma GCC unroll 2
     for (const int64_t stop = std::min<int64_t>(cols, c + kPanelRows<V>); c < stop; ++c, line += ahead.stride) {

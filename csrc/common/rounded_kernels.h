@@ -1,6 +1,6 @@
 // The loops behind rounded.h, written once against a vector type V, as in dot_kernels.h.
 //
-// V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), load(p), store(p, v), load_i8(p, n)
+// V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), sum4(four vectors, out), load(p), store(p, v), load_i8(p, n)
 // and load_u4(p, n, low, high) of n <= width entries with zero levels (-8 for u4) after them; Int (32-bit sums), bytes
 // (levels per step), inputs (per tile), no_sums(), load_sums(p), store_sums(p, sums), set_bytes(v), dot(sums, unsigned
 // levels, signed levels), dot_halves(sums, v, even, odd) of the low halves of v with even, the high ones with odd,
@@ -11,13 +11,20 @@
 #include <cmath>
 #include <vector>
 
+#include "lines.h"
 #include "prefetch.h"
 #include "rounded.h"
 
 namespace tinycomp {
 namespace {
 
-constexpr int64_t kRowsAhead = 4;  // a tile prefetches what the next rows will read at the same place
+// Bytes from a row to those that a tile of R rows asks for meanwhile, at the same place: the next ones, on AMD whole
+// tiles further on, at least 16 KB (see prefetch.h and dot_kernels.h).
+inline int64_t rows_ahead(const RoundedRows& w, int64_t rows) {
+  constexpr int64_t kFar = 16384;
+  const int64_t next = rows * w.stride;
+  return on_amd && next > 0 ? (kFar + next - 1) / next * next : next;
+}
 
 // x in the order of rounded.h; the padding is written too.
 template <class T>
@@ -84,11 +91,16 @@ TINYCOMP_TARGET inline float scale_of(const RoundedRows& w, int r, int64_t g) {
 template <class V, int R, int M>
 TINYCOMP_TARGET inline void finish(const RoundedRows& w, const typename V::Vec (&total)[M][R], float* out,
                                    int64_t ldo) {
-  for (int j = 0; j < M; ++j)
-    for (int r = 0; r < R; ++r) {
-      const float value = V::sum(total[j][r]);
-      out[j * ldo + r] = w.scale_groups == 1 ? value * w.scales[r] : value;
+  for (int j = 0; j < M; ++j) {
+    float* to = out + j * ldo;
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 4) V::sum4(total[j][r], total[j][r + 1], total[j][r + 2], total[j][r + 3], to + r);
+    } else {
+      for (int r = 0; r < R; ++r) to[r] = V::sum(total[j][r]);
     }
+    for (int r = 0; r < R && w.scale_groups == 1; ++r) to[r] *= w.scales[r];
+  }
 }
 
 // R rows against M rounded inputs.
@@ -96,9 +108,10 @@ template <class V, int R, int M>
 TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, const float* scales, const int32_t* starts,
                                  float* out, int64_t ldo) {
   using Int = typename V::Int;
-  const int64_t width = input_width(w), half = half_width(w);
+  const int64_t width = input_width(w), half = half_width(w), ahead = rows_ahead(w, R);
   typename V::Vec total[M][R];
   for (int j = 0; j < M; ++j)
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) total[j][r] = V::zero();
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
@@ -106,28 +119,35 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
     const int8_t* x = levels + g * group_width(w);
     Int acc[M][R];
     for (int j = 0; j < M; ++j)
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[j][r] = V::load_sums(starts + (j * w.groups + g) * kLanes);
-    for (int64_t b = 0; b < stored; b += V::bytes) {
+    Lines<uint8_t, R> row(from, w.stride), later(from + ahead, w.stride);
+    for (int64_t b = 0; b < stored; b += V::bytes, row.move(V::bytes), later.move(V::bytes)) {
       Int v[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        v[r] = V::load_bytes(from + r * w.stride + b, stored - b);
-        prefetch(from + (r + kRowsAhead) * w.stride + b);
+        v[r] = V::load_bytes(row.line(r), stored - b);
+        prefetch(later.line(r));
       }
       if (!w.four_bits) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) v[r] = V::offset(v[r]);
         for (int j = 0; j < M; ++j) {
           const Int input = V::load_bytes(reinterpret_cast<const uint8_t*>(x) + j * width + b, V::bytes);
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) acc[j][r] = V::dot(acc[j][r], v[r], input);
         }
       } else {
         for (int j = 0; j < M; ++j) {
           const uint8_t* input = reinterpret_cast<const uint8_t*>(x) + j * width + b;
           const Int even = V::load_bytes(input, V::bytes), odd = V::load_bytes(input + half, V::bytes);
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) acc[j][r] = V::dot_halves(acc[j][r], v[r], even, odd);
         }
       }
     }
     for (int j = 0; j < M; ++j)
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const float scale = scales[j * w.groups + g] * scale_of(w, r, g);
         total[j][r] = V::fma(V::to_float(acc[j][r]), V::set1(scale), total[j][r]);
@@ -140,7 +160,7 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
 template <class V, int R, int M>
 TINYCOMP_TARGET void tile_floats(const RoundedRows& w, const float* ordered, float* out, int64_t ldo) {
   using Vec = typename V::Vec;
-  const int64_t width = input_width(w), half = half_width(w);
+  const int64_t width = input_width(w), half = half_width(w), ahead = rows_ahead(w, R);
   Vec total[M][R];
   for (int j = 0; j < M; ++j)
     for (int r = 0; r < R; ++r) total[j][r] = V::zero();
@@ -159,7 +179,7 @@ TINYCOMP_TARGET void tile_floats(const RoundedRows& w, const float* ordered, flo
           V::load_u4(at, stored - b, low[r], high[r]);
         else
           low[r] = V::load_i8(at, stored - b);
-        prefetch(at + kRowsAhead * w.stride);
+        prefetch(at + ahead);
       }
       for (int j = 0; j < M; ++j) {
         const Vec even = V::load(x + j * width + b);
@@ -211,6 +231,10 @@ template <class V>
 TINYCOMP_TARGET void dot_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
                                 const int32_t* starts, int64_t m, float* out, int64_t ldo) {
   int64_t i = 0;
+  // More rows that stream from memory side by side, where registers are enough; not tried on Intel's.
+  if constexpr (V::width == 16)
+    for (; on_amd && m == 1 && i + 8 <= rows; i += 8)
+      tile_levels<V, 8, 1>(from_row(w, i), levels, scales, starts, out + i, ldo);
   for (; i + 4 <= rows; i += 4) levels_against<V, 4>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
   for (; i < rows; ++i) levels_against<V, 1>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
 }
