@@ -9,13 +9,23 @@ import torch
 from test_ops import DTYPES, assert_close, fresh, run
 
 from tinycomp import _C, ops
+from tinycomp.ops._registry import Sample
+
+
+def long_rows(dtype: torch.dtype) -> Sample:
+    """A list of all columns of long rows, whose products must not be added in one chain."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 4096, generator=generator).to(dtype) for rows in (8, 8))
+    packed = ops.pack_masked(weight, torch.ones(8, 4096, dtype=torch.bool), "index")
+    return Sample("list of 4096 columns", (x, *packed, None, 8, "index"))
 
 
 def main() -> None:
     print(_C.build_info()["instruction_set"])
     for name in sorted(_C.signatures()):
         for dtype in DTYPES:
-            for sample in ops.OPS[name].samples(dtype):
+            more = [long_rows(dtype)] if name == "masked_linear" else []
+            for sample in (*ops.OPS[name].samples(dtype), *more):
                 got = run(name, fresh(sample.args))
                 with ops.use_backend("torch"):
                     same = run(name, fresh(sample.args))

@@ -318,6 +318,18 @@ def test_masked_linear_refuses_a_mask_that_disagrees() -> None:
         ops.masked_linear(ONES(1, 9), *wrong, None, 3)
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masked_linear_refuses_a_column_that_is_not_there(inputs: int, dtype: torch.dtype) -> None:
+    weight = normal(3, 9).to(dtype)
+    packed = ops.pack_masked(weight, weight > 0, "index")
+    for column in (9, 65535):
+        mask = packed.mask.clone()
+        mask[1] = torch.tensor(column).to(torch.int16)
+        with pytest.raises(ValueError, match="masked_linear: "):
+            ops.masked_linear(normal(inputs, 9).to(dtype), *packed._replace(mask=mask), None, 3, "index")
+
+
 def test_an_op_is_defined_once() -> None:
     with pytest.raises(ValueError, match="column_norms' is already defined"):
         _registry.define(OPS["column_norms"])

@@ -163,12 +163,18 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
             out[r] = expansion().gather(Type::f32, values, at, to - from, x);
             continue;
           }
-          float sums[kInputsAtOnce] = {};
-          if (columns.pairs == nullptr)
-            expansion().gather_many(values, at, to - from, columns.wide + start, columns.m, inputs, sums);
-          for (int64_t j = 0; j < inputs && columns.pairs != nullptr; j += Columns::kGroup) {
-            const int64_t group = (start + j) / Columns::kGroup;
-            expansion().gather_pairs(values, at, to - from, columns.pairs + group * w.cols * Columns::kWords, sums + j);
+          // Parts of their own, for the error of a sum grows with what is added in one chain.
+          constexpr int64_t kPart = 512;
+          float sums[kInputsAtOnce] = {}, part[kInputsAtOnce];
+          for (int64_t i = 0, some; i < to - from; i += some) {
+            some = std::min(kPart, to - from - i);
+            if (columns.pairs == nullptr)
+              expansion().gather_many(values + i, at + i, some, columns.wide + start, columns.m, inputs, part);
+            for (int64_t j = 0; j < inputs && columns.pairs != nullptr; j += Columns::kGroup) {
+              const uint32_t* group = columns.pairs + (start + j) / Columns::kGroup * w.cols * Columns::kWords;
+              expansion().gather_pairs(values + i, at + i, some, group, part + j);
+            }
+            for (int64_t j = 0; j < inputs; ++j) sums[j] += part[j];
           }
           for (int64_t j = 0; j < inputs; ++j) out[j * kBatch + r] = sums[j];
         }
