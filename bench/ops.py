@@ -48,7 +48,10 @@ def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
     from tinycomp import _C
 
     rows, vector = torch.ones(16384, 4096), torch.ones(4096)
-    reads = time_interleaved({"mv": lambda: rows @ vector, "sum": rows.sum}, repeats=7, clock=clock)
+    readers = {"mv": lambda: rows @ vector, "sum": rows.sum}
+    if threads == 1:
+        readers["rows side by side"] = lambda: _C.read_memory(rows.data_ptr(), rows.numel())
+    reads = time_interleaved(readers, repeats=7, clock=clock)
     other = rows.clone()
     updates = {"mul": (2, lambda: rows.mul_(0.5)), "add": (3, lambda: rows.add_(other))}
     writes = time_interleaved({name: run for name, (_, run) in updates.items()}, repeats=7, clock=clock)

@@ -84,8 +84,31 @@ TARGETS = (
     Target(
         "Bregman step, twin computed", "split_bregman_step_//16M no gamma, bits/M0/float32", ("torch.compile",), 1.55
     ),
-    Target("column norms, share of the stream rate", "column_norms//4096x4096/M0/float32", (), 0.85),
+    Target("Bregman step, twin stored: its traffic alone", "split_bregman_step_//16M/M0/float32", ("traffic",), 0.85),
+    Target("column norms: a read alone", "column_norms//4096x4096/M0/float32", ("read",), 0.85),
 )
+
+
+def _read(args: tuple[Any, ...]) -> Callable[[], object]:
+    from tinycomp import _C
+
+    return lambda: _C.read_memory(args[0].data_ptr(), args[0].numel())
+
+
+def _traffic(args: tuple[Any, ...]) -> Callable[[], object]:
+    """What the step reads and writes, and an addition for each number."""
+    state, grad = [a.clone() for a in args[:4]], args[4]
+
+    def touch(grad: torch.Tensor, *state: torch.Tensor) -> None:
+        for each in state:
+            each.add_(1 if each.dtype == torch.int32 else grad)
+
+    compiled = torch.compile(touch)
+    return lambda: compiled(grad, *state)
+
+
+# No peers, but what moves the same bytes and computes nothing to speak of.
+ALONE = {"read": _read, "traffic": _traffic}
 NOT_HERE = (
     "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): needs AVX512-FP16",
     "DeepSparse: does not install, CSR of torch and scipy stands in",
@@ -105,13 +128,11 @@ def all_cases() -> dict[str, Case]:
 
 def measured(bench: Bench, target: Target, case: Case) -> dict[str, Any]:
     """One row; `ratio` is missing where no peer ran."""
-    case.peers = {name: make for name, make in case.peers.items() if name in target.peers}
+    case.peers = {name: make for name, make in (case.peers | ALONE).items() if name in target.peers}
     bench.peers.wanted = frozenset(target.peers)
     row = bench.row(case) | {"target": target._asdict(), "load_average": load_average()}
     if "time_us" not in row:
         return row
-    if not target.peers:
-        return row | {"peer": "stream", "ratio": row["percent"] / 100, "limit": 1.0}
     times = {name: us for name, us in row["others_us"].items() if name in target.peers}
     if not times:
         return row

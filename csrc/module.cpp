@@ -41,5 +41,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the kernels ask about.");
   m.def("run_peak", &tinycomp::run_peak,
         "Operations of n rounds of fma512, fma256, bf16_512 or vnni512; 0 if not available.");
+  m.def(
+      "read_memory",
+      [](uintptr_t address, int64_t n) { return tinycomp::read_memory(reinterpret_cast<const float*>(address), n); },
+      "The sum of n floats at an address, read as fast as memory gives them.");
   m.def("signatures", [] { return tinycomp::signatures(); }, "C++ signature of each registered kernel.");
 }

@@ -28,7 +28,7 @@ using CountBits = int64_t (*)(const uint16_t* mask, int64_t blocks);
 // x (16 `blocks` floats, which are exact in 16-bit types) as expand_dot and pairs_dot want it, in no more floats.
 using Arrange = void (*)(Type type, const float* x, int64_t blocks, float* to);
 // Four rows of which row r takes values from number at[r] on, with arranged inputs: their four sums, and in `at` the
-// numbers after the last ones. `blocks` is a multiple of `together` / 16; up to 32 values beyond are read, and must
+// numbers after the last ones. `blocks` is a multiple of `together` / 16; up to 64 values beyond are read, and must
 // exist.
 using ExpandDot = void (*)(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4],
                            int64_t blocks, const float* x, float* sums);

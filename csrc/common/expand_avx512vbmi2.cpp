@@ -1,5 +1,5 @@
-// expand.h for AVX-512 VBMI2, which expands 32 values of 16 bits in one instruction; without and with that of products
-// of bfloat16 (AVX-512 BF16). Everything else is as for AVX-512.
+// expand.h for AVX-512 VBMI2, which expands 32 values of 16 bits or 64 of 8 in one instruction; without and with that of
+// products of bfloat16 (AVX-512 BF16). Everything else is as for AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,7 +9,7 @@
 #include "prefetch.h"
 
 #define TINYCOMP_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
 
 namespace tinycomp {
 namespace {
@@ -68,12 +68,105 @@ TINYCOMP_TARGET void dot_words(const uint16_t* values, int64_t (&start)[4], cons
   sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
 }
 
+// 64 levels from number `at` on, as signed bytes; up to as many are read, whether used or not.
+template <Type type>
+TINYCOMP_TARGET inline __m512i levels64(const uint8_t* values, int64_t at) {
+  if constexpr (type == Type::i8) {
+    return _mm512_loadu_si512(values + at);
+  } else {
+    // Eight halves of a byte, from an even or an odd one on, lie in the five bytes from every fourth on.
+    const __m512i raw = _mm512_maskz_loadu_epi8((1ull << 33) - 1, values + at / 2);
+    const __m512i eighth = _mm512_set_epi64(28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i byte = _mm512_shuffle_epi8(eighth, _mm512_broadcast_i32x4(_mm_set_epi64x(0x0808080808080808, 0)));
+    const __m512i places = _mm512_add_epi8(byte, _mm512_set1_epi64(0x0706050403020100));
+    const __m512i shifts = _mm512_set1_epi64(at % 2 ? 0x201c1814100c0804 : 0x1c1814100c080400);
+    const __m512i halves = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, raw));
+    return _mm512_sub_epi8(_mm512_and_si512(halves, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+  }
+}
+
+TINYCOMP_TARGET inline __m512i expanded64(uint64_t bits, __m512i levels) {
+  asm("" : "+v"(levels));
+  return _mm512_maskz_expand_epi8(bits, levels);
+}
+
+// Sixteen of 64 signed bytes in float32.
+template <int quarter>
+TINYCOMP_TARGET inline __m512 floats(__m512i bytes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, quarter)));
+}
+
+// As dot_words. `blocks` is a multiple of four.
+template <Type type>
+TINYCOMP_TARGET void dot_bytes(const void* from, int64_t (&start)[4], const uint16_t* const (&mask)[4], int64_t blocks,
+                               const float* x, float* sums) {
+  const auto* values = static_cast<const uint8_t*>(from);
+  constexpr int64_t kShare = type == Type::u4 ? 2 : 1;  // values in a byte
+  const int64_t each = (start[3] - start[0]) * 4 / 3 / kShare / std::max<int64_t>(blocks / 4, 1);
+  const auto* ahead = reinterpret_cast<const char*>(values) + (start[0] + (start[3] - start[0]) * 8 / 3) / kShare;
+  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  int64_t at0 = start[0], at1 = start[1], at2 = start[2], at3 = start[3];
+  for (int64_t b = 0; b < blocks; b += 4, x += 64) {
+    const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+    const __m512 third = _mm512_loadu_ps(x + 32), fourth = _mm512_loadu_ps(x + 48);
+    const auto row = [&](const uint16_t* bits, int64_t& at, __m512& sum) TINYCOMP_TARGET {
+      uint64_t some;
+      __builtin_memcpy(&some, bits + b, 8);
+      const __m512i w = expanded64(some, levels64<type>(values, at));
+      at += __builtin_popcountll(some);
+      const __m512 low = _mm512_fmadd_ps(floats<1>(w), second, _mm512_mul_ps(floats<0>(w), first));
+      const __m512 high = _mm512_fmadd_ps(floats<3>(w), fourth, _mm512_mul_ps(floats<2>(w), third));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+    };
+    prefetch(ahead);
+    if (each > 64) prefetch(ahead + 64);
+    ahead += each;
+    row(mask[0], at0, sum0), row(mask[1], at1, sum1), row(mask[2], at2, sum2), row(mask[3], at3, sum3);
+  }
+  start[0] = at0, start[1] = at1, start[2] = at2, start[3] = at3;
+  sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
+  sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
+}
+
+template <Type type>
+TINYCOMP_TARGET int64_t expand_bytes(const void* from, int64_t at, int64_t count, const uint16_t* mask, int64_t blocks,
+                                     float* out) {
+  const auto* values = static_cast<const uint8_t*>(from);
+  for (int64_t b = 0; b < blocks; b += 4, out += 64) {
+    const int64_t taken = std::min<int64_t>(4, blocks - b);
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, mask + b, 2 * taken);
+    const int64_t n = __builtin_popcountll(bits);
+    // The last levels are followed by nothing that may be read.
+    if (at + 128 > count || taken < 4) {
+      const int64_t end = avx512_expand.expand(type, from, at, count, mask + b, taken, out);
+      if (end < 0) return end;
+      at = end;
+      continue;
+    }
+    const __m512i w = expanded64(bits, levels64<type>(values, at));
+    at += n;
+    _mm512_storeu_ps(out, floats<0>(w)), _mm512_storeu_ps(out + 16, floats<1>(w));
+    _mm512_storeu_ps(out + 32, floats<2>(w)), _mm512_storeu_ps(out + 48, floats<3>(w));
+  }
+  return at;
+}
+
+int64_t expand_levels(Type type, const void* values, int64_t at, int64_t count, const uint16_t* mask, int64_t blocks,
+                      float* out) {
+  if (type == Type::i8) return expand_bytes<Type::i8>(values, at, count, mask, blocks, out);
+  if (type == Type::u4) return expand_bytes<Type::u4>(values, at, count, mask, blocks, out);
+  return avx512_expand.expand(type, values, at, count, mask, blocks, out);
+}
+
 template <By bf16>
 void expand_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums) {
   const auto* from = static_cast<const uint16_t*>(values);
   if (type == Type::bf16) return dot_words<bf16>(from, at, mask, blocks, x, sums);
   if (type == Type::f16) return dot_words<By::kWidened>(from, at, mask, blocks, x, sums);
+  if (type == Type::i8) return dot_bytes<Type::i8>(values, at, mask, blocks, x, sums);
+  if (type == Type::u4) return dot_bytes<Type::u4>(values, at, mask, blocks, x, sums);
   avx512_expand.expand_dot(type, values, at, mask, blocks, x, sums);
 }
 
@@ -201,7 +294,8 @@ template <By bf16>
 ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words words) {
   ExpandTable made = avx512_expand;
   made.gather_words = gather_words, made.gather_pairs = gather_pairs, made.words = words;
-  made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 32;
+  made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 64;
+  made.expand = expand_levels;
   made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits;
   return made;
 }

@@ -1,5 +1,11 @@
-// Arithmetic peaks of one core: loops over registers alone, for the benchmark's ceilings.
+// Peaks of one core for the benchmark's ceilings: loops over registers alone, and over memory alone.
 #include "peaks.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "lanes.h"
+#include "prefetch.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -69,6 +75,24 @@ double run_peak(const std::string& instruction, int64_t n) {
   if (instruction == "fma256" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return fma256(n);
 #endif
   return 0;
+}
+
+double read_memory(const float* from, int64_t n) {
+  constexpr int64_t kRow = 4096, kRows = 8, kLine = 16;
+  float some[kLine] = {};
+  vectorised([&] {
+    float sums[kLine] = {};
+    for (int64_t i = 0; i + kRow * kRows <= n; i += kRow * kRows)
+      for (int64_t c = 0; c < kRow; c += kLine)
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r) {
+          const float* line = from + i + r * kRow + c;
+          prefetch(line + kRows * kRow);
+          for (int64_t k = 0; k < kLine; ++k) sums[k] += line[k];
+        }
+    std::copy_n(sums, kLine, some);
+  });
+  return std::accumulate(some, some + kLine, 0.0);
 }
 
 }  // namespace tinycomp

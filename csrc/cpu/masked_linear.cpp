@@ -54,7 +54,7 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
       masks[k] = in_place ? reinterpret_cast<const uint16_t*>(codes[k]) : all + k * blocks;
       if (!in_place) all[(k + 1) * blocks - 1] = 0, w.words(line, all + k * blocks);
       // Whatever the mask says, no more is read; what it does say, `at` tells.
-      together = at[k] + width + 32 <= w.count;
+      together = at[k] + width + 64 <= w.count;
     }
     if (pairs && together) {
       together = expansion().pairs_dot(w.type, w.values.const_data_ptr(), at, codes, blocks, x.arranged, out + r);
