@@ -1,6 +1,7 @@
 """Every op of the registry against dense torch, the torch composite, and peers from other libraries.
 
-    python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter TEXT] [--base REF] [--json]
+    python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter TEXT] [--base REF] [--resume]
+                        [--json]
 
 Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds. A row is
 timed only after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow,
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +41,35 @@ RESULTS = HERE / "results" / "ops.jsonl"
 FAULT = 1.05
 
 
-def peaks(threads: int, clock: Callable[[], float]) -> dict[str, float]:
-    """GB/s of main memory and G operations/s of FMA, bfloat16 products and VNNI (times threads), best of several tries.
+class Memory:
+    """Rates of main memory: "stream" only reads; "update" writes what it reads, and processors with paths for both move
+    more bytes then."""
 
-    "stream" only reads; "update" writes what it reads, and processors with paths for both move more bytes then.
-    """
+    def __init__(self, threads: int, clock: Callable[[], float]) -> None:
+        from tinycomp import _C
+
+        self.clock, rows, vector = clock, torch.ones(16384, 4096), torch.ones(4096)
+        other = rows.clone()
+        self.size = rows.nbytes
+        self.runs: dict[str, dict[str, tuple[int, Callable[[], object]]]] = {
+            "stream": {"mv": (1, lambda: rows @ vector), "sum": (1, rows.sum)},
+            "update": {"mul": (2, lambda: rows.mul_(0.5)), "add": (3, lambda: rows.add_(other))},
+        }
+        if threads == 1 and hasattr(_C, "read_memory"):  # the library of another commit may lack it
+            self.runs["stream"]["side by side"] = 1, lambda: _C.read_memory(rows.data_ptr(), rows.numel())
+
+    def rate(self, name: str, repeats: int) -> float:
+        """GB/s, best of several tries."""
+        runs = self.runs[name]
+        timed = time_interleaved({key: run for key, (_, run) in runs.items()}, repeats, clock=self.clock)
+        return max(self.size * runs[key][0] / min(t.seconds) for key, t in timed.items()) / 1e9
+
+
+def peaks(threads: int, memory: Memory) -> dict[str, float]:
+    """GB/s of memory, G operations/s of FMA, bfloat16 products and VNNI (times threads), best of several tries."""
     from tinycomp import _C
 
-    rows, vector = torch.ones(16384, 4096), torch.ones(4096)
-    readers = {"mv": lambda: rows @ vector, "sum": rows.sum}
-    if threads == 1:
-        readers["rows side by side"] = lambda: _C.read_memory(rows.data_ptr(), rows.numel())
-    reads = time_interleaved(readers, repeats=7, clock=clock)
-    other = rows.clone()
-    updates = {"mul": (2, lambda: rows.mul_(0.5)), "add": (3, lambda: rows.add_(other))}
-    writes = time_interleaved({name: run for name, (_, run) in updates.items()}, repeats=7, clock=clock)
-    found = {
-        "stream": rows.nbytes / min(s for t in reads.values() for s in t.seconds) / 1e9,
-        "update": max(rows.nbytes * updates[name][0] / min(t.seconds) for name, t in writes.items()) / 1e9,
-    }
+    found = {name: memory.rate(name, 7) for name in memory.runs}
     for name, candidates in (
         ("fma", ("fma512", "fma256")),
         ("bf16", ("bf16_512",)),
@@ -126,7 +137,8 @@ class Bench:
         self.options = options
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.peers = Peers(options.peers)
-        self.peaks = peaks(options.threads, self.clock)
+        self.memory = Memory(options.threads, self.clock)
+        self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
         self.cold_bytes = (100 if options.quick else 260) << 20
 
@@ -149,6 +161,8 @@ class Bench:
         faults = dict(self.peers.add(named, case, args, self.cold_bytes))
         timed = time_interleaved({k: rounds(v) for k, v in named.items()}, self.repeats, clock=self.clock)
         times = {k: Timing(tuple(s / len(named[k]) for s in t.seconds)) for k, t in timed.items()}
+        # Memory that others use as well is faster in some minutes than in others.
+        self.peaks[case.memory] = max(self.peaks[case.memory], self.memory.rate(case.memory, 3))
         return self._row(case, args, times, dense_bytes) | ({"peer_faults": faults} if faults else {})
 
     def _row(self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], dense_bytes: int) -> dict[str, Any]:
@@ -203,7 +217,8 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run(options: argparse.Namespace, known: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows as they are timed, but those of `known` keys."""
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     bench = Bench(options)
@@ -212,7 +227,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not options.json:
         print(json.dumps(about), flush=True)
     for case in cases(options.quick):
-        if options.filter and options.filter not in case.key:
+        if case.key in known or (options.filter and options.filter not in case.key):
             continue
         start_load = load_average()
         try:
@@ -222,6 +237,14 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 raise
             row = {"key": case.key, "op": case.op, "fault": f"not run: {error}"}
         yield row | {"load_average": start_load} | about
+
+
+def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows that an interrupted run of this commit, with these threads and clock, has left; the last one of each key."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    wanted = commit(), options.threads, "cpu" if options.cpu_time else "wall"
+    rows = [row for row in map(json.loads, lines) if (row["commit"], row["threads"], row["clock"]) == wanted]
+    return list({row["key"]: row for row in rows}.values())
 
 
 def at_commit(ref: str, options: argparse.Namespace) -> dict[str, float]:
@@ -272,13 +295,14 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
     parser.add_argument("--filter", help="only rows whose key holds this text")
     parser.add_argument("--base", metavar="REF", help="compare with the library at another commit")
+    parser.add_argument("--resume", action="store_true", help="leave out rows that this commit has in the file")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, write nothing")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error(f"--cpu-time with --threads {options.threads}, allowed 1; the CPU clock adds threads up")
     RESULTS.parent.mkdir(exist_ok=True)
-    rows = []
-    for row in run(options):
+    rows = earlier(options) if options.resume else []
+    for row in run(options, {row["key"] for row in rows}):
         print(json.dumps(row) if options.json else line(row), flush=True)
         rows.append(row)
         if not options.json:

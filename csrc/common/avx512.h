@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "dot.h"
+#include "sums_x86.h"
 #include "transpose_avx512.h"
 
 namespace tinycomp {
@@ -66,9 +67,6 @@ struct Avx512 {
   TINYCOMP_TARGET static void store(torch::headeronly::Half* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  TINYCOMP_TARGET static __m256 halve(Vec v) {
-    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  }
   TINYCOMP_TARGET static float sum(Vec v) {
     const __m256 eight = halve(v);
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -76,8 +74,7 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
   TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+    sum_each(halve(a), halve(b), halve(c), halve(d), out);
   }
 };
 

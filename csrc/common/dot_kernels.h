@@ -27,8 +27,8 @@ namespace {
 // Bytes between a load and the prefetch that goes with it, to the nearest cache (tried at 512, 1024 and 2048) and to
 // the one behind it.
 constexpr int64_t kAhead = 512, kFarAhead = 16384;
-// The prefetch goes to the next rows instead where they are this near, on AMD to rows at that distance: short rows would
-// begin unfetched.
+// The prefetch goes to the next rows instead where they are this near, on AMD to rows at that distance: short rows
+// would begin unfetched.
 constexpr int64_t kNear = 16384, kFarNear = 65536;
 
 template <class T>
@@ -42,8 +42,7 @@ TINYCOMP_TARGET inline void finish(const typename V::Vec (&acc)[M][R], float* ou
   for (int j = 0; j < M; ++j) {
     if constexpr (R % 4 == 0) {
 #pragma GCC unroll 2
-      for (int r = 0; r < R; r += 4)
-        V::sum4(acc[j][r], acc[j][r + 1], acc[j][r + 2], acc[j][r + 3], out + j * ldo + r);
+      for (int r = 0; r < R; r += 4) V::sum4(acc[j][r], acc[j][r + 1], acc[j][r + 2], acc[j][r + 3], out + j * ldo + r);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) out[j * ldo + r] = V::sum(acc[j][r]);

@@ -1,5 +1,5 @@
-// expand.h for AVX-512 VBMI2, which expands 32 values of 16 bits or 64 of 8 in one instruction; without and with that of
-// products of bfloat16 (AVX-512 BF16). Everything else is as for AVX-512.
+// expand.h for AVX-512 VBMI2, which expands 32 values of 16 bits or 64 of 8 in one instruction; without and with that
+// of products of bfloat16 (AVX-512 BF16). Everything else is as for AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -88,7 +88,7 @@ void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits) {
 }
 
 const ExpandTable portable_expand = {expand_bits, gather_scalar, nullptr, gather_rows, gather_pairs, count_bits,
-                                     none,        nullptr,       none,        nullptr,      nullptr,
-                                     16,          nullptr,       code_bits};
+                                     none,        nullptr,       none,    nullptr,     nullptr,      16,
+                                     nullptr,     code_bits};
 
 }  // namespace tinycomp

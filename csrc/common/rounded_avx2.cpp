@@ -5,6 +5,7 @@
 #define TINYCOMP_TARGET __attribute__((target("avx2,fma")))
 
 #include "rounded_kernels.h"
+#include "sums_x86.h"
 
 namespace tinycomp {
 namespace {
@@ -24,10 +25,7 @@ struct Avx2 {
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
-  TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
-  }
+  TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) { sum_each(a, b, c, d, out); }
   TINYCOMP_TARGET static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   TINYCOMP_TARGET static __m128i eight_bytes(const uint8_t* p, int64_t n) {
     if (n >= 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "rounded_kernels.h"
+#include "sums_x86.h"
 #include "transpose_avx512.h"
 
 namespace tinycomp {
@@ -25,12 +26,8 @@ struct Avx512 {
   TINYCOMP_TARGET static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   TINYCOMP_TARGET static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   TINYCOMP_TARGET static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
-  TINYCOMP_TARGET static __m256 halve(Vec v) {
-    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  }
   TINYCOMP_TARGET static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+    sum_each(halve(a), halve(b), halve(c), halve(d), out);
   }
   TINYCOMP_TARGET static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   TINYCOMP_TARGET static Vec load_i8(const uint8_t* p, int64_t n) {

@@ -1,11 +1,11 @@
 // The loops behind rounded.h, written once against a vector type V, as in dot_kernels.h.
 //
-// V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), sum4(four vectors, out), load(p), store(p, v), load_i8(p, n)
-// and load_u4(p, n, low, high) of n <= width entries with zero levels (-8 for u4) after them; Int (32-bit sums), bytes
-// (levels per step), inputs (per tile), no_sums(), load_sums(p), store_sums(p, sums), set_bytes(v), dot(sums, unsigned
-// levels, signed levels), dot_halves(sums, v, even, odd) of the low halves of v with even, the high ones with odd,
-// load_bytes(p, n) with zeros after n <= bytes, offset(v) adding 128 to signed levels, to_float(sums); largest(x, n) of
-// magnitudes, round(x, factor, n, levels) to int8.
+// V has: Vec (float32), width, zero(), set1(f), fma(a, b, c), mul(a, b), sum(v), sum4(four vectors, out), load(p),
+// store(p, v), load_i8(p, n) and load_u4(p, n, low, high) of n <= width entries with zero levels (-8 for u4) after
+// them; Int (32-bit sums), bytes (levels per step), inputs (per tile), no_sums(), load_sums(p), store_sums(p, sums),
+// set_bytes(v), dot(sums, unsigned levels, signed levels), dot_halves(sums, v, even, odd) of the low halves of v with
+// even, the high ones with odd, load_bytes(p, n) with zeros after n <= bytes, offset(v) adding 128 to signed levels,
+// to_float(sums); largest(x, n) of magnitudes, round(x, factor, n, levels) to int8.
 
 #include <algorithm>
 #include <cmath>

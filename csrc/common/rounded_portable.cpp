@@ -22,7 +22,9 @@ struct Portable {
   }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-  static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
   static Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
   static Vec load_i8(const uint8_t* p, int64_t n) {
     Vec v{};

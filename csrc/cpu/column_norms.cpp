@@ -6,7 +6,8 @@
 namespace tinycomp {
 namespace {
 
-// Rows that are read together, and rows whose squares are added in the accumulation type of T before they go into double.
+// Rows that are read together, and rows whose squares are added in the accumulation type of T before they go into
+// double.
 constexpr int64_t kRows = 8, kAdded = 32;
 
 // sums[c] += the squares of `count` rows.

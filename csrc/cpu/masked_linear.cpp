@@ -287,10 +287,10 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const OneInput one{columns.data(), columns.data() + wide};
   auto* words = reinterpret_cast<uint32_t*>(columns.data());
   const Columns lines{columns.data(), turned && narrow ? words : nullptr, m};
-  const Stage packing = turned   ? Stage{w.cols, 256}
+  const Stage packing = turned                 ? Stage{w.cols, 256}
                         : padded || words_once ? Stage{1, 1}
-                        : blocks ? Stage{w.cols / kBlock, 8}
-                                 : Stage{0, 1};
+                        : blocks               ? Stage{w.cols / kBlock, 8}
+                                               : Stage{0, 1};
   const bool packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
   const Stage stages[] = {packed_alone ? Stage{0, 1} : x.stage(), packing, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
