@@ -352,6 +352,16 @@ void gather(const A* __restrict line, const std::vector<int32_t>& from, const st
   });
 }
 
+// to[c] += scales[i + c] line[from[i + c]] for n results; no scales if those are empty.
+inline void add_gathered(const float* __restrict line, const std::vector<int32_t>& from,
+                         const std::vector<float>& scales, int64_t i, int64_t n, float* __restrict to) {
+  const int32_t* __restrict at = from.data() + i;
+  if (scales.empty())
+    for (int64_t c = 0; c < n; ++c) to[c] += line[at[c]];
+  else
+    for (int64_t c = 0; c < n; ++c) to[c] += scales[i + c] * line[at[c]];
+}
+
 // `m` rows of `cols` results that are put in order.
 inline Stage place_stage(int64_t m, int64_t cols) {
   return {m, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1))};

@@ -51,8 +51,7 @@ void stream_outputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& 
   const Stage stages[] = {wide.stage(), x.stage(), readers, middle, layer.a.stage()};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     const auto corrected = [&](int64_t j, int64_t i, float* values, int64_t n) {
-      const float* z = shared.row(j);
-      for (int64_t c = 0; c < n; ++c) values[c] += layer.scale(i + c) * z[layer.labels[i + c]];
+      add_gathered(shared.row(j), layer.labels, layer.scales, i, n, values);
       y.store(j, i, values, n);
     };
     if (stage == 0) {

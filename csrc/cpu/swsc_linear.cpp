@@ -13,19 +13,6 @@ struct Layer {
   int64_t clusters, in_features, out_features;
 
   Accumulate<T> scale(int64_t i) const { return scales.empty() ? 1 : scales[i]; }
-  // values[c] += what result i + c takes from the products of the centroids, for n results.
-  void add_shared(const float* products, int64_t i, int64_t n, float* values) const {
-    vectorised([&] {
-      const int32_t* label = labels.data() + i;
-      const float* factor = scales.empty() ? nullptr : scales.data() + i;
-      const float* __restrict from = products;
-      float* __restrict to = values;
-      if (factor != nullptr)
-        for (int64_t c = 0; c < n; ++c) to[c] += factor[c] * from[label[c]];
-      else
-        for (int64_t c = 0; c < n; ++c) to[c] += from[label[c]];
-    });
-  }
   double estimate(int64_t m) const {
     return weight_estimate(centroids, m) + weight_estimate(b, m) + weight_estimate(a, m);
   }
@@ -49,7 +36,7 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
       }
     } else {
       dot_rows(layer.a, low.operand(0, rank), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
-        layer.add_shared(shared.row(j), i, n, values);
+        add_gathered(shared.row(j), layer.labels, layer.scales, i, n, values);
         y.store(j, i, values, n);
       });
     }
