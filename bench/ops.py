@@ -273,16 +273,26 @@ def plot(rows: list[dict[str, Any]], peak: dict[str, float], path: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    grid = [2 ** (i / 4) for i in range(-8, 45)]
-    for name in ("fma", "bf16", "vnni"):
-        axes.loglog(grid, [min(peak["stream"] * i, peak[name]) for i in grid], label=f"limit, {name}")
-    for op in sorted({row["op"] for row in rows}):
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    grid = [2 ** (i / 4) for i in range(-10, 40)]
+    for name, style in (("fma", "-"), ("bf16", "--"), ("vnni", ":")):
+        rates = [min(peak["stream"] * i, peak[name]) for i in grid]
+        axes.loglog(grid, rates, style, color="grey", linewidth=1, label=f"memory read, {name}")
+    writes = [(i, peak["update"] * i) for i in grid if i <= 1]
+    axes.loglog(*zip(*writes, strict=True), "-.", color="grey", linewidth=1, label="memory updated in place")
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for number, op in enumerate(sorted({row["op"] for row in rows})):
         chosen = [row for row in rows if row["op"] == op and row["gflop_s"] > 0]
-        axes.loglog([r["intensity"] for r in chosen], [r["gflop_s"] for r in chosen], ".", label=op)
+        points = [r["intensity"] for r in chosen], [r["gflop_s"] for r in chosen]
+        axes.loglog(*points, "osD^vPX*"[number % 8], color=colours[number % 20], markersize=5, label=op)
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("G operations/s")
-    axes.legend(fontsize=7)
+    axes.set_title(
+        f"{rows[0]['machine']['cpu']}, threads: {rows[0]['threads']}, commit {rows[0]['commit']}", fontsize=9
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
