@@ -6,8 +6,9 @@
 
 namespace tinycomp {
 
-// Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once in float32.
-constexpr int64_t kFewInputs = 8;
+// Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once, in float32 or,
+// where that is what they are rounded to and its products are faster, in bfloat16.
+constexpr int64_t kFewInputs = 8, kFewBeforePairs = 5;
 // From this many rounded inputs on, transposing levels costs less than summing across registers.
 constexpr int64_t kManyInputs = 12;
 
@@ -119,21 +120,26 @@ class RoundedWeight {
 // Inputs as a rounded weight reads them, and others of its layout; `prepare` fills rows in a stage of its own.
 class RoundedInputs {
  public:
-  // `zeros`: whether another weight that reads them has zeros.
-  RoundedInputs(const RoundedWeight& w, const float* x, int64_t m, int slot, bool zeros = false)
+  // `pairs`: whether they and rebuilt weights are rounded to bfloat16, in pairs. `zeros`: whether another weight that
+  // reads them has zeros.
+  RoundedInputs(const RoundedWeight& w, const float* x, int64_t m, int slot, bool pairs, bool zeros = false)
       : w_(w),
         zeros_(zeros || w.has_zeros()),
         x_(x),
         m(m),
         width_(input_width(layout())),
-        rebuilds_(!w.rounds_inputs && m > kFewInputs),
-        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + (2 + kLanes) * w.groups + w.scale_groups)) {
+        // Zeros are subtracted from products: of levels around them, which would lose digits.
+        pairs_(pairs && !zeros_ && !w.rounds_inputs && m > (w.four_bits ? kFewInputs : kFewBeforePairs)),
+        rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
+        words_(pairs_ ? row_distance(width_ / 2, m) : 0),
+        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + words_ + (2 + kLanes) * w.groups + w.scale_groups)) {
     float* next = memory_.data();
     ordered_ = next, next += m * (width_ / (w.rounds_inputs ? 4 : 1));
     scales_ = next, next += m * w.groups;
     sums_ = reinterpret_cast<int32_t*>(next), next += m * w.groups;
     starts_ = reinterpret_cast<int32_t*>(next), next += m * w.groups * kLanes;
-    totals_ = next;
+    totals_ = next, next += m * w.scale_groups;
+    narrowed_ = next;
   }
 
   Stage stage() const { return {m, std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1))}; }
@@ -144,6 +150,7 @@ class RoundedInputs {
       float* totals = totals_ + j * w_.scale_groups;
       if (!w_.rounds_inputs) {
         rounded().order_inputs(layout(), x, ordered_ + j * width_, zeros_ ? totals : nullptr);
+        if (pairs_) narrow(Type::bf16, ordered_ + j * width_, narrowed_ + j * words_, width_);
         continue;
       }
       const int64_t at = j * w_.groups;
@@ -165,16 +172,23 @@ class RoundedInputs {
     const int64_t most = std::min(m, kInputsAtOnce), groups = w.scale_groups;
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
     const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
-    const Scratch rebuilt(kRebuildSlot, rebuilds_ ? kBatch * width_ : 0);
+    const int64_t words = row_distance(width_ / 2, kBatch);
+    const Scratch rebuilt(kRebuildSlot, rebuilds_ ? kBatch * (width_ + (pairs_ ? words : 0)) : 0);
+    float* const narrowed = rebuilt.data() + kBatch * width_;
     float *values = out.data(), *correction = values + most * kBatch;
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
       const RoundedRows rows = w.at(i, n, scales.data());
       if (w.has_zeros()) w.shifts(i, n, scales.data(), shifts.data());
       if (rebuilds_) rounded().rebuild(rows, n, rebuilt.data());
+      for (int64_t r = 0; r < n && pairs_; ++r)
+        narrow(Type::bf16, rebuilt.data() + r * width_, narrowed + r * words, width_);
       for (int64_t start = 0; start < m; start += most) {
         const int64_t inputs = std::min(most, m - start);
-        multiply(rows, n, start, inputs, rebuilt.data(), values);
+        if (pairs_)
+          dot_pairs(narrowed, words * 4, n, width_ / 2, narrowed_ + start * words_, words_, inputs, values, kBatch);
+        else
+          multiply(rows, n, start, inputs, rebuilt.data(), values);
         if (w.has_zeros()) {
           dot(Type::f32, shifts.data(), groups * 4, n, groups, totals_ + start * groups, groups, inputs, correction,
               kBatch);
@@ -212,9 +226,10 @@ class RoundedInputs {
 
  private:
   int64_t width_;
-  bool rebuilds_;
+  bool pairs_, rebuilds_;
+  int64_t words_;
   Scratch memory_;
-  float *ordered_, *scales_, *totals_;
+  float *ordered_, *scales_, *totals_, *narrowed_;
   int32_t *sums_, *starts_;
 };
 

@@ -12,7 +12,8 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
   const bool pivoted = !from.empty();
   // The second weight reads the middle without gaps; `lines` is the middle and the other results, to be put in order.
   const Middle z(kMiddleSlot, m, rank, false), lines(kLinkSlot, pivoted ? m : 0, y.cols);
-  const RoundedInputs x(r, wide.data(), m, kLevelSlot), inner(t, z.row(0), m, kMiddleLevelSlot);
+  const RoundedInputs x(r, wide.data(), m, kLevelSlot, in_pairs<T>(0));
+  const RoundedInputs inner(t, z.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
   const Stage stages[] = {wide.stage(),  x.stage(), r.stage(),
                           inner.stage(), t.stage(), place_stage(pivoted ? m : 0, y.cols)};
   run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {

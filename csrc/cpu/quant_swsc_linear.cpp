@@ -44,8 +44,8 @@ template <class T>
 void stream_outputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& y) {
   const int64_t m = wide.rows, k = layer.clusters, rank = layer.b.rows;
   const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, false);
-  const RoundedInputs x(layer.centroids, wide.data(), m, kLevelSlot, layer.b.has_zeros());
-  const RoundedInputs inner(layer.a, low.row(0), m, kMiddleLevelSlot);
+  const RoundedInputs x(layer.centroids, wide.data(), m, kLevelSlot, in_pairs<T>(0), layer.b.has_zeros());
+  const RoundedInputs inner(layer.a, low.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
   const Stage readers{k + rank, (rank > k ? layer.b : layer.centroids).stage().chunk};
   const Stage middle{rank > 0 ? m : 0, inner.stage().chunk};
   const Stage stages[] = {wide.stage(), x.stage(), readers, middle, layer.a.stage()};
@@ -77,8 +77,9 @@ void stream_inputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& y
   const int64_t m = wide.rows, rank = layer.b.rows, n = layer.out_features;
   const Middle sums(kMiddleSlot, m, layer.clusters, false), low(kLowSlot, m, rank, false);
   const Middle shared(kLinkSlot, rank > 0 ? m : 0, n);
-  const RoundedInputs x(layer.b, wide.data(), m, kLevelSlot), inner(layer.a, low.row(0), m, kMiddleLevelSlot);
-  const RoundedInputs summed(layer.centroids, sums.row(0), m, kSumLevelSlot);
+  const RoundedInputs x(layer.b, wide.data(), m, kLevelSlot, in_pairs<T>(0));
+  const RoundedInputs inner(layer.a, low.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
+  const RoundedInputs summed(layer.centroids, sums.row(0), m, kSumLevelSlot, in_pairs<T>(0));
   const Stage middle{rank > 0 ? m : 0, inner.stage().chunk};
   const Stage last_stage = (rank > layer.clusters ? layer.a : layer.centroids).stage();
   const Stage stages[] = {wide.stage(), {m, 1}, layer.b.stage(), middle, last_stage};
