@@ -328,6 +328,11 @@ def test_masked_linear_refuses_a_column_that_is_not_there(inputs: int, dtype: to
         mask[1] = torch.tensor(column).to(torch.int16)
         with pytest.raises(ValueError, match="masked_linear: "):
             ops.masked_linear(normal(inputs, 9).to(dtype), *packed._replace(mask=mask), None, 3, "index")
+    # A row of more kept weights than there are columns.
+    long = packed._replace(values=torch.ones(12).to(dtype), mask=torch.zeros(12, dtype=torch.int16))
+    offsets = torch.tensor([0, 12, 12, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match="masked_linear: "):
+        ops.masked_linear(normal(inputs, 9).to(dtype), *long._replace(offsets=offsets), None, 3, "index")
 
 
 def test_an_op_is_defined_once() -> None:

@@ -128,7 +128,7 @@ class RoundedInputs {
         x_(x),
         m(m),
         width_(input_width(layout())),
-        // Zeros are subtracted from products: of levels around them, which would lose digits.
+        // With zeros, products of levels far from them would be rounded before the difference is taken.
         pairs_(pairs && !zeros_ && !w.rounds_inputs && m > (w.four_bits ? kFewInputs : kFewBeforePairs)),
         rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
         words_(pairs_ ? row_distance(width_ / 2, m) : 0),

@@ -127,7 +127,7 @@ void listed(const Masked& w, const uint16_t* x, int64_t first, int64_t last, con
         for (int64_t r = 0; r < n; ++r) {
           const auto [from, to] = w.range(i + r, w.count);
           out[r] = expansion().gather_words(values + from, index + from, to - from, x, most);
-          if (most >= w.cols && to > from) w.bad = true;
+          if (to - from > w.cols || (to > from && most >= w.cols)) w.bad = true;
         }
       },
       store);

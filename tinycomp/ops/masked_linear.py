@@ -124,6 +124,9 @@ def _check_offsets(values: Tensor, mask: Tensor, offsets: Tensor, k: int, format
         raise ValueError(f"{_NAME}: offsets disagree with mask or with {stored} stored values; pack with pack_masked")
     if format == "index":
         _checks.indices(_NAME, "mask", mask.int() & 0xFFFF, k)
+        most = int(counted.max()) if counted.numel() else 0
+        if most > k:
+            raise ValueError(f"{_NAME}: offsets give a row {most} values, allowed 0..{k}; pack with pack_masked")
 
 
 def _dense(x: Tensor, packed: Packed, out_features: int, format: str, value_bits: int) -> Tensor:
