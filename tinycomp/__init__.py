@@ -94,9 +94,10 @@ def __dir__() -> list[str]:
 def _register_plugin() -> str | None:
     """Register with transformers. Returns None, or why this transformers cannot load compressed checkpoints."""
     try:
-        from tinycomp import hf
+        from tinycomp import attention, hf
 
         hf.register()
+        attention.register()
     except (ImportError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(

@@ -6,6 +6,7 @@ from tinycomp.ops._registry import OPS, ORDER, Cost, Op, load_native, register, 
 from tinycomp.ops.column_norms import column_norms
 from tinycomp.ops.cur_linear import cur_linear
 from tinycomp.ops.cur_linears import cur_linears
+from tinycomp.ops.decode_attention import decode_attention
 from tinycomp.ops.gram_accumulate_ import gram_accumulate_
 from tinycomp.ops.kmeans_assign import kmeans_assign
 from tinycomp.ops.kmeans_update import kmeans_update
@@ -38,6 +39,7 @@ __all__ = [
     "column_norms",
     "cur_linear",
     "cur_linears",
+    "decode_attention",
     "dequantize",
     "gram_accumulate_",
     "kmeans_assign",
