@@ -40,12 +40,15 @@ RESULTS = Path(__file__).parent / "results" / "model.jsonl"
 def replaced(model: nn.Module, change: Any) -> nn.Module:
     """`model` after `change(name, module)` gave a new module, or None, for each of its linear layers."""
     kinds = (nn.Linear, LowRankLinear)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    for name, module in found:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if not isinstance(parent, LowRankLinear) and (new := change(name, module)) is not None:
-            setattr(parent, child, new)
+    found = []
+    for name, module in model.named_modules():
+        parent, _, child = name.rpartition(".")
+        within = model.get_submodule(parent)
+        if isinstance(module, kinds) and not isinstance(within, LowRankLinear):
+            found.append((name, module, within, child))
+    for name, module, within, child in found:
+        if (new := change(name, module)) is not None:
+            setattr(within, child, new)
     return model.eval()
 
 
@@ -65,6 +68,13 @@ def rounded(model: nn.Module, bits: int, group_size: int = 0) -> nn.Module:
 def own_head(model: nn.Module) -> nn.Module:
     """The head on our dense kernel, its tie to the embedding kept."""
     return replaced(model, lambda name, module: DenseLinear.from_linear(module) if name.endswith("lm_head") else None)
+
+
+def attended(model: nn.Module) -> nn.Module:
+    """A copy that decodes with our attention; the others have torch's."""
+    other: Any = copy.deepcopy(model)
+    other.set_attn_implementation("tinycomp")
+    return other
 
 
 class Free(nn.Module):
@@ -124,6 +134,8 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         found[f"svd {ratio} int8"] = rounded(copy.deepcopy(small), 8)
         if not options.quick:
             found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
+    for name in [name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "ours"))]:
+        found[f"{name}, our attention"] = attended(found[name])
     return found, tokenizer
 
 
@@ -154,7 +166,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         found |= {name: model for name, (model, _) in peers.items()}
         sizes |= {name: size for name, (_, size) in peers.items()}
     with torch.no_grad():
-        speeds = speed_of(found, 128, 16 if options.quick else 64, 3 if options.quick else 9)
+        speeds = speed_of(found, 128, 32 if options.quick else 64, 7 if options.quick else 9)
         compiled: dict[str, float] = {}
         if options.compile:
             # torch's int8 does not compile, and a compiler leaves out what reads the zeros of no linear layers.

@@ -283,8 +283,8 @@ constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 // one not much waited for, begins where a cache line of results does, and with many inputs fills whole panels.
 inline Stage row_stage(const Weight& w, int64_t m) {
   const int64_t unit = m < kPanelInputs ? 16 : 32;
-  const int64_t share = w.rows * w.stride / (2 * torch::stable::get_num_threads());
-  const int64_t rows = std::clamp<int64_t>(share, 32768, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
+  const int64_t share = w.rows * w.stride / (8 * torch::stable::get_num_threads());
+  const int64_t rows = std::clamp<int64_t>(share, 8192, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
   return {w.rows, std::max<int64_t>(rows, unit)};
 }
 

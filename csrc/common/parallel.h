@@ -57,7 +57,9 @@ class Joined {
 };
 
 // body(stage, first, last) over all items of stage 0, then stage 1, ...; every item of a stage is done before the next
-// begins. Threads claim chunks, so a thread that comes late (or never, inside another parallel region) holds up nobody.
+// begins. A thread claims chunks of a part of its own, one after another, so that what it asks memory for ahead is what
+// it comes to; then those of other parts: a thread that comes late (or never, inside another parallel region) holds up
+// nobody.
 template <int S, class Body>
 void run_stages(const Stage (&stages)[S], double estimate, const Body& body) {
   const int64_t threads = estimate < kWorthwhile ? 1 : torch::stable::get_num_threads();
@@ -66,18 +68,26 @@ void run_stages(const Stage (&stages)[S], double estimate, const Body& body) {
       if (stages[s].size > 0) body(s, int64_t{0}, stages[s].size);
     return;
   }
-  std::atomic<int64_t> claimed[S] = {}, done[S] = {};
+  constexpr int64_t kParts = 8;
+  const int64_t parts = std::min(threads, kParts);
+  struct alignas(64) Progress {
+    std::atomic<int64_t> claimed[kParts];  // chunks of each part
+    std::atomic<int64_t> done;             // items of all
+  } progress[S] = {};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
     for (int64_t slot = from; slot < to; ++slot)
       for (int s = 0; s < S; ++s) {
-        const int64_t size = stages[s].size, chunk = stages[s].chunk;
-        for (int64_t first; (first = claimed[s].fetch_add(chunk)) < size;) {
-          const int64_t last = first + chunk < size ? first + chunk : size;
-          body(s, first, last);
-          done[s].fetch_add(last - first, std::memory_order_release);
+        const int64_t size = stages[s].size, chunk = stages[s].chunk, chunks = (size + chunk - 1) / chunk;
+        for (int64_t p = 0; p < parts; ++p) {
+          const int64_t part = (slot + p) % parts, begin = part * chunks / parts, end = (part + 1) * chunks / parts;
+          for (int64_t mine; (mine = begin + progress[s].claimed[part].fetch_add(1)) < end;) {
+            const int64_t first = mine * chunk, last = std::min(first + chunk, size);
+            body(s, first, last);
+            progress[s].done.fetch_add(last - first, std::memory_order_release);
+          }
         }
         // Another thread is at work on what is missing; if it has lost its core, let it have this one.
-        for (int turn = 0; done[s].load(std::memory_order_acquire) < size; ++turn) {
+        for (int turn = 0; progress[s].done.load(std::memory_order_acquire) < size; ++turn) {
           if (turn < 4096)
             pause();
           else

@@ -118,8 +118,7 @@ void attend(const Tensor& q, const Cache<T>& k, const Cache<T>& v, const bool* s
       if (v.step == v.cols)
         widen(dot_type<T>, v.at(b, head, start), wide.data(), n * v.cols);
       else
-        for (int64_t r = 0; r < n; ++r)
-          widen(dot_type<T>, v.at(b, head, start + r), wide.data() + r * v.cols, v.cols);
+        for (int64_t r = 0; r < n; ++r) widen(dot_type<T>, v.at(b, head, start + r), wide.data() + r * v.cols, v.cols);
       for (int64_t j = 0; j < lines; ++j) {
         float *const weights = scores.data() + j * kKeys, *const to = found(line + j, part);
         const int64_t query = j % queries;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -83,6 +85,22 @@ def tensors(module: nn.Module, *names: str) -> list[Any]:
         parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name)
         for name in names
     ]
+
+
+def buffers_and_bias(*names: str) -> Callable[[nn.Module], Sequence[Any]]:
+    """The same for a layer's buffers of these names, and its bias, faster still.
+
+    Between two calls of a layer a model touches more memory than the caches hold, so each look-up waits for some.
+    """
+    found = itemgetter(*names)
+
+    def get(module: nn.Module) -> Sequence[Any]:
+        try:
+            return *found(module._buffers), module._parameters["bias"]
+        except KeyError:  # somebody made a parameter of a buffer
+            return tensors(module, *names, "bias")
+
+    return get
 
 
 def plain_weights(*children: nn.Module) -> list[Any] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinycomp.layers._base import CompressedLinear, check_size, tensors
+from tinycomp.layers._base import CompressedLinear, buffers_and_bias, check_size
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.masked_formats import BLOCK, Packed, check_format, pack_masked, unpack_masked
+
+_tensors = buffers_and_bias("values", "mask", "offsets", "scales")
 
 
 class MaskedLinear(Grouped, CompressedLinear):
@@ -103,8 +106,8 @@ class MaskedLinear(Grouped, CompressedLinear):
         """Stored values, rounded or not, and scales; positions are not counted."""
         return self.nnz + (0 if self.scales is None else self.scales.numel())
 
-    def group_tensors(self) -> list[Any]:
-        return [*tensors(self, "values", "mask", "offsets", "scales", "bias"), self.out_features]
+    def group_tensors(self) -> Sequence[Any]:
+        return *_tensors(self), self.out_features
 
     def group_numbers(self) -> tuple[int | str, ...]:
         return self.format, self.value_bits

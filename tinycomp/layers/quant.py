@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinycomp.layers._base import CompressedLinear, check_size, tensors
+from tinycomp.layers._base import CompressedLinear, buffers_and_bias, check_size
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
+
+_tensors = buffers_and_bias("qweight", "scales", "zeros")
 
 
 class QuantLinear(Grouped, CompressedLinear):
@@ -93,8 +96,8 @@ class QuantLinear(Grouped, CompressedLinear):
         zeros = 0 if self.zeros is None else self.zeros.numel()
         return self.in_features * self.out_features + self.scales.numel() + zeros
 
-    def group_tensors(self) -> list[Any]:
-        return tensors(self, "qweight", "scales", "zeros", "bias")
+    def group_tensors(self) -> Sequence[Any]:
+        return _tensors(self)
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits

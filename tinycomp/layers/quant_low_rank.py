@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinycomp.layers._base import CompressedLinear, check_size, tensors
+from tinycomp.layers._base import CompressedLinear, buffers_and_bias, check_size
 from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.low_rank import LowRankLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
+
+_tensors = buffers_and_bias("r", "r_scales", "t", "t_scales", "order", "r_zeros", "t_zeros")
 
 
 class QuantLowRankLinear(Grouped, CompressedLinear):
@@ -102,8 +105,8 @@ class QuantLowRankLinear(Grouped, CompressedLinear):
         factors = self.rank * (self.in_features + self.t.shape[0])
         return factors + sum(t.numel() for t in kept if t is not None)
 
-    def group_tensors(self) -> tuple[Any, ...]:
-        return tuple(tensors(self, "r", "r_scales", "t", "t_scales", "order", "r_zeros", "t_zeros", "bias"))
+    def group_tensors(self) -> Sequence[Any]:
+        return _tensors(self)
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits
