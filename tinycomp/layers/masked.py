@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from tinycomp.layers._base import CompressedLinear, buffers_and_bias, check_size
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.masked_formats import BLOCK, Packed, check_format, pack_masked, unpack_masked
 
-_tensors = buffers_and_bias("values", "mask", "offsets", "scales")
+_BUFFERS = ("values", "mask", "offsets", "scales")
 
 
 class MaskedLinear(Grouped, CompressedLinear):
@@ -106,8 +105,8 @@ class MaskedLinear(Grouped, CompressedLinear):
         """Stored values, rounded or not, and scales; positions are not counted."""
         return self.nnz + (0 if self.scales is None else self.scales.numel())
 
-    def group_tensors(self) -> Sequence[Any]:
-        return *_tensors(self), self.out_features
+    def group_tensors(self) -> list[Any]:
+        return [*buffers_and_bias(self, _BUFFERS), self.out_features]
 
     def group_numbers(self) -> tuple[int | str, ...]:
         return self.format, self.value_bits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from tinycomp.layers._base import CompressedLinear, buffers_and_bias, check_size
 from tinycomp.layers.grouped import Grouped
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
-_tensors = buffers_and_bias("qweight", "scales", "zeros")
+_BUFFERS = ("qweight", "scales", "zeros")
 
 
 class QuantLinear(Grouped, CompressedLinear):
@@ -96,8 +95,8 @@ class QuantLinear(Grouped, CompressedLinear):
         zeros = 0 if self.zeros is None else self.zeros.numel()
         return self.in_features * self.out_features + self.scales.numel() + zeros
 
-    def group_tensors(self) -> Sequence[Any]:
-        return _tensors(self)
+    def group_tensors(self) -> list[Any]:
+        return buffers_and_bias(self, _BUFFERS)
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from tinycomp.layers.grouped import Grouped
 from tinycomp.layers.low_rank import LowRankLinear
 from tinycomp.ops.quant_linear import check_activation_bits, dequantize, quantize
 
-_tensors = buffers_and_bias("r", "r_scales", "t", "t_scales", "order", "r_zeros", "t_zeros")
+_BUFFERS = ("r", "r_scales", "t", "t_scales", "order", "r_zeros", "t_zeros")
 
 
 class QuantLowRankLinear(Grouped, CompressedLinear):
@@ -105,8 +104,8 @@ class QuantLowRankLinear(Grouped, CompressedLinear):
         factors = self.rank * (self.in_features + self.t.shape[0])
         return factors + sum(t.numel() for t in kept if t is not None)
 
-    def group_tensors(self) -> Sequence[Any]:
-        return _tensors(self)
+    def group_tensors(self) -> list[Any]:
+        return buffers_and_bias(self, _BUFFERS)
 
     def group_numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size, self.activation_bits
