@@ -70,10 +70,10 @@ def own_head(model: nn.Module) -> nn.Module:
     return replaced(model, lambda name, module: DenseLinear.from_linear(module) if name.endswith("lm_head") else None)
 
 
-def attended(model: nn.Module) -> nn.Module:
-    """A copy that decodes with our attention; the others have torch's."""
-    other: Any = copy.deepcopy(model)
-    other.set_attn_implementation("tinycomp")
+def fused(model: nn.Module) -> nn.Module:
+    """A copy with our attention and norms; the others have those of torch and transformers."""
+    other = copy.deepcopy(model)
+    tc.fuse_(other)
     return other
 
 
@@ -135,7 +135,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         if not options.quick:
             found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
     for name in [name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "ours"))]:
-        found[f"{name}, our attention"] = attended(found[name])
+        found[f"{name}, fused"] = fused(found[name])
     return found, tokenizer
 
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "train": {"models", "ops", "calib", "data", "eval", "io", "linalg", "progress"},
     "signals": {"calib", "data", "edits", "eval", "models"},
     "eval": {"models", "ops", "layers", "data"},
-    "attention": {"ops"},
+    "fused": {"ops"},
     "hf": {"edits", "layers", "models", "surgery"},
     "io": {"edits", "surgery", "hf", "plain"},
     "serve": {"hf", "io", "layers", "ops"},
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "inspection": {"edits", "io"},
     "measure": {"eval"},
     "doctor": {"ops"},
-    "__init__": {"attention", "hf"},
+    "__init__": {"fused", "hf"},
 }
 
 # What no file of the part may import, anywhere in it. "top" bans it at module level only: loading stays light.

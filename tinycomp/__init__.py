@@ -32,6 +32,7 @@ _LAZY = {
     "unit_costs": "tinycomp.layer_times",
     "load_model": "tinycomp.io",
     "save_model": "tinycomp.io",
+    "fuse_": "tinycomp.fused",
     "CUR": "tinycomp.methods",
     "SWSC": "tinycomp.methods",
     "SVD": "tinycomp.methods",
@@ -63,6 +64,7 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "unit_costs",
     "load_model",
     "save_model",
+    "fuse_",
     "CUR",
     "SWSC",
     "SVD",
@@ -94,10 +96,10 @@ def __dir__() -> list[str]:
 def _register_plugin() -> str | None:
     """Register with transformers. Returns None, or why this transformers cannot load compressed checkpoints."""
     try:
-        from tinycomp import attention, hf
+        from tinycomp import fused, hf
 
         hf.register()
-        attention.register()
+        fused.register()
     except (ImportError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(

@@ -21,6 +21,7 @@ from tinycomp.ops.quant_lowrank_linear import quant_lowrank_linear
 from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
 from tinycomp.ops.quant_swsc_linear import quant_swsc_linear
 from tinycomp.ops.quant_swsc_linears import quant_swsc_linears
+from tinycomp.ops.rms_norm import rms_norm
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
 from tinycomp.ops.sliced_linear import sliced_linear
@@ -58,6 +59,7 @@ __all__ = [
     "quant_swsc_linears",
     "quantize",
     "register",
+    "rms_norm",
     "sample_without_replacement",
     "select_pivots",
     "sliced_linear",

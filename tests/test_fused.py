@@ -1,18 +1,22 @@
-"""Our attention inside transformers: the same logits as torch's, for one new token on a CPU and nothing else."""
+"""Fused attention and norms inside transformers: the same logits, and nothing else changes."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, OTHERS, VOCAB
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 import tinycomp as tc
 from tinycomp import ops
+from tinycomp.fused import ATTENTION
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral")
 every_decoder = pytest.mark.parametrize("family", DECODERS)
@@ -32,9 +36,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def build(family: str, implementation: str = "tinycomp") -> Any:
+def build(family: str, implementation: str = ATTENTION) -> Any:
     model: Any = (FAMILIES | OTHERS)[family].build()
     model.set_attn_implementation(implementation)
+    return model
+
+
+def fused(family: str) -> Any:
+    model = build(family, "sdpa")
+    tc.fuse_(model)
     return model
 
 
@@ -67,7 +77,7 @@ def test_logits_are_those_of_torch(family: str, padded: bool, calls: list[Any]) 
     ids, mask = prompt()
     wanted = decoded(build(family, "sdpa"), ids, mask if padded else None)
     assert calls == []
-    got = decoded(build(family), ids, mask if padded else None)
+    got = decoded(fused(family), ids, mask if padded else None)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     blocks = len(calls) // 4
     assert blocks >= 2, "every block of each of the four steps"
@@ -78,7 +88,7 @@ def test_logits_are_those_of_torch(family: str, padded: bool, calls: list[Any]) 
 def test_a_static_cache_and_other_dtypes(calls: list[Any]) -> None:
     ids, mask = prompt()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        ours, torchs = build("llama").to(dtype), build("llama", "sdpa").to(dtype)
+        ours, torchs = fused("llama").to(dtype), build("llama", "sdpa").to(dtype)
         for static in (False, True):
             caches = [StaticCache(config=ours.config, max_cache_len=16) if static else None for _ in range(2)]
             got, wanted = (decoded(m, ids, mask, c).float() for m, c in zip((ours, torchs), caches, strict=True))
@@ -93,7 +103,7 @@ def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: list[An
     ids, mask = prompt()
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     both = []
-    for implementation in ("sdpa", "tinycomp"):
+    for implementation in ("sdpa", ATTENTION):
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small", attn_implementation=implementation)
         both.append(loaded.generate(ids, **options))
         both.append(loaded.generate(ids, num_beams=2, **options))
@@ -104,7 +114,7 @@ def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: list[An
 
 def test_what_is_left_to_torch(calls: list[Any]) -> None:
     """Prompts, gradients, compilers and encoders: computed, and not by the op."""
-    model = build("llama")
+    model = fused("llama")
     one = torch.tensor([[5]])
     ids, _ = prompt()
     with torch.no_grad():
@@ -157,3 +167,67 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
         seen = torch.ones(1, 1, 1, 200, dtype=torch.bool)
         seen[..., 150] = False
         assert ops.decode_attention(q, poisoned, k, seen, 1.0).isfinite().all()
+
+
+# Llama has two norms a block and one at the end, Qwen3 two more in its attention; T5 has an encoder and a decoder.
+NORMS = {"llama": 7, "qwen3": 13, "t5": 17, "mixtral": 5, "gpt2": 0, "bert": 0, "vit": 0}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_found_by_what_they_compute(family: str) -> None:
+    model: Any = (FAMILIES | OTHERS)[family].build()
+    same, batch = copy.deepcopy(model), (FAMILIES | OTHERS)[family].batch()
+    assert tc.fuse_(model) == NORMS[family]
+    assert tc.fuse_(model) == 0, "they are already"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch)[0], same(**batch)[0], rtol=1e-4, atol=1e-5)
+    assert model.state_dict().keys() == same.state_dict().keys()
+
+
+def test_norms_that_compute_something_else_stay() -> None:
+    gemma = transformers.GemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model: Any = transformers.GemmaForCausalLM(gemma)  # multiplies by 1 + weight
+    assert tc.fuse_(model) == 0
+    assert tc.fuse_(nn.LayerNorm(8, bias=False)) == 0
+    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6)) == 1
+    assert tc.fuse_(nn.RMSNorm(8)) == 0, "its epsilon depends on the dtype"
+
+
+def test_a_fused_model_is_a_model_like_any_other(tmp_path: Path) -> None:
+    """Copies are their own, files and pickles are as before, gradients flow, another attention stays."""
+    model, batch = fused("llama"), FAMILIES["llama"].batch()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert torch.equal(model(**batch).logits, wanted)
+        assert other(**batch).logits.count_nonzero() == 0
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(**batch).logits, wanted)
+        model.save_pretrained(tmp_path)
+        stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(stock(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert stock.config._attn_implementation == "sdpa"
+    model(**batch).logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    small, _ = tc.compress(model, tc.SVD(ratio=0.6), [batch])
+    with torch.no_grad():
+        assert small(**batch).logits.isfinite().all()
+    eager = build("llama", "eager")
+    tc.fuse_(eager)
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_wrong_norms_say_what_is_allowed() -> None:
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"weight has shape \(7,\), allowed \(8\)"):
+        ops.rms_norm(x, torch.ones(7), 1e-6)
+    with pytest.raises(TypeError, match=r"weight has dtype torch.float16, allowed torch.float32 as the input"):
+        ops.rms_norm(x, torch.ones(8).half(), 1e-6)
+    with pytest.raises(ValueError, match="x has 0 dimensions, allowed at least 1"):
+        ops.rms_norm(torch.tensor(1.0), torch.ones(1), 1e-6)
+    assert ops.rms_norm(torch.full((1, 8), float("nan")), torch.ones(8), 1e-6).isnan().all()
