@@ -227,6 +227,41 @@ def masked(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
         yield _linear("masked_linear", label, n, k, m, dtype, make, int(values + positions), **more)
 
 
+def decoding(dtype: torch.dtype) -> Iterator[Case]:
+    """What a decoding step takes beside its linear layers: attention and norms."""
+    for heads, shared, d, keys in ((9, 3, 64, 256), (32, 8, 128, 2048)):
+
+        def attend(sizes: tuple[int, ...] = (heads, shared, d, keys)) -> tuple[Any, ...]:
+            heads, shared, d, keys = sizes
+            k, v = (_random(i, 1, shared, keys, d, dtype=dtype) for i in (2, 3))
+            return _random(1, 1, heads, 1, d, dtype=dtype), k, v, None, 1 / math.sqrt(d)
+
+        def torchs(args: tuple[Any, ...]) -> Call:
+            q, k, v, _, scale = args
+            # As many heads next to each other as the op's result has them.
+            return lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+
+        size = 2 * shared * keys * d * torch.empty((), dtype=dtype).element_size()
+        shape = f"{heads} heads of {d}, {keys} keys of {shared}"
+        yield Case("decode_attention", "", shape, 1, dtype, attend, size, peers={"torch sdpa": torchs})
+
+    def chain(args: tuple[Any, ...]) -> Call:
+        x, weight, eps = args
+
+        def run() -> Tensor:
+            wide = x.to(torch.float32)
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+        return run
+
+    for m in (1, 512):
+
+        def norm(m: int = m) -> tuple[Any, ...]:
+            return _random(1, m, 4096, dtype=dtype), _random(2, 4096, dtype=dtype), 1e-5
+
+        yield Case("rms_norm", "", f"{m}x4096", m, dtype, norm, 0, peers={"transformers": chain})
+
+
 def other() -> Iterator[Case]:
     """Ops that are not layers, in float32."""
     f32 = torch.float32
@@ -310,4 +345,5 @@ def cases(quick: bool) -> Iterator[Case]:
                     yield from dense(n, k, m, dtype)
                     if n == k and (m == 1 or (m <= 128 and not quick)):
                         yield from masked(n, k, m, dtype)
+        yield from decoding(dtype)
     yield from other()
