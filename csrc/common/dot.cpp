@@ -68,6 +68,12 @@ void dot(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, c
   choice().table->dot[static_cast<int>(type)](static_cast<const char*>(w), stride, rows, cols, x, ldx, m, out, ldo);
 }
 
+void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+              int64_t m, float* out, int64_t ldo) {
+  choice().table->sum_rows[static_cast<int>(type)](static_cast<const char*>(w), stride, rows, cols, x, ldx, m, out,
+                                                   ldo);
+}
+
 void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t ldx, int64_t m,
                float* out, int64_t ldo) {
   choice().pairs(static_cast<const char*>(w), stride, rows, words, x, ldx, m, out, ldo);

@@ -25,6 +25,10 @@ void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const
                float* out, int64_t ldo);
 bool has_pairs();
 
+// The other way round, sums of rows: out[j * ldo + c] = sum_i x[j * ldx + i] * w[i, c] for c < cols, j < m.
+void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+              int64_t m, float* out, int64_t ldo);
+
 // Blocks of kBlock x kBlock weights, `count` of them one after another in memory, of which number b meets inputs from
 // columns[b] on: out[j * ldo + i] += sum_b sum_c w_b[i, c] * x[j * ldx + columns[b] + c] for i < kBlock, j < m.
 constexpr int64_t kBlock = 32;

@@ -298,6 +298,61 @@ TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int6
   for (; i < rows; ++i) all_inputs<V, T, 1>(w + i * stride, stride, cols, x, ldx, m, out + i, ldo);
 }
 
+// J sums of rows, P registers of their columns: rows are read as they lie.
+template <class V, class T, int J, int P>
+TINYCOMP_TARGET void sum_tile(const char* w, int64_t stride, int64_t rows, const float* x, int64_t ldx, float* out,
+                              int64_t ldo) {
+  typename V::Vec acc[J][P];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) acc[j][p] = V::zero();
+  Lines<float, J> inputs(x, ldx);
+  for (int64_t i = 0; i < rows; ++i, w += stride, inputs.move(1)) {
+    typename V::Vec row[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) row[p] = V::load(reinterpret_cast<const T*>(w) + p * V::width);
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) {
+      const auto input = V::set1(*inputs.line(j));
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[j][p] = V::fma(row[p], input, acc[j][p]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) V::store(out + j * ldo + p * V::width, acc[j][p]);
+}
+
+template <class V, class T, int P, int... J>
+constexpr auto sum_tiles(std::integer_sequence<int, J...>) {
+  return std::array{sum_tile<V, T, J + 1, P>...};
+}
+
+template <class V, class T>
+TINYCOMP_TARGET void sum_rows_typed(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
+                                    int64_t ldx, int64_t m, float* out, int64_t ldo) {
+  using Takes = std::make_integer_sequence<int, V::panel_inputs>;
+  static constexpr auto two = sum_tiles<V, T, 2>(Takes()), one = sum_tiles<V, T, 1>(Takes());
+  const int64_t whole = cols / V::width * V::width;
+  for (int64_t j = 0, take; j < m; j += take) {
+    const int64_t left = m - j, passes = (left + V::panel_inputs - 1) / V::panel_inputs;
+    take = (left + passes - 1) / passes;
+    for (int64_t c = 0, n; c < whole; c += n) {
+      n = std::min<int64_t>(2 * V::width, whole - c);
+      const auto& tiles = n > V::width ? two : one;
+      tiles[take - 1](w + c * static_cast<int64_t>(sizeof(T)), stride, rows, x + j * ldx, ldx, out + j * ldo + c, ldo);
+    }
+  }
+  for (int64_t j = 0; j < m && whole < cols; ++j) {
+    std::fill(out + j * ldo + whole, out + j * ldo + cols, 0.0f);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = whole; c < cols; ++c)
+        out[j * ldo + c] += x[j * ldx + i] * scalar(reinterpret_cast<const T*>(w + i * stride)[c]);
+  }
+}
+
 template <class V, class T>
 TINYCOMP_TARGET void widen_typed(const void* from, float* to, int64_t n) {
   const T* source = static_cast<const T*>(from);
@@ -320,6 +375,7 @@ DotTable make_table() {
   using torch::headeronly::BFloat16, torch::headeronly::Half;
   return {
       {dot_typed<V, float>, dot_typed<V, BFloat16>, dot_typed<V, Half>},
+      {sum_rows_typed<V, float>, sum_rows_typed<V, BFloat16>, sum_rows_typed<V, Half>},
       {blocks_typed<V, float>, blocks_typed<V, BFloat16>, blocks_typed<V, Half>},
       {widen_typed<V, float>, widen_typed<V, BFloat16>, widen_typed<V, Half>},
       {narrow_typed<V, float>, narrow_typed<V, BFloat16>, narrow_typed<V, Half>},

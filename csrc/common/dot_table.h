@@ -12,7 +12,7 @@ struct DotTable {
                           float* out, int64_t ldo);
   using Widen = void (*)(const void* from, float* to, int64_t n);
   using Narrow = void (*)(const float* from, void* to, int64_t n);
-  Dot dot[3];
+  Dot dot[3], sum_rows[3];
   Blocks blocks[3];
   Widen widen[3];
   Narrow narrow[3];

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "../common/linear.h"
+#include "../common/prefetch.h"
 
 namespace tinycomp {
 namespace {
@@ -72,21 +73,6 @@ Part weigh(float* __restrict scores, int64_t n, float scale, const bool* __restr
   return part;
 }
 
-// to[c] = sum_i weights[i] rows[i * step + c] for c < cols.
-void add_rows(const float* __restrict rows, int64_t step, int64_t n, int64_t cols, const float* __restrict weights,
-              float* __restrict to) {
-  vectorised([&] {
-    for (int64_t c = 0; c < cols; ++c) to[c] = 0;
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-      const float *a = rows + i * step, *b = a + step, *c = b + step, *d = c + step, *w = weights + i;
-      for (int64_t e = 0; e < cols; ++e) to[e] += (w[0] * a[e] + w[1] * b[e]) + (w[2] * c[e] + w[3] * d[e]);
-    }
-    for (; i < n; ++i)
-      for (int64_t c = 0; c < cols; ++c) to[c] += weights[i] * rows[i * step + c];
-  });
-}
-
 template <class T>
 void attend(const Tensor& q, const Cache<T>& k, const Cache<T>& v, const bool* seen, float scale, T* y) {
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
@@ -104,29 +90,28 @@ void attend(const Tensor& q, const Cache<T>& k, const Cache<T>& v, const bool* s
     for (int64_t i = first; i < last && stage == 1; ++i) {
       const int64_t part = i % parts, head = i / parts % k.heads, b = i / parts / k.heads, start = part * kKeys;
       const int64_t n = std::min(kKeys, k.keys - start), line = (b * k.heads + head) * lines;
-      const Scratch scores(kResultSlot, lines * kKeys), wide(kRebuildSlot, kKeys * v.cols);
+      const Scratch scores(kResultSlot, lines * kKeys);
       const Operand asks = x.operand().from(line);
-      const int64_t distance = k.step * static_cast<int64_t>(sizeof(T));
+      constexpr int64_t size = sizeof(T);
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t c = 0; c < v.cols; c += 64 / size) prefetch(v.at(b, head, start + r) + c);
       for (int64_t j = 0; j < lines; j += kInputsAtOnce) {
         const int64_t m = std::min(kInputsAtOnce, lines - j);
+        const T* keys = k.at(b, head, start);
+        const float* from = asks.from(j).data;
         float* const to = scores.data() + j * kKeys;
         if (asks.pairs)
-          dot_pairs(k.at(b, head, start), distance, n, k.cols / 2, asks.from(j).data, asks.stride, m, to, kKeys);
+          dot_pairs(keys, k.step * size, n, k.cols / 2, from, asks.stride, m, to, kKeys);
         else
-          dot(dot_type<T>, k.at(b, head, start), distance, n, k.cols, asks.from(j).data, asks.stride, m, to, kKeys);
+          dot(dot_type<T>, keys, k.step * size, n, k.cols, from, asks.stride, m, to, kKeys);
       }
-      if (v.step == v.cols)
-        widen(dot_type<T>, v.at(b, head, start), wide.data(), n * v.cols);
-      else
-        for (int64_t r = 0; r < n; ++r) widen(dot_type<T>, v.at(b, head, start + r), wide.data() + r * v.cols, v.cols);
       for (int64_t j = 0; j < lines; ++j) {
-        float *const weights = scores.data() + j * kKeys, *const to = found(line + j, part);
-        const int64_t query = j % queries;
-        const Part got =
-            weigh(weights, n, scale, seen == nullptr ? nullptr : seen + (b * queries + query) * k.keys + start);
-        to[0] = got.largest, to[1] = got.sum;
-        add_rows(wide.data(), v.cols, n, v.cols, weights, to + 2);
+        const bool* sees = seen == nullptr ? nullptr : seen + (b * queries + j % queries) * k.keys + start;
+        const Part got = weigh(scores.data() + j * kKeys, n, scale, sees);
+        found(line + j, part)[0] = got.largest, found(line + j, part)[1] = got.sum;
       }
+      sum_rows(dot_type<T>, v.at(b, head, start), v.step * size, n, v.cols, scores.data(), kKeys, lines,
+               found(line, part) + 2, parts * width);
     }
     for (int64_t line = first; line < last && stage == 2; ++line) {
       const Scratch sum(kResultSlot, v.cols);
