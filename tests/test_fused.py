@@ -184,6 +184,21 @@ def test_norms_are_found_by_what_they_compute(family: str) -> None:
     assert model.state_dict().keys() == same.state_dict().keys()
 
 
+def test_a_gate_is_left_to_the_norm_itself() -> None:
+    class Gated(nn.RMSNorm):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x) if gate is None else super().forward(x * gate)
+
+    norm, x = Gated(8, eps=1e-6), torch.randn(2, 8)
+    assert tc.fuse_(norm) == 1
+    with torch.no_grad():
+        assert torch.equal(norm(x, gate=2 * x), Gated.forward(norm, x, 2 * x))
+        torch.testing.assert_close(norm(x), Gated.forward(norm, x))
+        assert torch.equal(norm(x=x), Gated.forward(norm, x))
+        traced = torch.jit.trace(norm, x)
+        assert "tinycomp" not in str(traced.inlined_graph)
+
+
 def test_norms_that_compute_something_else_stay() -> None:
     gemma = transformers.GemmaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

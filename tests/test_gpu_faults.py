@@ -110,7 +110,7 @@ from tinycomp.kernels_dump import _cases
 from tinycomp.ops import _registry
 library = backend.load(Path(sys.argv[1]), tuple(sys.argv[2:]), {SANITIZERS})
 ran = 0
-for name in sys.argv[2:] or sorted(ops.OPS):
+for name in sys.argv[2:] or sorted(_cases.DEFAULTS):
     for dtype in (torch.float32, torch.bfloat16):
         for processors in (1, 108):
             backend.configure(library, processors=processors)

@@ -44,14 +44,17 @@ def fuse_(model: nn.Module) -> int:
 
 def _quiet(x: Tensor) -> bool:
     """Whether nobody records or traces what is computed, on a CPU."""
-    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.is_cpu and not torch.is_grad_enabled() and not traced
 
 
-def _norm(module: nn.Module, eps: float, x: Tensor) -> Tensor:
-    weight: Any = module._parameters["weight"]
-    if _quiet(x) and x.dtype == weight.dtype:
-        return ops.rms_norm(x, weight, eps)
-    return type(module).forward(module, x)
+def _norm(module: nn.Module, eps: float, *args: Any, **more: Any) -> Any:
+    """The forward pass of a fused norm; some take a gate beside their input, and norm in another way then."""
+    if len(args) == 1 and not more:
+        (x,), weight = args, module._parameters["weight"]
+        if _quiet(x) and weight is not None and x.dtype == weight.dtype:
+            return ops.rms_norm(x, weight, eps)
+    return type(module).forward(module, *args, **more)
 
 
 def _eps_of_norm(module: nn.Module) -> float | None:

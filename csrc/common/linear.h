@@ -279,8 +279,8 @@ class Inputs {
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
 constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
 
-// Weight rows as a stage: a chunk streams 32 to 128 KiB, so that a thread's next one is not far in memory and the last
-// one not much waited for, begins where a cache line of results does, and with many inputs fills whole panels.
+// Weight rows as a stage: a chunk streams 8 to 128 KiB, so that the last one is not much waited for, begins where a
+// cache line of results does, and with many inputs fills whole panels.
 inline Stage row_stage(const Weight& w, int64_t m) {
   const int64_t unit = m < kPanelInputs ? 16 : 32;
   const int64_t share = w.rows * w.stride / (8 * torch::stable::get_num_threads());

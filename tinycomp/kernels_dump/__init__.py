@@ -54,7 +54,7 @@ def dump(
     """
     shapes = _cases.DEFAULTS if shapes is None else shapes
     names = list(names) or list(shapes)
-    allowed = (("op", shapes, ops.OPS), ("op", names, shapes), ("backend", backends, BACKENDS))
+    allowed = (("op", shapes, _cases.DEFAULTS), ("op", names, shapes), ("backend", backends, BACKENDS))
     for what, given, known in allowed:
         for word in given:
             if word not in known:
