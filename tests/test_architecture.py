@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "inspection": {"edits", "io"},
     "measure": {"eval"},
     "doctor": {"ops"},
-    "__init__": {"fused", "hf"},
+    "__init__": {"hf"},
 }
 
 # What no file of the part may import, anywhere in it. "top" bans it at module level only: loading stays light.

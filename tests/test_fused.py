@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +14,50 @@ import torch
 import transformers
 from conftest import FAMILIES, OTHERS, VOCAB
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, StaticCache
 
 import tinycomp as tc
 from tinycomp import ops
-from tinycomp.fused import ATTENTION
+from tinycomp.fused import Fused
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral")
 every_decoder = pytest.mark.parametrize("family", DECODERS)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shapes of the queries that reach the op."""
-    found: list[Any] = []
-    real = ops.decode_attention
+def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Counter[str]]:
+    """How often each op was called since the last time this was asked."""
+    found: Counter[str] = Counter()
 
-    def counted(q: Tensor, *rest: Any) -> Tensor:
-        found.append(tuple(q.shape))
-        return real(q, *rest)
+    def counted(name: str) -> Callable[..., Tensor]:
+        real = getattr(ops, name)
 
-    monkeypatch.setattr(ops, "decode_attention", counted)
-    return found
+        def call(x: Tensor, *rest: Any) -> Tensor:
+            found[name] += 1
+            assert name == "rms_norm" or x.shape[2] == 1, "prompts are for torch"
+            return real(x, *rest)
+
+        return call
+
+    for name in ("decode_attention", "rms_norm"):
+        monkeypatch.setattr(ops, name, counted(name))
+
+    def taken() -> Counter[str]:
+        now = found.copy()
+        found.clear()
+        return now
+
+    return taken
 
 
-def build(family: str, implementation: str = ATTENTION) -> Any:
-    model: Any = (FAMILIES | OTHERS)[family].build()
-    model.set_attn_implementation(implementation)
-    return model
+def build(family: str, **fields: Any) -> Any:
+    return (FAMILIES | OTHERS)[family].build(**fields)
 
 
-def fused(family: str) -> Any:
-    model = build(family, "sdpa")
+def fused(family: str, **fields: Any) -> Any:
+    model = build(family, **fields)
     tc.fuse_(model)
     return model
 
@@ -73,71 +87,255 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 @every_decoder
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_logits_are_those_of_torch(family: str, padded: bool, calls: list[Any]) -> None:
+def test_logits_are_those_of_torch(family: str, padded: bool, calls: Callable[[], Counter[str]]) -> None:
+    fields = {"sliding_window": 6} if family == "mistral" else {}
     ids, mask = prompt()
-    wanted = decoded(build(family, "sdpa"), ids, mask if padded else None)
-    assert calls == []
-    got = decoded(fused(family), ids, mask if padded else None)
+    wanted = decoded(build(family, **fields), ids, mask if padded else None)
+    model = build(family, **fields)
+    found = tc.fuse_(model)
+    blocks = model.config.num_hidden_layers
+    assert found.attentions == blocks
+    calls()  # norms are tried
+    got = decoded(model, ids, mask if padded else None)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    blocks = len(calls) // 4
-    assert blocks >= 2, "every block of each of the four steps"
-    assert len(calls) == 4 * blocks
-    assert all(shape[2] == 1 for shape in calls)
+    assert calls() == Counter(decode_attention=4 * blocks, rms_norm=5 * found.norms)
 
 
-def test_a_static_cache_and_other_dtypes(calls: list[Any]) -> None:
+def test_a_static_cache_and_other_dtypes(calls: Callable[[], Counter[str]]) -> None:
     ids, mask = prompt()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        ours, torchs = fused("llama").to(dtype), build("llama", "sdpa").to(dtype)
+        plain, ours = (build("llama").to(dtype) for _ in range(2))
+        tc.fuse_(ours)
+        calls()
         for static in (False, True):
             caches = [StaticCache(config=ours.config, max_cache_len=16) if static else None for _ in range(2)]
-            got, wanted = (decoded(m, ids, mask, c).float() for m, c in zip((ours, torchs), caches, strict=True))
+            got, wanted = (decoded(m, ids, mask, c).float() for m, c in zip((ours, plain), caches, strict=True))
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-    assert calls
+            assert calls() == Counter(decode_attention=12, rms_norm=35)
 
 
-def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: list[Any]) -> None:
-    model = build("llama", "sdpa")
-    small, _ = tc.compress(model, tc.SVD(ratio=0.6), [FAMILIES["llama"].batch(i) for i in range(2)])
+def test_cross_attention_and_a_position_bias(calls: Callable[[], Counter[str]]) -> None:
+    """Marian's decoder attends to its encoder; T5's bias is for torch, its norms are not."""
+    for family, attentions in (("marian", 6), ("t5", 0)):
+        model, plain = fused(family), build(family)
+        ids = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        tokens, cache, other = torch.full((2, 1), 3), None, None
+        with torch.no_grad():
+            for _ in range(3):
+                out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, past_key_values=cache)
+                calls()
+                again = plain(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, past_key_values=other)
+                cache, other = out.past_key_values, again.past_key_values
+                torch.testing.assert_close(out.logits, again.logits, rtol=1e-4, atol=1e-5)
+            model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, past_key_values=cache)
+        assert calls()["decode_attention"] == attentions
+
+
+def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: Callable[[], Counter[str]]) -> None:
+    batches = [FAMILIES["llama"].batch(i) for i in range(2)]
+    small, _ = tc.compress(build("llama"), tc.SVD(ratio=0.6), batches)
     small.save_pretrained(tmp_path / "small")  # type: ignore[operator]
     ids, mask = prompt()
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     both = []
-    for implementation in ("sdpa", ATTENTION):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small", attn_implementation=implementation)
-        both.append(loaded.generate(ids, **options))
-        both.append(loaded.generate(ids, num_beams=2, **options))
+    for fuses in (False, True):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+        if fuses:
+            assert tc.fuse_(loaded) == Fused(attentions=3, norms=7)
+        calls()
+        for beams in (1, 2):
+            options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+            both.append(loaded.generate(ids, attention_mask=mask, **options))
+            assert bool(calls()) == fuses
     assert torch.equal(both[0], both[2])
     assert torch.equal(both[1], both[3])
-    assert calls
 
 
-def test_what_is_left_to_torch(calls: list[Any]) -> None:
-    """Prompts, gradients, compilers and encoders: computed, and not by the op."""
-    model = fused("llama")
-    one = torch.tensor([[5]])
+def test_models_that_ask_for_the_name_of_their_attention() -> None:
+    """DeepSeek-V3.2 puts its choice of tokens into the mask only where attention is called "sdpa" or "eager"."""
+    kind = getattr(transformers, "DeepseekV32ForCausalLM", None)
+    if kind is None:
+        pytest.skip("this transformers has no DeepSeek-V3.2")
+    torch.manual_seed(0)
+    config = transformers.DeepseekV32Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12,
+        index_n_heads=2, index_head_dim=16, index_topk=4, first_k_dense_replace=1,
+    )  # fmt: skip
+    model = kind(config).eval()
+    plain = copy.deepcopy(model)
+    tc.fuse_(model)
+    ids = torch.randint(3, VOCAB, (1, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(decoded(model, ids, None), decoded(plain, ids, None), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_left_to_torch(calls: Callable[[], Counter[str]]) -> None:
+    """Gradients, compilers, dropout, encoders, other attentions, and everything where there is no kernel."""
+    model, one = fused("llama"), torch.tensor([[5]])
     ids, _ = prompt()
+    calls()
     with torch.no_grad():
-        model(input_ids=ids)
-        prefilled = model(input_ids=ids[:1], use_cache=True).past_key_values
-    assert calls == []
-    loss = model(input_ids=one, past_key_values=prefilled).logits.square().sum()
+        cache = model(input_ids=ids[:1], use_cache=True).past_key_values
+    assert calls() == Counter(rms_norm=7), "the prompt"
+    loss = model(input_ids=one, past_key_values=cache).logits.square().sum()
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert calls == []
-    assert nn.Module.train(model).training
-    model.eval()
     with torch.no_grad():
+        static = StaticCache(config=model.config, max_cache_len=8)
+        model(input_ids=ids[:1, :4], past_key_values=static)
+        calls()
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-        cache = StaticCache(config=model.config, max_cache_len=8)
-        model(input_ids=ids[:1, :4], past_key_values=cache)
-        compiled(input_ids=one, past_key_values=cache, position_ids=torch.tensor([[4]]))
-        assert calls == []
-        build("bert")(**FAMILIES["bert"].batch())
-        build("vit")(**FAMILIES["vit"].batch())
-        assert calls == []
-        model(input_ids=one)
-    assert len(calls) == 3
+        compiled(input_ids=one, past_key_values=static, position_ids=torch.tensor([[4]]))
+        with ops.use_backend("torch"):
+            model(input_ids=one)
+        assert not calls()
+        dropping, eager = fused("llama", attention_dropout=0.5).train(), fused("llama")
+        eager.set_attn_implementation("eager")
+        calls()
+        dropping(input_ids=one)
+        eager(input_ids=one)
+        fused("bert")(**FAMILIES["bert"].batch())
+        fused("vit")(**FAMILIES["vit"].batch())
+        build("llama")(input_ids=one)
+        assert calls() == Counter(rms_norm=14), "the two Llamas that may norm"
+        with forward_ad.dual_level():
+            norm = model.model.norm
+            x = torch.randn(2, 32)
+            dual = norm(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert forward_ad.unpack_dual(dual).tangent is not None
+    assert not calls()
+
+
+# Llama has two norms a block and one at the end, Qwen3 two more in its attention; T5 has an encoder and a decoder.
+NORMS = {"llama": 7, "qwen3": 13, "t5": 17, "mixtral": 5, "gpt2": 0, "bert": 0, "vit": 0}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_found_by_what_they_compute(family: str, calls: Callable[[], Counter[str]]) -> None:
+    model, batch = build(family), (FAMILIES | OTHERS)[family].batch()
+    same = copy.deepcopy(model)
+    found = tc.fuse_(model)
+    assert found.norms == NORMS[family]
+    assert tc.fuse_(model) == found, "they are already"
+    calls()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch)[0], same(**batch)[0], rtol=1e-4, atol=1e-5)
+    assert calls()["rms_norm"] == NORMS[family]
+    assert model.state_dict().keys() == same.state_dict().keys()
+
+
+class Weighted(nn.Module):
+    """A norm of a weight alone."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(16, dtype=dtype)), eps
+
+
+class Outside(Weighted):
+    """Epsilon beside the root."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class Length(Weighted):
+    """A length of at least epsilon."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, eps=self.eps, dim=-1) * 4 * self.weight
+
+
+class Centred(Weighted):
+    """LayerNorm, its weight zero as some begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (16,), self.weight, None, self.eps)
+
+
+class Pair(Weighted):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Two(Weighted):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * gate
+
+
+def test_norms_that_compute_something_else_stay() -> None:
+    gemma = transformers.GemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    assert tc.fuse_(transformers.GemmaForCausalLM(gemma)).norms == 0, "it multiplies by 1 + weight"
+    bf16 = torch.bfloat16
+    for norm in (Outside(eps=1e-7), Outside(bf16), Length(bf16, 1e-5), Centred(), Pair(), Two()):
+        assert tc.fuse_(norm).norms == 0, type(norm)
+    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6)).norms == 1
+    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6, dtype=bf16)).norms == 0, "it rounds once"
+    assert tc.fuse_(nn.RMSNorm(8)).norms == 0, "its epsilon depends on the dtype"
+    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6, device="meta")).norms == 0
+
+
+def test_a_gate_is_left_to_the_norm_itself() -> None:
+    class Gated(nn.RMSNorm):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x) if gate is None else super().forward(x * gate)
+
+    norm, x = Gated(8, eps=1e-6), torch.randn(2, 8)
+    assert tc.fuse_(norm).norms == 1
+    with torch.no_grad():
+        assert torch.equal(norm(x, gate=2 * x), Gated.forward(norm, x, 2 * x))
+        torch.testing.assert_close(norm(x), Gated.forward(norm, x))
+        assert torch.equal(norm(x=x), Gated.forward(norm, x))
+
+
+def test_a_norm_that_changes_later_is_followed(calls: Callable[[], Counter[str]]) -> None:
+    """Another dtype than it was tried in, another weight, and a weight that is no parameter any more."""
+    norm, x = nn.RMSNorm(8, eps=1e-6), torch.randn(3, 8)
+    tc.fuse_(norm)
+    calls()
+    with torch.no_grad():
+        norm.weight.mul_(2)
+        torch.testing.assert_close(norm(x), nn.RMSNorm.forward(norm, x))
+        assert calls()
+        half = copy.deepcopy(norm).bfloat16()
+        assert torch.equal(half(x.bfloat16()), nn.RMSNorm.forward(half, x.bfloat16()))
+        prune.random_unstructured(norm, "weight", 0.5)
+        assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
+    assert not calls()
+
+
+def test_a_fused_model_is_a_model_like_any_other(tmp_path: Path) -> None:
+    """Copies are their own, files are as before, it can be pickled, trained and compressed."""
+    model, batch = fused("llama"), FAMILIES["llama"].batch()
+    other, shallow = copy.deepcopy(model), copy.copy(model.model.norm)
+    shallow._parameters = {"weight": nn.Parameter(torch.zeros(32))}
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert torch.equal(model(**batch).logits, wanted)
+        assert other(**batch).logits.count_nonzero() == 0
+        assert shallow(torch.ones(1, 32)).count_nonzero() == 0
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(**batch).logits, wanted)
+        model.save_pretrained(tmp_path)
+        stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(stock(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert stock.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    model(**batch).logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    small, _ = tc.compress(model, tc.SVD(ratio=0.6), [batch])
+    with torch.no_grad():
+        assert small(**batch).logits.isfinite().all()
 
 
 def test_wrong_arguments_say_what_is_allowed() -> None:
@@ -167,74 +365,36 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
         seen = torch.ones(1, 1, 1, 200, dtype=torch.bool)
         seen[..., 150] = False
         assert ops.decode_attention(q, poisoned, k, seen, 1.0).isfinite().all()
+    for dtype in (torch.float32, torch.float64):
+        huge = torch.full((1, 1, 1, 16), 1e30 if dtype == torch.float32 else 1e300, dtype=dtype)
+        with ops.use_backend("torch"):
+            wanted = ops.decode_attention(-huge, huge, huge, None, 1.0)
+        assert wanted.count_nonzero() == ops.decode_attention(-huge, huge, huge, None, 1.0).count_nonzero() == 0
 
 
-# Llama has two norms a block and one at the end, Qwen3 two more in its attention; T5 has an encoder and a decoder.
-NORMS = {"llama": 7, "qwen3": 13, "t5": 17, "mixtral": 5, "gpt2": 0, "bert": 0, "vit": 0}
+def test_a_gradient_is_not_cut_off_in_silence() -> None:
+    x, q = torch.ones(2, 8, requires_grad=True), torch.ones(1, 1, 1, 8, requires_grad=True)
+    for call in (lambda: ops.rms_norm(x, torch.ones(8), 1e-6), lambda: ops.decode_attention(q, q, q, None, 1.0)):
+        with pytest.raises(RuntimeError, match=r"an input requires a gradient, allowed are none; call it under"):
+            call()
+        with torch.no_grad():
+            assert call().isfinite().all()
 
 
-@pytest.mark.parametrize("family", NORMS)
-def test_norms_are_found_by_what_they_compute(family: str) -> None:
-    model: Any = (FAMILIES | OTHERS)[family].build()
-    same, batch = copy.deepcopy(model), (FAMILIES | OTHERS)[family].batch()
-    assert tc.fuse_(model) == NORMS[family]
-    assert tc.fuse_(model) == 0, "they are already"
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch)[0], same(**batch)[0], rtol=1e-4, atol=1e-5)
-    assert model.state_dict().keys() == same.state_dict().keys()
-
-
-def test_a_gate_is_left_to_the_norm_itself() -> None:
-    class Gated(nn.RMSNorm):
-        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-            return super().forward(x) if gate is None else super().forward(x * gate)
-
-    norm, x = Gated(8, eps=1e-6), torch.randn(2, 8)
-    assert tc.fuse_(norm) == 1
-    with torch.no_grad():
-        assert torch.equal(norm(x, gate=2 * x), Gated.forward(norm, x, 2 * x))
-        torch.testing.assert_close(norm(x), Gated.forward(norm, x))
-        assert torch.equal(norm(x=x), Gated.forward(norm, x))
-        traced = torch.jit.trace(norm, x)
-        assert "tinycomp" not in str(traced.inlined_graph)
-
-
-def test_norms_that_compute_something_else_stay() -> None:
-    gemma = transformers.GemmaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    model: Any = transformers.GemmaForCausalLM(gemma)  # multiplies by 1 + weight
-    assert tc.fuse_(model) == 0
-    assert tc.fuse_(nn.LayerNorm(8, bias=False)) == 0
-    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6)) == 1
-    assert tc.fuse_(nn.RMSNorm(8)) == 0, "its epsilon depends on the dtype"
-
-
-def test_a_fused_model_is_a_model_like_any_other(tmp_path: Path) -> None:
-    """Copies are their own, files and pickles are as before, gradients flow, another attention stays."""
-    model, batch = fused("llama"), FAMILIES["llama"].batch()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        wanted = model(**batch).logits
-        for parameter in other.parameters():
-            parameter.zero_()
-        assert torch.equal(model(**batch).logits, wanted)
-        assert other(**batch).logits.count_nonzero() == 0
-        again = pickle.loads(pickle.dumps(model))
-        assert torch.equal(again(**batch).logits, wanted)
-        model.save_pretrained(tmp_path)
-        stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-        torch.testing.assert_close(stock(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
-    assert stock.config._attn_implementation == "sdpa"
-    model(**batch).logits.square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    small, _ = tc.compress(model, tc.SVD(ratio=0.6), [batch])
-    with torch.no_grad():
-        assert small(**batch).logits.isfinite().all()
-    eager = build("llama", "eager")
-    tc.fuse_(eager)
-    assert eager.config._attn_implementation == "eager"
+def test_many_queries_of_a_head_and_threads(backend: Any) -> None:
+    """More lines than meet keys at once, and the same numbers from one thread and two."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, d, generator=generator) for h, n, d in ((6, 60, 32), (1, 300, 32), (1, 300, 20)))
+    reference = ops.OPS["decode_attention"].reference(*(t.double() for t in (q, k, v)), None, 0.2)
+    got = ops.decode_attention(q, k, v, None, 0.2)
+    torch.testing.assert_close(got, reference.float(), rtol=1e-5, atol=1e-6)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 40):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.decode_attention(q, k, v, None, 0.2), got)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_wrong_norms_say_what_is_allowed() -> None:

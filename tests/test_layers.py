@@ -149,6 +149,13 @@ def test_children_give_the_same_when_something_is_attached(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_bias_that_is_not_there_is_found_as_quickly_as_one_that_is(case: str) -> None:
+    """`buffers_and_bias` looks where parameters are."""
+    for bias in (False, True):
+        assert (build(case, bias)._parameters["bias"] is not None) == bias
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_compiles_whole(case: str) -> None:
     layer = build(case).eval()
     x = torch.randn(4, IN)

@@ -96,10 +96,9 @@ def __dir__() -> list[str]:
 def _register_plugin() -> str | None:
     """Register with transformers. Returns None, or why this transformers cannot load compressed checkpoints."""
     try:
-        from tinycomp import fused, hf
+        from tinycomp import hf
 
         hf.register()
-        fused.register()
     except (ImportError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(

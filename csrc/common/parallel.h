@@ -68,7 +68,7 @@ void run_stages(const Stage (&stages)[S], double estimate, const Body& body) {
       if (stages[s].size > 0) body(s, int64_t{0}, stages[s].size);
     return;
   }
-  constexpr int64_t kParts = 8;
+  constexpr int64_t kParts = 32;  // more threads than that share parts
   const int64_t parts = std::min(threads, kParts);
   struct alignas(64) Progress {
     std::atomic<int64_t> claimed[kParts];  // chunks of each part

@@ -47,11 +47,12 @@ struct Cache {
   }
 };
 
-// scores[i] <- exp(scale scores[i] - largest) for n <= kKeys scores that `seen` allows (null: all), 0 for others up to
-// kKeys; gives the largest and the sum.
 struct Part {
   float largest, sum;
 };
+
+// scores[i] <- exp(scale scores[i] - largest) for n <= kKeys scores that `seen` allows (null: all), 0 for others up to
+// kKeys; gives the largest and the sum.
 Part weigh(float* __restrict scores, int64_t n, float scale, const bool* __restrict seen) {
   Part part;
   vectorised([&] {
@@ -148,7 +149,8 @@ void attend(const Tensor& q, const Cache<double>& k, const Cache<double>& v, con
       weights[i] = scale * lane_sum<double>(k.cols, [&](int64_t c) { return x[line * k.cols + c] * key[c]; });
       if (sees(i)) largest = std::max(largest, weights[i]);
     }
-    for (int64_t i = 0; i < k.keys; ++i) total += weights[i] = sees(i) ? std::exp(weights[i] - largest) : 0;
+    const double zero = largest == kNothing ? 0.0 : largest;
+    for (int64_t i = 0; i < k.keys; ++i) total += weights[i] = sees(i) ? std::exp(weights[i] - zero) : 0;
     std::fill_n(to, v.cols, 0.0);
     for (int64_t i = 0; i < k.keys && total != 0; ++i)
       for (int64_t c = 0; c < v.cols; ++c) to[c] += weights[i] / total * v.at(b, head / share, i)[c];

@@ -108,7 +108,9 @@ def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None)
     """
     single = is_causal(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     inputs = dict(example_inputs(model, 1 if single else encoder_tokens(model)) if batch is None else batch)
-    mapping = {getattr(torch.ops.tinycomp, name): _op_flops(op) for name, op in ops.OPS.items()}
+    # Norms do not count, whether they are one op or eight.
+    counted = {name: op for name, op in ops.OPS.items() if name != "rms_norm"}
+    mapping = {getattr(torch.ops.tinycomp, name): _op_flops(op) for name, op in counted.items()}
     mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention_flops
     training = model.training
     model.eval()

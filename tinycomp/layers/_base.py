@@ -33,7 +33,9 @@ class CompressedLinear(nn.Module):
         for field, value in (("in_features", in_features), ("out_features", out_features)):
             check_size(name, field, value, 1)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", zeros)
+        self.bias: nn.Parameter | None
         self.weight: Tensor
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
@@ -86,7 +88,7 @@ def tensors(module: nn.Module, *names: str) -> list[Any]:
 
 
 def buffers_and_bias(module: nn.Module, names: tuple[str, ...]) -> list[Any]:
-    """The same for buffers and the bias, faster still: one look-up each.
+    """What `tensors` gives for buffers and the bias, faster still: one look-up each.
 
     Between two calls of a layer a model touches more memory than the caches hold, so each look-up waits for some.
     """

@@ -49,6 +49,12 @@ def bias(where: str, value: Tensor | None, out_features: int, like: Tensor) -> N
         shaped(where, "bias", value, (out_features,), like)
 
 
+def no_gradient(where: str, *tensors: Any) -> None:
+    """Raise if a gradient would be recorded: of an op that has none, its result would be cut off in silence."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{where}: an input requires a gradient, allowed are none; call it under torch.no_grad()")
+
+
 def concrete(value: Tensor) -> bool:
     """Whether the contents of a tensor can be read here without a wait: on CPU, outside tracing."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)

@@ -17,15 +17,15 @@ _NAME = "decode_attention"
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q kᵀ) v for each head, in float32 (float64 for float64 inputs) and rounded once.
 
-    It exists for the CPU, where torch's fused attention takes ten times as long for one query. GPUs run the reference:
-    torch's own kernels are made for that there.
+    It exists for the CPU, where torch's fused attention in bfloat16 takes 11 to 17 times as long for one query (`python
+    bench/ops.py --filter decode_attention`). Elsewhere the reference runs; `tc.fuse_` leaves GPUs to torch's attention.
 
     Args:
         q: (batch, heads, queries, d) floating.
         k: (batch, kv_heads, keys, d), dtype of q; heads is a multiple of kv_heads, neighbouring heads share one.
         v: (batch, kv_heads, keys, e), dtype of q.
-        mask: bool (batch, 1, queries, keys), true where a query sees a key; None: everywhere. A query that sees no key
-            gives zeros.
+        mask: bool (batch, 1, queries, keys), true where a query sees a key; None: everywhere. A query that sees no key,
+            or whose scores are all -inf, gives zeros, as in torch.
         scale: what the products are multiplied by, usually 1 / sqrt(d).
 
     Returns:
@@ -34,11 +34,14 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     Raises:
         ValueError: shapes or devices do not fit.
         TypeError: dtypes do not fit.
+        RuntimeError: a gradient would be recorded.
 
-    Cost: 2 batch heads queries keys (d + e) FLOPs, one read of q, k, v. Not differentiable.
+    Cost: 2 batch heads queries keys (d + e) FLOPs, one read of q, k, v, and e + 2 numbers kept for each query of a head
+    and 64 keys. Not differentiable.
     Source: attention as in arXiv 1706.03762, shared key heads as in arXiv 2305.13245, and keys read in parts of which
     each keeps its own largest score, as in arXiv 1805.02867.
     """
+    _checks.no_gradient(_NAME, q, k, v)
     return _call(q, k, v, mask, scale)
 
 
@@ -67,9 +70,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     if keys > 0:
         if mask is not None:
             scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
-        weights = scores.softmax(-1)
-        if mask is not None:
-            weights = weights.masked_fill(~mask.any(-1, keepdim=True).unsqueeze(2), 0.0)
+        nothing = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = scores.softmax(-1).masked_fill(nothing, 0.0)
     out = weights @ v.to(wide).unsqueeze(2)
     return out.reshape(batch, heads, queries, e).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)
 

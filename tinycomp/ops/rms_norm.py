@@ -17,8 +17,8 @@ _NAME = "rms_norm"
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) in float32 (float64 for float64 inputs), rounded, times the weight, rounded.
 
-    The two roundings are those of transformers' models. It exists for the CPU, where they take eight calls for it; GPUs
-    run the reference.
+    The two roundings are those of transformers' Llama and most other models. It exists for the CPU, where they take
+    eight calls for it; elsewhere the reference runs.
 
     Args:
         x: (..., n) floating.
@@ -31,10 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit.
         TypeError: dtypes do not fit.
+        RuntimeError: a gradient would be recorded.
 
     Cost: 4 FLOPs a number, one read of x and weight. Not differentiable.
     Source: arXiv 1910.07467.
     """
+    _checks.no_gradient(_NAME, x, weight)
     return _call(x, weight, eps)
 
 
