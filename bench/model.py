@@ -133,7 +133,9 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         found[f"svd {ratio} bfloat16"] = own_head(copy.deepcopy(small))
         found[f"svd {ratio} int8"] = rounded(copy.deepcopy(small), 8)
         found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
-    for name in [name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "g64", "ours"))]:
+    for name in [
+        name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "g64", "ours"))
+    ]:
         found[f"{name}, fused"] = fused(found[name])
     return found, tokenizer
 
