@@ -3,8 +3,8 @@
     python bench/model.py [--quick] [--compile] [--peers DIR] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
-head on our dense kernel, and with factors and head in int8 and int4, inputs rounded to 8 bits. "No linear layers" is
-the model whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with
+head on our dense kernel, and with factors and head in int8, inputs rounded to 8 bits; without --quick also with factors
+in int4. "Fused": after `tc.fuse_`. "No linear layers" is the model whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with
 torch.compile and a static cache, a minute or two per model. --peers names the environment of requirements-peers.txt:
 OpenVINO and llama.cpp on the same GGUF file, as it is and in F16 and Q8_0. All models run interleaved in this process.
 Lines are appended to bench/results/model.jsonl.
@@ -52,15 +52,14 @@ def replaced(model: nn.Module, change: Any) -> nn.Module:
     return model.eval()
 
 
-def rounded(model: nn.Module, bits: int, group_size: int = 0) -> nn.Module:
-    """Every linear layer in `bits`, inputs in 8 bits; the head always in 8."""
+def rounded(model: nn.Module, bits: int) -> nn.Module:
+    """Every linear layer that is not rounded yet in `bits`, inputs in 8; the head always in 8."""
 
     def change(name: str, module: nn.Module) -> nn.Module:
         if isinstance(module, LowRankLinear):
-            return QuantLowRankLinear.from_low_rank(module, bits, group_size, activation_bits=8)
+            return QuantLowRankLinear.from_low_rank(module, bits, activation_bits=8)
         assert isinstance(module, nn.Linear)
-        head = name.endswith("lm_head")
-        return QuantLinear.from_linear(module, 8 if head else bits, 0 if head else group_size, activation_bits=8)
+        return QuantLinear.from_linear(module, 8 if name.endswith("lm_head") else bits, activation_bits=8)
 
     return replaced(model, change)
 
@@ -132,9 +131,13 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         small = small.bfloat16()
         found[f"svd {ratio} bfloat16"] = own_head(copy.deepcopy(small))
         found[f"svd {ratio} int8"] = rounded(copy.deepcopy(small), 8)
-        found[f"svd {ratio} int4 g64"] = rounded(small, 4, 64)
+        if not options.quick:
+            # By the method, which weighs the errors and takes minutes: the nearest levels of 4 bits are too far away.
+            method = tc.SVD(ratio=ratio, bits=4, activation_bits=8)
+            small, _ = tc.compress(dense, method, tokenizer=tokenizer, num_calibration_samples=samples)
+            found[f"svd {ratio} int4"] = rounded(small.bfloat16(), 8)
     for name in [
-        name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "g64", "ours"))
+        name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "int4", "ours"))
     ]:
         found[f"{name}, fused"] = fused(found[name])
     return found, tokenizer
