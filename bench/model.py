@@ -4,9 +4,10 @@
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
 head on our dense kernel, and with factors and head in int8, inputs rounded to 8 bits; without --quick also with factors
-in int4. "Fused": after `tc.fuse_`. "No linear layers" is the model whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with
-torch.compile and a static cache, a minute or two per model. --peers names the environment of requirements-peers.txt:
-OpenVINO and llama.cpp on the same GGUF file, as it is and in F16 and Q8_0. All models run interleaved in this process.
+in int4. "Fused": after `tc.fuse_`. "No linear layers" is the model whose linear layers return zeros at once: no
+compression can be faster. --compile also times decoding with torch.compile and a static cache, a minute or two per
+model. --peers names the environment of requirements-peers.txt: OpenVINO and llama.cpp on the same GGUF file, as it is
+and in F16 and Q8_0. All models run interleaved in this process.
 Lines are appended to bench/results/model.jsonl.
 """
 
