@@ -12,77 +12,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, OTHERS, VOCAB
-from torch import Tensor, nn
+from conftest import FAMILIES, VOCAB
+from fused_models import build, calls, decoded, fused, prompt
+from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, StaticCache
 
 import tinycomp as tc
 from tinycomp import ops
 from tinycomp.fused import Fused
 
+__all__ = ["calls"]  # the fixture
+# Of models that have no rotary embedding, or other feed-forward sublayers than Llama's.
+ROTARY_AND_GATED = {"gpt2": (0, 0), "opt": (0, 0), "gpt_neox": (1, 0), "mixtral": (1, 0)}
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral")
 every_decoder = pytest.mark.parametrize("family", DECODERS)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Counter[str]]:
-    """How often each op was called since the last time this was asked."""
-    found: Counter[str] = Counter()
-
-    def counted(name: str) -> Callable[..., Tensor]:
-        real = getattr(ops, name)
-
-        def call(x: Tensor, *rest: Any) -> Tensor:
-            found[name] += 1
-            assert name == "rms_norm" or x.shape[2] == 1, "prompts are for torch"
-            return real(x, *rest)
-
-        return call
-
-    for name in ("decode_attention", "rms_norm"):
-        monkeypatch.setattr(ops, name, counted(name))
-
-    def taken() -> Counter[str]:
-        now = found.copy()
-        found.clear()
-        return now
-
-    return taken
-
-
-def build(family: str, **fields: Any) -> Any:
-    return (FAMILIES | OTHERS)[family].build(**fields)
-
-
-def fused(family: str, **fields: Any) -> Any:
-    model = build(family, **fields)
-    tc.fuse_(model)
-    return model
-
-
-@torch.no_grad()
-def decoded(model: Any, ids: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
-    """Logits of the prompt's last token and of four more, one by one."""
-    found, tokens = [], ids
-    for step in range(5):
-        out = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        found.append(out.logits[:, -1])
-        tokens = torch.full((ids.shape[0], 1), 3 + step)
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-    return torch.stack(found)
-
-
-def prompt() -> tuple[Tensor, Tensor]:
-    """Three prompts, two of them padded on the left."""
-    ids = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    mask[2, :5] = 0
-    return ids, mask
 
 
 @every_decoder
@@ -98,7 +42,9 @@ def test_logits_are_those_of_torch(family: str, padded: bool, calls: Callable[[]
     calls()  # norms are tried
     got = decoded(model, ids, mask if padded else None)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert calls() == Counter(decode_attention=4 * blocks, rms_norm=5 * found.norms)
+    wanted_calls = Counter(decode_attention=4 * blocks, rms_norm=5 * found.norms, silu_and_mul=5 * found.mlps)
+    assert calls() == wanted_calls + Counter(rotary_embedding=5 * blocks * found.rotary_embeddings)
+    assert (found.rotary_embeddings, found.mlps) == ROTARY_AND_GATED.get(family, (1, blocks))
 
 
 def test_a_static_cache_and_other_dtypes(calls: Callable[[], Counter[str]]) -> None:
@@ -111,7 +57,7 @@ def test_a_static_cache_and_other_dtypes(calls: Callable[[], Counter[str]]) -> N
             caches = [StaticCache(config=ours.config, max_cache_len=16) if static else None for _ in range(2)]
             got, wanted = (decoded(m, ids, mask, c).float() for m, c in zip((ours, plain), caches, strict=True))
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-            assert calls() == Counter(decode_attention=12, rms_norm=35)
+            assert calls() == Counter(decode_attention=12, rms_norm=35, rotary_embedding=15, silu_and_mul=15)
 
 
 def test_cross_attention_and_a_position_bias(calls: Callable[[], Counter[str]]) -> None:
@@ -142,7 +88,7 @@ def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: Callabl
     for fuses in (False, True):
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
         if fuses:
-            assert tc.fuse_(loaded) == Fused(attentions=3, norms=7)
+            assert tc.fuse_(loaded) == Fused(attentions=3, norms=7, rotary_embeddings=1, mlps=3)
         calls()
         for beams in (1, 2):
             options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
@@ -178,7 +124,8 @@ def test_what_is_left_to_torch(calls: Callable[[], Counter[str]]) -> None:
     calls()
     with torch.no_grad():
         cache = model(input_ids=ids[:1], use_cache=True).past_key_values
-    assert calls() == Counter(rms_norm=7), "the prompt"
+    others = Counter(rms_norm=7, rotary_embedding=3, silu_and_mul=3)
+    assert calls() == others, "the prompt"
     loss = model(input_ids=one, past_key_values=cache).logits.square().sum()
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -199,117 +146,12 @@ def test_what_is_left_to_torch(calls: Callable[[], Counter[str]]) -> None:
         fused("bert")(**FAMILIES["bert"].batch())
         fused("vit")(**FAMILIES["vit"].batch())
         build("llama")(input_ids=one)
-        assert calls() == Counter(rms_norm=14), "the two Llamas that may norm"
+        assert calls() == others + others, "the two Llamas whose attention is another"
         with forward_ad.dual_level():
             norm = model.model.norm
             x = torch.randn(2, 32)
             dual = norm(forward_ad.make_dual(x, torch.ones_like(x)))
             assert forward_ad.unpack_dual(dual).tangent is not None
-    assert not calls()
-
-
-# Llama has two norms a block and one at the end, Qwen3 two more in its attention; T5 has an encoder and a decoder.
-NORMS = {"llama": 7, "qwen3": 13, "t5": 17, "mixtral": 5, "gpt2": 0, "bert": 0, "vit": 0}
-
-
-@pytest.mark.parametrize("family", NORMS)
-def test_norms_are_found_by_what_they_compute(family: str, calls: Callable[[], Counter[str]]) -> None:
-    model, batch = build(family), (FAMILIES | OTHERS)[family].batch()
-    same = copy.deepcopy(model)
-    found = tc.fuse_(model)
-    assert found.norms == NORMS[family]
-    assert tc.fuse_(model) == found, "they are already"
-    calls()
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch)[0], same(**batch)[0], rtol=1e-4, atol=1e-5)
-    assert calls()["rms_norm"] == NORMS[family]
-    assert model.state_dict().keys() == same.state_dict().keys()
-
-
-class Weighted(nn.Module):
-    """A norm of a weight alone."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(16, dtype=dtype)), eps
-
-
-class Outside(Weighted):
-    """Epsilon beside the root."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
-
-
-class Length(Weighted):
-    """A length of at least epsilon."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(x, eps=self.eps, dim=-1) * 4 * self.weight
-
-
-class Centred(Weighted):
-    """LayerNorm, its weight zero as some begin."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, (16,), self.weight, None, self.eps)
-
-
-class Pair(Weighted):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-
-class Two(Weighted):
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return x * gate
-
-
-def test_norms_that_compute_something_else_stay() -> None:
-    gemma = transformers.GemmaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    assert tc.fuse_(transformers.GemmaForCausalLM(gemma)).norms == 0, "it multiplies by 1 + weight"
-    bf16 = torch.bfloat16
-    for norm in (Outside(eps=1e-7), Outside(bf16), Length(bf16, 1e-5), Centred(), Pair(), Two()):
-        assert tc.fuse_(norm).norms == 0, type(norm)
-    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6)).norms == 1
-    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6, dtype=bf16)).norms == 0, "it rounds once"
-    assert tc.fuse_(nn.RMSNorm(8)).norms == 0, "its epsilon depends on the dtype"
-    assert tc.fuse_(nn.RMSNorm(8, eps=1e-6, device="meta")).norms == 0
-
-
-def test_a_gate_is_left_to_the_norm_itself() -> None:
-    class Gated(nn.RMSNorm):
-        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-            return super().forward(x) if gate is None else super().forward(x * gate)
-
-    norm, x = Gated(8, eps=1e-6), torch.randn(2, 8)
-    assert tc.fuse_(norm).norms == 1
-    with torch.no_grad():
-        assert torch.equal(norm(x, gate=2 * x), Gated.forward(norm, x, 2 * x))
-        torch.testing.assert_close(norm(x), Gated.forward(norm, x))
-        assert torch.equal(norm(x=x), Gated.forward(norm, x))
-
-
-def test_a_norm_that_changes_later_is_followed(calls: Callable[[], Counter[str]]) -> None:
-    """Another dtype than it was tried in, another weight, and a weight that is no parameter any more."""
-    norm, x = nn.RMSNorm(8, eps=1e-6), torch.randn(3, 8)
-    tc.fuse_(norm)
-    calls()
-    with torch.no_grad():
-        norm.weight.mul_(2)
-        torch.testing.assert_close(norm(x), nn.RMSNorm.forward(norm, x))
-        assert calls()
-        half = copy.deepcopy(norm).bfloat16()
-        assert torch.equal(half(x.bfloat16()), nn.RMSNorm.forward(half, x.bfloat16()))
-        prune.random_unstructured(norm, "weight", 0.5)
-        assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
     assert not calls()
 
 

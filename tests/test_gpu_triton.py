@@ -12,6 +12,7 @@ from pathlib import Path
 import all_cores
 import pytest
 from all_cores import selected
+from fused_models import OPS as FUSED
 
 from tinycomp.ops._registry import OPS
 
@@ -73,9 +74,9 @@ def test_awkward_shapes(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_every_op_has_both_backends() -> None:
-    """All but two, of which a GPU has torch's own."""
+    """All but those of `tc.fuse_`, which is for CPUs."""
     cuda = {p.stem for p in (TESTS.parent / "csrc" / "cuda").glob("*.cu")}
-    assert set(OPS) - {"decode_attention", "rms_norm"} == set(KERNELS) == cuda - set(gpu_build.NO_OPS)
+    assert set(OPS) - set(FUSED) == set(KERNELS) == cuda - set(gpu_build.NO_OPS)
 
 
 def test_compilers_see_through_every_op() -> None:

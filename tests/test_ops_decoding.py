@@ -1,4 +1,4 @@
-"""The two ops of a decoding step, beside what the generic tests of every op say."""
+"""The ops of `tc.fuse_`, beside what the generic tests of every op say."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
 
 def test_a_gradient_is_not_cut_off_in_silence() -> None:
     x, q = torch.ones(2, 8, requires_grad=True), torch.ones(1, 1, 1, 8, requires_grad=True)
-    for call in (lambda: ops.rms_norm(x, torch.ones(8), 1e-6), lambda: ops.decode_attention(q, q, q, None, 1.0)):
+    angles = torch.ones(1, 1, 8)
+    for call in (
+        lambda: ops.rms_norm(x, torch.ones(8), 1e-6),
+        lambda: ops.decode_attention(q, q, q, None, 1.0),
+        lambda: ops.rotary_embedding(q, q, angles, angles)[1],
+        lambda: ops.silu_and_mul(x, x),
+    ):
         with pytest.raises(RuntimeError, match=r"an input requires a gradient, allowed are none; call it under"):
             call()
         with torch.no_grad():
@@ -78,3 +84,45 @@ def test_wrong_norms_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="x has 0 dimensions, allowed at least 1"):
         ops.rms_norm(torch.tensor(1.0), torch.ones(1), 1e-6)
     assert ops.rms_norm(torch.full((1, 8), float("nan")), torch.ones(8), 1e-6).isnan().all()
+
+
+def test_wrong_angles_and_gates_say_what_is_allowed() -> None:
+    q, angles = torch.ones(2, 4, 5, 8), torch.ones(1, 5, 8)
+    with pytest.raises(ValueError, match=r"k has shape \(2, 4, 4, 8\), allowed \(2, any, 5, 8\)"):
+        ops.rotary_embedding(q, q[:, :, :4], angles, angles)
+    for wrong in (torch.ones(3, 5, 8), torch.ones(1, 5, 7), torch.ones(1, 5, 10)):
+        with pytest.raises(ValueError, match=r"allowed \(2 or 1, 5, an even number up to 8\); check which is which"):
+            ops.rotary_embedding(q, q, wrong, wrong)
+    with pytest.raises(ValueError, match=r"sin has shape \(1, 5, 6\), allowed \(1, 5, 8\)"):
+        ops.rotary_embedding(q, q, angles, angles[..., :6])
+    with pytest.raises(TypeError, match=r"cos has dtype torch.float64, allowed torch.float32 as the input"):
+        ops.rotary_embedding(q, q, angles.double(), angles.double())
+    with pytest.raises(ValueError, match=r"up has shape \(2, 7\), allowed \(2, 8\)"):
+        ops.silu_and_mul(torch.ones(2, 8), torch.ones(2, 7))
+    with pytest.raises(TypeError, match=r"up has dtype torch.float16, allowed torch.float32 as the input"):
+        ops.silu_and_mul(torch.ones(2, 8), torch.ones(2, 8).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gates_of_any_size(dtype: torch.dtype) -> None:
+    """Those that are not finite, and those whose exponential is not."""
+    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, -88, -90, 20, float("inf"), float("-inf"), float("nan")]).to(dtype)
+    got, wanted = ops.silu_and_mul(gate, torch.ones_like(gate)), torch.nn.functional.silu(gate)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_many_tokens_in_parts_and_threads() -> None:
+    heads = torch.randn(2, 3, 900, 64), torch.randn(2, 1, 900, 64)
+    angles, gate = torch.randn(2, 900, 64), torch.randn(31, 5000)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 40):
+            torch.set_num_threads(count)
+            found.append([*ops.rotary_embedding(*heads, angles, angles), ops.silu_and_mul(gate, gate)])
+    finally:
+        torch.set_num_threads(threads)
+    with ops.use_backend("torch"):
+        wanted = [*ops.rotary_embedding(*heads, angles, angles), ops.silu_and_mul(gate, gate)]
+    for each in found:
+        assert all(map(torch.equal, each, found[0]))
+        torch.testing.assert_close(each, wanted)

@@ -1,4 +1,5 @@
-"""What transformers computes in many small calls for one token on a CPU, in one each: attention and RMSNorm.
+"""What transformers computes in many small calls on a CPU, in one each: attention of one token, RMSNorm, rotary
+position embeddings and the activation of gated feed-forward sublayers.
 
     tc.fuse_(model)
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Collection
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -23,23 +24,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from tinycomp import ops
 from tinycomp.ops import _registry
 
-MARK = "_tinycomp_fused"  # set on attention modules whose "sdpa" may be the op
+MARK = "_tinycomp_fused"  # set on modules that are fused, and on their angles
 
 
 class Fused(NamedTuple):
-    """How many attention modules and norms of a model were fused."""
+    """How many modules of a model were fused, of each kind."""
 
     attentions: int
     norms: int
+    rotary_embeddings: int
+    mlps: int
 
 
 def fuse_(model: nn.Module) -> Fused:
-    """Let a model decode with `ops.decode_attention`, and normalise with `ops.rms_norm`.
+    """Let a model on a CPU compute attention, norms, rotary embeddings and gated feed-forward sublayers in fewer calls.
 
     Attention is that of modules which ask transformers' `AttentionInterface` for it, whenever it is "sdpa" there, for
     one query a sequence; transformers' entry of that name is replaced by a function that leaves all other modules to
-    the one before. Norms of any class are fused that give what the op gives, tried on random numbers in the dtype they
-    have now.
+    the one before. Norms and sublayers of any class are fused that give what the op gives, tried on random numbers;
+    norms in the dtype they have now. Angles are marked by the module that computes them, and `apply_rotary_pos_emb` of
+    its file is replaced by a function that knows the mark, where the two give the same bits.
 
     Args:
         model: on any device; the ops run where it is on a CPU, when it is called.
@@ -49,20 +53,31 @@ def fuse_(model: nn.Module) -> Fused:
 
     Source: the equations are in `tinycomp.ops`.
     """
-    attentions = norms = 0
+    found = dict.fromkeys(Fused._fields, 0)
     for module in list(model.modules()):
-        if isinstance(module, _FusedNorm):
-            norms += 1
+        if not isinstance(module, _FusedModule) and (how := _replacement(module)) is not None:
+            kind, mark = how
+            setattr(module, MARK, mark)
+            module.__class__ = _fused_class(kind, type(module))  # type: ignore[arg-type]
+        if isinstance(module, _FusedModule):
+            found[module.counted_as] += 1
         elif "Attention" in type(module).__name__ and _asks_transformers(module):
             setattr(module, MARK, True)
-            attentions += 1
-        elif (eps := _eps_of_norm(module)) is not None:
-            setattr(module, MARK, (eps, module.weight.dtype))
-            module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
-            norms += 1
-    if attentions:
+            found["attentions"] += 1
+    if found["attentions"]:
         _replace_sdpa()
-    return Fused(attentions, norms)
+    return Fused(**found)
+
+
+def _replacement(module: nn.Module) -> tuple[type[_FusedModule], Any] | None:
+    """The class to put before the module's own and what it has to remember; None for modules that stay."""
+    if "forward" in vars(module):
+        return None
+    if (eps := _eps_of_norm(module)) is not None:
+        return _FusedNorm, (eps, module.weight.dtype)
+    if "RotaryEmbedding" in type(module).__name__ and _replace_rotary(type(module).__module__):
+        return _FusedRotaryEmbedding, True
+    return (_FusedMLP, type(module.act_fn)) if _gates(module) else None
 
 
 def _runs(op: str, x: Tensor) -> bool:
@@ -72,8 +87,17 @@ def _runs(op: str, x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0)
 
 
-class _FusedNorm(nn.Module):
-    """Before a norm's own class: its forward pass by the op, where that is the same."""
+class _FusedModule(nn.Module):
+    """Before a module's own class: its forward pass by an op, where that is the same."""
+
+    counted_as: str  # a field of `Fused`
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, type(self).__bases__, self.__dict__
+
+
+class _FusedNorm(_FusedModule):
+    counted_as = "norms"
 
     def forward(self, *args: Any, **more: Any) -> Any:
         # Some norms take a gate beside their input, and norm in another way then.
@@ -83,29 +107,52 @@ class _FusedNorm(nn.Module):
                 return ops.rms_norm(x, weight, eps)
         return super().forward(*args, **more)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).__bases__[1],), self.__dict__
+
+class _FusedMLP(_FusedModule):
+    counted_as = "mlps"
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        if len(args) == 1 and not more and _runs("silu_and_mul", args[0]):
+            modules = self._modules
+            act: Any = modules.get("act_fn")
+            if type(act) is getattr(self, MARK) and not (act._forward_hooks or act._forward_pre_hooks):
+                gate, up = (modules[name](args[0]) for name in _GATED[:2])  # type: ignore[misc]
+                same = gate.dtype == up.dtype and gate.shape == up.shape
+                return modules["down_proj"](ops.silu_and_mul(gate, up) if same else act(gate) * up)  # type: ignore[misc]
+        return super().forward(*args, **more)
+
+
+class _FusedRotaryEmbedding(_FusedModule):
+    """Marks its angles for the function that turns queries and keys by them, which does not know the module."""
+
+    counted_as = "rotary_embeddings"
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        angles = super().forward(*args, **more)
+        if isinstance(angles, tuple) and len(angles) == 2 and _runs("rotary_embedding", angles[0]):
+            setattr(angles[0], MARK, True)
+        return angles
 
 
 @cache
-def _fused_class(kind: Any) -> type[nn.Module]:
-    return type(f"Fused{kind.__name__}", (_FusedNorm, kind), {})
+def _fused_class(fused: type[_FusedModule], kind: Any) -> type[nn.Module]:
+    return type(f"Fused{kind.__name__}", (fused, kind), {})
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
-    """What copying and pickling fill: the fused class of a norm's class has no name to be found under."""
-    fused = _fused_class(kind)  # type: ignore[arg-type]
+def _empty(*bases: type[nn.Module]) -> nn.Module:
+    """What copying and pickling fill: the fused class of a module's class has no name to be found under."""
+    fused = _fused_class(*bases)  # type: ignore[arg-type]
     return fused.__new__(fused)
 
 
 def _eps_of_norm(module: nn.Module) -> float | None:
-    """The epsilon of an RMSNorm of whatever class; None for other modules, and one whose forward was replaced."""
+    """The epsilon of an RMSNorm of whatever class; None for other modules."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = module._parameters.get("weight")
     if not isinstance(eps, float) or eps <= 0 or weight is None or weight.dim() != 1 or weight.is_meta:
         return None
     alone = len(module._parameters) == 1 and not module._buffers and not module._modules
-    if not alone or "forward" in vars(module) or weight.numel() == 0:
+    if not alone or weight.numel() == 0:
         return None
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(12, weight.numel(), generator=generator)
@@ -123,9 +170,85 @@ def _eps_of_norm(module: nn.Module) -> float | None:
         got = ops.rms_norm(x, some, eps)
     if not isinstance(wanted, Tensor) or wanted.dtype != got.dtype or wanted.shape != got.shape:
         return None
-    if got.dtype.itemsize == 2:  # equal but for sums in another order: norms that round once differ in a quarter
-        return eps if (wanted == got).float().mean() > 0.98 else None
-    return eps if torch.allclose(wanted, got, rtol=1e-5, atol=0) else None
+    return eps if _same(wanted, got) else None
+
+
+def _same(wanted: Tensor, got: Tensor) -> bool:
+    if got.dtype.itemsize == 2:  # but for sums in another order: norms that round once differ in a quarter
+        return bool((wanted == got).float().mean() > 0.98)
+    return torch.allclose(wanted, got, rtol=1e-5, atol=0)
+
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Shift(nn.Module):
+    """Stands for a linear layer while a sublayer is tried."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(self.by, -1)
+
+
+def _gates(module: nn.Module) -> bool:
+    """Whether a module is down(silu(gate(x)) up(x)), whatever its linear layers are."""
+    if set(module._modules) != {*_GATED, "act_fn"}:
+        return False
+    other = copy.copy(module)
+    other._modules = {name: _Shift(by) for by, name in enumerate(_GATED, 1)} | {"act_fn": module._modules["act_fn"]}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = 3 * torch.randn(12, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.no_grad():
+            try:
+                wanted = type(other).forward(other, x)
+            except Exception:  # it needs more than one tensor, or weights
+                return False
+            got = ops.silu_and_mul(x.roll(1, -1), x.roll(2, -1)).roll(3, -1)
+        if not isinstance(wanted, Tensor) or wanted.dtype != dtype or not _same(wanted, got):
+            return False
+    return True
+
+
+@cache
+def _replace_rotary(file: str) -> bool:
+    """Put `_rotary` before a file's `apply_rotary_pos_emb`, once, if there is a dtype in which they do the same."""
+    name = "apply_rotary_pos_emb"
+    plain = getattr(sys.modules[file], name, None)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 4, 5, 16), (2, 2, 5, 16), (2, 5, 16), (2, 5, 16)
+
+    def same(dtype: torch.dtype, turned: int) -> bool:
+        q, k, cos, sin = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+        cos, sin = cos[..., :turned], sin[..., :turned]
+        try:
+            wanted = plain(q, k, cos, sin)  # type: ignore[misc]
+            return all(map(torch.equal, wanted, ops.rotary_embedding(q, k, cos, sin)))
+        except Exception:  # it takes or gives something else
+            return False
+
+    with torch.no_grad():
+        dtypes = {d for d in (torch.float32, torch.bfloat16, torch.float16) if same(d, 16)}
+        parts = all(same(d, 8) for d in dtypes)
+    if dtypes:
+        setattr(sys.modules[file], name, _rotary(plain, dtypes, parts))  # type: ignore[arg-type]
+    return bool(dtypes)
+
+
+def _rotary(plain: Callable[..., Any], dtypes: Collection[torch.dtype], parts: bool) -> Callable[..., Any]:
+    """`plain`, or for marked angles the op; `parts` says that `plain` can turn the first numbers of a head alone."""
+
+    @wraps(plain)
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **more: Any) -> Any:
+        if getattr(cos, MARK, False) and not (args or more) and _runs("rotary_embedding", q):
+            fits = q.dim() == 4 and cos.dim() == 3 and (parts or cos.shape[2] == q.shape[3])
+            if fits and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in dtypes:
+                return ops.rotary_embedding(q, k, cos, sin)
+        return plain(q, k, cos, sin, *args, **more)
+
+    return rotary
 
 
 def _asks_transformers(module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from tinycomp import ops
 from tinycomp.layers import CompressedLinear
 from tinycomp.models import is_linear, spec_of
 
+_BY_NUMBER = ("rms_norm", "rotary_embedding", "silu_and_mul")  # ops that multiply no matrices
+
 ENCODER_TOKENS = 128
 
 
@@ -108,8 +110,8 @@ def flops_per_token(model: nn.Module, batch: Mapping[str, Tensor] | None = None)
     """
     single = is_causal(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     inputs = dict(example_inputs(model, 1 if single else encoder_tokens(model)) if batch is None else batch)
-    # Norms do not count, whether they are one op or eight.
-    counted = {name: op for name, op in ops.OPS.items() if name != "rms_norm"}
+    # Norms and the like do not count, whether they are one op or eight.
+    counted = {name: op for name, op in ops.OPS.items() if name not in _BY_NUMBER}
     mapping = {getattr(torch.ops.tinycomp, name): _op_flops(op) for name, op in counted.items()}
     mapping[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _cpu_attention_flops
     training = model.training

@@ -22,8 +22,10 @@ from tinycomp.ops.quant_lowrank_linears import quant_lowrank_linears
 from tinycomp.ops.quant_swsc_linear import quant_swsc_linear
 from tinycomp.ops.quant_swsc_linears import quant_swsc_linears
 from tinycomp.ops.rms_norm import rms_norm
+from tinycomp.ops.rotary_embedding import rotary_embedding
 from tinycomp.ops.sample_without_replacement import sample_without_replacement
 from tinycomp.ops.select_pivots import select_pivots
+from tinycomp.ops.silu_and_mul import silu_and_mul
 from tinycomp.ops.sliced_linear import sliced_linear
 from tinycomp.ops.sliced_linears import sliced_linears
 from tinycomp.ops.split_bregman_step_ import split_bregman_step_
@@ -60,8 +62,10 @@ __all__ = [
     "quantize",
     "register",
     "rms_norm",
+    "rotary_embedding",
     "sample_without_replacement",
     "select_pivots",
+    "silu_and_mul",
     "sliced_linear",
     "sliced_linears",
     "split_bregman_step_",
