@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrices import moment, normal
 from pydantic import ValidationError
@@ -89,6 +89,7 @@ def test_low_rank_matches_the_svd():
 
 
 @settings(max_examples=25, deadline=None)
+@example(m=22, n=11, axis=1, scaled=True, balanced=True, statistics="rank-deficient", seed=1)
 @given(
     m=st.integers(4, 30),
     n=st.integers(4, 30),
@@ -106,8 +107,10 @@ def test_no_half_step_raises_the_error(m, n, axis, scaled, balanced, statistics,
     k, r = max(w.shape[axis] // 3, 1), min(m, n) // 3
     lloyd = Lloyd(scaled=scaled, balanced=balanced, tolerance=0.0, seed=seed)
     factors, history = fit(w, k, r, axis=axis, metric=metric, iterations=4, lloyd=lloyd)
+    # Leaving a metric of condition 1e4 costs four of float32's seven digits.
+    slack = 1e-3 if statistics == "rank-deficient" else 1e-4
     for before, after in itertools.pairwise(history):
-        assert after <= before * (1 + 1e-4)
+        assert after <= before * (1 + slack)
     linear = Linear("fc", w, gram=gram, output_gram=output_gram)
     assert torch.isfinite(factors.dense()).all()
     assert linear.predicted_loss(w - factors.dense()) <= 0.5 * history[-1] ** 2 * (1 + 1e-2)

@@ -27,10 +27,12 @@ void nearest(const std::vector<A>& norms, const A* __restrict products, int64_t 
 // Points that are compared at a time: their products with 256 centroids fill a quarter of a megabyte.
 constexpr int64_t kPoints = 256;
 
-// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c.
-template <class A, class Products>
-void assign(const A* points, const A* centroids, int64_t n, int64_t d, int64_t k, int32_t* labels, float* distances,
+// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c. Points of 16 bits
+// are widened where numbers of A are needed.
+template <class T, class A, class Products>
+void assign(const T* points, const A* centroids, int64_t n, int64_t d, int64_t k, int32_t* labels, float* distances,
             const Products& products) {
+  constexpr bool wide = std::is_same_v<T, A>;
   std::vector<A> norms(k);
   vectorised([&] {
     for (int64_t c = 0; c < k; ++c)
@@ -43,7 +45,12 @@ void assign(const A* points, const A* centroids, int64_t n, int64_t d, int64_t k
       products(first, count, line.data());
       vectorised([&] { nearest(norms, line.data(), kPoints, count, labels + first, least.data()); });
       for (int64_t i = first; i < first + count; ++i) {
-        const A* __restrict point = points + i * d, * __restrict mine = centroids + labels[i] * d;
+        const Scratch memory(kResultSlot, wide ? 0 : d);
+        const A* __restrict point, * __restrict mine = centroids + labels[i] * d;
+        if constexpr (wide)
+          point = points + i * d;
+        else
+          widen(dot_type<T>, points + i * d, memory.data(), d), point = memory.data();
         vectorised([&] {
           distances[i] = static_cast<float>(lane_sum<A>(d, [&](int64_t e) {
             const A difference = point[e] - mine[e];
@@ -60,23 +67,36 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
                       centroids.size(0) > 0 && points.scalar_type() == centroids.scalar_type(),
                   "kmeans_assign: shapes or dtypes do not fit");
   return with_float_type(points.scalar_type(), "kmeans_assign", [&](auto zero) {
-    using A = Accumulate<decltype(zero)>;
+    using T = decltype(zero);
+    using A = Accumulate<T>;
     const int64_t n = points.size(0), d = points.size(1), k = centroids.size(0);
-    Tensor x = adjacent(torch::stable::to(detach(points), scalar_type<A>));
+    Tensor x = adjacent(points);
     const Tensor mu = adjacent(torch::stable::to(detach(centroids), scalar_type<A>));
     const Tensor labels = empty({n}, ScalarType::Int), distances = empty({n}, ScalarType::Float);
-    const A *from = static_cast<const A*>(x.const_data_ptr()), *to = static_cast<const A*>(mu.const_data_ptr());
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    const A* to = static_cast<const A*>(mu.const_data_ptr());
     int32_t* places = static_cast<int32_t*>(labels.mutable_data_ptr());
     float* squares = static_cast<float*>(distances.mutable_data_ptr());
     if constexpr (std::is_same_v<A, float>) {
-      // Centroids lie apart as inputs do.
-      const int64_t apart = row_distance(d, k);
+      // Centroids lie apart as inputs do; bfloat16 ones meet points in pairs where that is faster, and as exact.
+      const bool pairs = in_pairs<T>(d);
+      const int64_t words = pairs ? d / 2 : d, apart = row_distance(words, k);
       std::vector<float> lines(k * apart);
-      for (int64_t c = 0; c < k; ++c) std::copy_n(to + c * d, d, lines.data() + c * apart);
+      for (int64_t c = 0; c < k; ++c)
+        if (pairs)
+          narrow(Type::bf16, to + c * d, lines.data() + c * apart, d);
+        else
+          std::copy_n(to + c * d, d, lines.data() + c * apart);
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
-        for (int64_t c = 0; c < k; c += kInputsAtOnce)
-          dot(Type::f32, from + first * d, d * 4, count, d, lines.data() + c * apart, apart,
-              std::min(kInputsAtOnce, k - c), line + c * kPoints, kPoints);
+        constexpr int64_t size = sizeof(T);
+        for (int64_t c = 0; c < k; c += kInputsAtOnce) {
+          const int64_t m = std::min(kInputsAtOnce, k - c);
+          const float* const some = lines.data() + c * apart;
+          if (pairs)
+            dot_pairs(from + first * d, d * size, count, words, some, apart, m, line + c * kPoints, kPoints);
+          else
+            dot(dot_type<T>, from + first * d, d * size, count, d, some, apart, m, line + c * kPoints, kPoints);
+        }
       });
     } else {
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, double* line) {

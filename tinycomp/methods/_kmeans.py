@@ -16,6 +16,7 @@ from torch import Tensor
 from tinycomp import ops
 
 EXACT_STEPS_AFTER_PROJECTION = 3
+PART = 1 << 18  # numbers
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def cluster(
             f"k-means: got k={k} for points of shape {tuple(points.shape)}; allowed 1 to the number of rows: lower k"
         )
     points = points.float()
-    if not bool(torch.isfinite(points).all()):
+    if points.numel() and not all(bool(v.isfinite()) for v in points.aminmax()):  # one pass, which NaN survives
         raise ValueError("k-means: got NaN or infinite points; only finite values can be clustered: check the weights")
     if start is not None:
         return _run(points, start.float(), lloyd, weights, lloyd.steps)
@@ -149,9 +150,17 @@ def _run(points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None
     if lloyd.scaled:
         scales = best_scales(points, centroids[labels.long()])
     found = Clusters(labels.int(), centroids, scales)
-    error = (points - found.expand()).square().sum(1).double()
+    error = _errors(points, found).double()
     inertia = float((error if weights is None else error * weights).sum())
     return Clusters(found.labels, centroids, scales, inertia, step)
+
+
+def _errors(points: Tensor, found: Clusters) -> Tensor:
+    """Squared distance of each point from its approximation, (n,); by parts that the caches hold."""
+    rows = max(1, PART // max(points.shape[1], 1))
+    scales = [None] * len(points.split(rows)) if found.scales is None else found.scales.split(rows)
+    parts = zip(points.split(rows), found.labels.split(rows), scales, strict=True)
+    return torch.cat([(p - Clusters(c, found.centroids, s).expand()).square().sum(1) for p, c, s in parts])
 
 
 def best_scales(points: Tensor, shared: Tensor) -> Tensor:
@@ -177,6 +186,9 @@ def _assign(
     points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Labels, scales and the weighted cost of every point."""
+    if not (lloyd.balanced or lloyd.scaled):
+        labels, cost = ops.kmeans_assign(points, centroids)
+        return labels, None, cost if weights is None else cost * weights
     norms = points.square().sum(1)
     if lloyd.balanced:
         inner = points @ centroids.T
@@ -185,7 +197,7 @@ def _assign(
         table = norms[:, None] - gain
         labels = _balanced_labels(table if weights is None else table * weights[:, None])
         cost = table.gather(1, labels.long()[:, None])[:, 0].clamp_min(0.0)
-    elif lloyd.scaled:
+    else:
         # |p - s mu|^2 is least for the largest |<p, mu>| / |mu|: the nearest of +-mu/|mu| to p/|p|.
         lines = centroids / centroids.norm(dim=1, keepdim=True).clamp_min(1e-30)
         directions = points / norms.sqrt().clamp_min(1e-30)[:, None]
@@ -193,8 +205,6 @@ def _assign(
         labels = both % centroids.shape[0]
         inner = (points * lines[labels.long()]).sum(1)
         cost = (norms - inner.square()).clamp_min(0.0)
-    else:
-        labels, cost = ops.kmeans_assign(points, centroids)
     scales = best_scales(points, centroids[labels.long()]) if lloyd.scaled else None
     return labels, scales, cost if weights is None else cost * weights
 
