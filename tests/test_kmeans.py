@@ -10,7 +10,7 @@ import torch
 from matrices import moment, normal
 from torch import Tensor
 
-from tinycomp.methods._kmeans import Lloyd, cluster, descend_labels
+from tinycomp.methods._kmeans import Lloyd, _projected, cluster, descend_labels
 from tinycomp.methods._shared_weights import (
     coupled_means,
 )
@@ -84,9 +84,19 @@ def test_gain_shape_merges_channels_of_one_direction():
 def test_projection_costs_little_and_random_start_works():
     points = normal(200, 64) + 3 * normal(8, 64, seed=2)[torch.arange(200) % 8]
     exact = cluster(points, 8, Lloyd(restarts=10)).inertia
-    assert cluster(points, 8, Lloyd(restarts=10, projection=16)).inertia <= 1.05 * exact
+    for dimensions in (16, 24):  # 24 is no divisor of 64
+        assert cluster(points, 8, Lloyd(restarts=10, projection=dimensions)).inertia <= 1.05 * exact
+    assert cluster(points, 8, Lloyd(restarts=10, projection=64)).inertia == pytest.approx(exact), "nothing to project"
     worst = cluster(points, 8, Lloyd(steps=1, init="random")).inertia
     assert exact <= cluster(points, 8, Lloyd(restarts=10, init="random")).inertia < worst
+
+
+def test_a_projection_keeps_inner_products_in_expectation():
+    points = normal(3, 40)
+    grams = torch.stack([p @ p.T for p in (_projected(points, 16, seed) for seed in range(4000))])
+    torch.testing.assert_close(
+        grams.mean(0), points @ points.T, rtol=0, atol=0.05 * float(points.square().sum(1).max())
+    )
 
 
 def test_the_seed_decides_everything():

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinycomp import ops
 
-EXACT_STEPS_AFTER_PROJECTION = 3
+STEPS_AFTER_PROJECTION = 2
 PART = 1 << 18  # numbers
 
 
@@ -47,7 +47,8 @@ class Lloyd:
         scaled: gain-shape, one scale per point.
         balanced: cluster sizes differ by at most one. Solved exactly by linear sum assignment, O(n^3) time and
             n^2 memory: meant for up to a few thousand points.
-        projection: run on a seeded Gaussian projection to this many dimensions, then three exact steps.
+        projection: run on a seeded projection to this many dimensions, then take two steps in all of them; points and
+            centroids are compared rounded to bfloat16, which processors multiply faster.
         seed: of every random choice.
     """
 
@@ -127,19 +128,35 @@ def cluster(
 def _one_start(points: Tensor, k: int, lloyd: Lloyd, weights: Tensor | None, seed: int) -> Clusters:
     if lloyd.projection is None or lloyd.projection >= points.shape[1]:
         return _run(points, points[seed_points(points, k, lloyd, weights, seed)], lloyd, weights, lloyd.steps)
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(points.shape[1], lloyd.projection, generator=generator) / lloyd.projection**0.5
-    small = points @ sketch.to(points.device)
-    rough = _run(small, small[seed_points(small, k, lloyd, weights, seed)], lloyd, weights, lloyd.steps)
+    small = _projected(points, lloyd.projection, seed)
+    start = small[seed_points(small, k, lloyd, weights, seed)]
+    rough = _run(small, start, lloyd, weights, lloyd.steps, small.bfloat16())
     start = means(points, rough.labels, k, weights, rough.scales, points.new_zeros(k, points.shape[1]))
-    return _run(points, start, lloyd, weights, EXACT_STEPS_AFTER_PROJECTION)
+    return _run(points, start, lloyd, weights, STEPS_AFTER_PROJECTION, points.bfloat16())
 
 
-def _run(points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, steps: int) -> Clusters:
+def _projected(points: Tensor, dimensions: int, seed: int) -> Tensor:
+    """Sums of every `dimensions`-th column, each with a random sign, (n, dimensions): one pass over the points.
+
+    Inner products are kept in expectation. Source: the sparse embedding of Clarkson and Woodruff, arXiv 1207.6365, with
+    places taken in turn instead of drawn.
+    """
+    d = points.shape[1]
+    signs = torch.randint(0, 2, (d,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    signs = signs.to(points)
+    parts = points.split(max(1, PART // max(d, 1)))
+    padded = (nn.functional.pad(part * signs, (0, -d % dimensions)) for part in parts)
+    return torch.cat([part.view(len(part), -1, dimensions).sum(1) for part in padded])
+
+
+def _run(
+    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, steps: int, compared: Tensor | None = None
+) -> Clusters:
+    """`compared`: the points as plain k-means compares them with centroids, if rounded."""
     k = centroids.shape[0]
     previous, step = float("inf"), 0
     for step in range(1, max(steps, 1) + 1):  # noqa: B007 - the number of steps is reported
-        labels, scales, cost = _assign(points, centroids, lloyd, weights)
+        labels, scales, cost = _assign(points, centroids, lloyd, weights, compared)
         if not lloyd.balanced:
             _fill_empty(labels, cost, scales, k)
         centroids = means(points, labels, k, weights, scales, centroids)
@@ -183,11 +200,12 @@ def means(
 
 
 def _assign(
-    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None
+    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, compared: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Labels, scales and the weighted cost of every point."""
     if not (lloyd.balanced or lloyd.scaled):
-        labels, cost = ops.kmeans_assign(points, centroids)
+        compared = points if compared is None else compared
+        labels, cost = ops.kmeans_assign(compared, centroids.to(compared.dtype))
         return labels, None, cost if weights is None else cost * weights
     norms = points.square().sum(1)
     if lloyd.balanced:

@@ -77,7 +77,7 @@ class SWSC(MethodConfig):
         scaled: one more number per channel, its gain against the centroid (closed form).
         weighted: minimise the predicted loss; otherwise the plain squared error, and no data is needed.
         balanced: clusters of equal size.
-        projection: cluster on a random projection to this many dimensions, then take a few exact steps.
+        projection: cluster on a random projection to this many dimensions, then take two steps in all.
         init: where k-means starts: "k-means++" or "random".
         restarts: k-means starts, the best is kept.
         steps: most k-means steps of one start.
