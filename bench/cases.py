@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from case import Call, Case, random_values
+from other_cases import decoding, other
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
@@ -16,48 +16,15 @@ from tinycomp import ops
 from tinycomp.ops import Packed
 
 FFN = {768: 3072, 2048: 8192, 4096: 14336}
-Call = Callable[[], object]
-
-
-@dataclass
-class Case:
-    """One row: an op at one size, and everything it is held against.
-
-    `make()` gives the op's arguments; the driver copies them until `weights`, the bytes of one copy that must be cold,
-    are more than any cache holds. `dense` is the weight of the dense layer, `peers` turn arguments into calls.
-    """
-
-    op: str
-    label: str
-    shape: str
-    m: int
-    dtype: torch.dtype
-    make: Callable[[], tuple[Any, ...]]
-    weights: int
-    dense: Callable[[], Tensor] | None = None
-    peers: dict[str, Callable[[tuple[Any, ...]], Call]] = field(default_factory=dict)
-    compute: str = "fma"  # the ceiling its arithmetic has
-    memory: str = "stream"  # the ceiling its bytes have: "stream" or "update"
-    outside: tuple[int, int] | None = None  # (out, in) for peers that only run dense layers
-    density: float = 1.0
-    exact: bool = True  # whether the general tolerance applies; else outputs are held to 5 %
-
-    @property
-    def key(self) -> str:
-        return f"{self.op}/{self.label}/{self.shape}/M{self.m}/{str(self.dtype).removeprefix('torch.')}"
-
-
-def _random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).div_(math.sqrt(shape[-1])).to(dtype)
 
 
 def _linear(
     op: str, label: str, n: int, k: int, m: int, dtype: torch.dtype, make: Any, weights: int, **more: Any
 ) -> Case:
-    x = _random(1, m, k, dtype=dtype)
+    x = random_values(1, m, k, dtype=dtype)
 
     def dense() -> Tensor:
-        return _random(2, n, k, dtype=dtype)
+        return random_values(2, n, k, dtype=dtype)
 
     return Case(op, label, f"{n}x{k}", m, dtype, lambda: make(x), weights, dense, outside=(n, k), **more)
 
@@ -68,14 +35,14 @@ def low_rank(n: int, k: int, m: int, dtype: torch.dtype, divisor: int) -> Iterat
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).int()
 
     def plain(x: Tensor) -> tuple[Any, ...]:
-        return x, _random(3, rank, k, dtype=dtype), _random(4, n, rank, dtype=dtype), None, None
+        return x, random_values(3, rank, k, dtype=dtype), random_values(4, n, rank, dtype=dtype), None, None
 
     def pivoted(x: Tensor) -> tuple[Any, ...]:
-        return x, _random(3, rank, k, dtype=dtype), _random(4, n - rank, rank, dtype=dtype), order, None
+        return x, random_values(3, rank, k, dtype=dtype), random_values(4, n - rank, rank, dtype=dtype), order, None
 
     def three(x: Tensor) -> tuple[Any, ...]:
-        u = _random(5, rank, rank, dtype=dtype)
-        return x, _random(3, rank, k, dtype=dtype), u, _random(4, n, rank, dtype=dtype), None
+        u = random_values(5, rank, rank, dtype=dtype)
+        return x, random_values(3, rank, k, dtype=dtype), u, random_values(4, n, rank, dtype=dtype), None
 
     def folded(args: tuple[Any, ...]) -> Call:
         x, r, t = args[:3]
@@ -96,7 +63,9 @@ def low_rank(n: int, k: int, m: int, dtype: torch.dtype, divisor: int) -> Iterat
 
     def two(x: Tensor) -> tuple[Any, ...]:
         half = order[order < n // 2]
-        parts = [_random(i, rank if i % 2 else n // 2 - rank, (k, rank)[i % 2 == 0], dtype=dtype) for i in (3, 4, 5, 6)]
+        parts = [
+            random_values(i, rank if i % 2 else n // 2 - rank, (k, rank)[i % 2 == 0], dtype=dtype) for i in (3, 4, 5, 6)
+        ]
         return x, *parts[:2], half, None, *parts[2:], half, None
 
     def apart(args: tuple[Any, ...]) -> Call:
@@ -127,8 +96,8 @@ def shared(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
     labels = torch.randint(clusters, (n,), generator=torch.Generator().manual_seed(0)).int()
 
     def make(x: Tensor) -> tuple[Any, ...]:
-        b, a = _random(4, rank, k, dtype=dtype), _random(5, n, rank, dtype=dtype)
-        return x, _random(3, clusters, k, dtype=dtype), labels, b, a, None, None, 0
+        b, a = random_values(4, rank, k, dtype=dtype), random_values(5, n, rank, dtype=dtype)
+        return x, random_values(3, clusters, k, dtype=dtype), labels, b, a, None, None, 0
 
     def composite(args: tuple[Any, ...]) -> Call:
         x, centroids, _, b, a = args[:5]
@@ -157,14 +126,14 @@ def dense(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
     size = torch.empty((), dtype=dtype).element_size()
 
     def whole(x: Tensor) -> tuple[Any, ...]:
-        return x, _random(3, n, k, dtype=dtype), None, k, n
+        return x, random_values(3, n, k, dtype=dtype), None, k, n
 
     yield _linear("sliced_linear", "whole", n, k, m, dtype, whole, n * k * size)
     for bits, activation_bits in ((8, 0), (8, 8), (4, 0), (4, 8)):
 
         def rounded(x: Tensor, bits: int = bits, activation_bits: int = activation_bits) -> tuple[Any, ...]:
             group = 0 if bits == 8 else 128
-            q = ops.quantize(_random(3, n, k, dtype=dtype), bits, group)
+            q = ops.quantize(random_values(3, n, k, dtype=dtype), bits, group)
             return x, *q, None, bits, group, activation_bits
 
         label = f"int{bits}" + (" rounded inputs" if activation_bits else "")
@@ -183,7 +152,7 @@ def masked(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
     ):
 
         def make(x: Tensor, format: str = format, removed: float = removed, bits: int = bits) -> tuple[Any, ...]:
-            w = _random(3, n, k, dtype=dtype)
+            w = random_values(3, n, k, dtype=dtype)
             g = torch.Generator().manual_seed(3)
             if format == "2:4":
                 keep = torch.rand(n, k // 4, 4, generator=g).argsort(2).argsort(2).lt(2).reshape(n, k)
@@ -225,109 +194,6 @@ def masked(n: int, k: int, m: int, dtype: torch.dtype) -> Iterator[Case]:
         )
         more: dict[str, Any] = {"peers": peers, "exact": bits == 0, "density": 1 - removed}
         yield _linear("masked_linear", label, n, k, m, dtype, make, int(values + positions), **more)
-
-
-def decoding(dtype: torch.dtype) -> Iterator[Case]:
-    """What a decoding step takes beside its linear layers: attention and norms."""
-    for heads, shared, d, keys in ((9, 3, 64, 256), (32, 8, 128, 2048)):
-
-        def attend(sizes: tuple[int, ...] = (heads, shared, d, keys)) -> tuple[Any, ...]:
-            heads, shared, d, keys = sizes
-            k, v = (_random(i, 1, shared, keys, d, dtype=dtype) for i in (2, 3))
-            return _random(1, 1, heads, 1, d, dtype=dtype), k, v, None, 1 / math.sqrt(d)
-
-        def torchs(args: tuple[Any, ...]) -> Call:
-            q, k, v, _, scale = args
-            # As many heads next to each other as the op's result has them.
-            return lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
-
-        size = 2 * shared * keys * d * torch.empty((), dtype=dtype).element_size()
-        shape = f"{heads} heads of {d}, {keys} keys of {shared}"
-        yield Case("decode_attention", "", shape, 1, dtype, attend, size, peers={"torch sdpa": torchs})
-
-    def chain(args: tuple[Any, ...]) -> Call:
-        x, weight, eps = args
-
-        def run() -> Tensor:
-            wide = x.to(torch.float32)
-            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-        return run
-
-    for m in (1, 512):
-
-        def norm(m: int = m) -> tuple[Any, ...]:
-            return _random(1, m, 4096, dtype=dtype), _random(2, 4096, dtype=dtype), 1e-5
-
-        yield Case("rms_norm", "", f"{m}x4096", m, dtype, norm, 0, peers={"transformers": chain})
-
-
-def other() -> Iterator[Case]:
-    """Ops that are not layers, in float32."""
-    f32 = torch.float32
-
-    def case(op: str, shape: str, make: Callable[[], tuple[Any, ...]], weights: int, **more: Any) -> Case:
-        return Case(op, "", shape, 0, f32, make, weights, **more)
-
-    n, d, k = 4096, 4096, 256
-    points, centroids = _random(0, n, d), _random(1, k, d)
-    labels = torch.randint(k, (n,), generator=torch.Generator().manual_seed(0)).int()
-
-    def lloyd(args: tuple[Any, ...]) -> Call:
-        x, c = args
-
-        def run() -> Tensor:
-            scores = torch.addmm(c.square().sum(1), x, c.t(), alpha=-2)
-            return scores.min(1).indices
-
-        return run
-
-    yield case("kmeans_assign", "4096x4096 k256", lambda: (points, centroids), 0, peers={"torch gemm": lloyd})
-    add = {"torch index_add": lambda args: lambda: torch.zeros(k, d).index_add_(0, labels.long(), args[0])}
-    yield case("kmeans_update", "4096x4096 k256", lambda: (points, labels, k), 0, peers=add)
-    norms = {"torch norm": lambda args: lambda: args[0].norm(dim=0)}
-    yield case("column_norms", "4096x4096", lambda: (_random(3, n, d),), 4 * n * d, peers=norms)
-    gram = {"torch addmm": lambda args: lambda: args[0].addmm_(args[1].t(), args[1])}
-    yield case("gram_accumulate_", "512x2048", lambda: (torch.zeros(2048, 2048), _random(0, 512, 2048)), 0, peers=gram)
-    basis = torch.linalg.qr(_random(2, 4096, 256))[0]
-    yield case("select_pivots", "4096x256 lu", lambda: (basis, 256, "lu"), 0)
-    yield case("select_pivots", "4096x256 qr", lambda: (basis, 256, "qr"), 0)
-    weights = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0))
-    yield case("sample_without_replacement", "65536 k4096", lambda: (weights, 4096, 1), 0)
-    units = 1 << 24
-
-    def state() -> tuple[Any, ...]:
-        one = _random(3, units // 4096, 4096).reshape(-1)
-        entry = torch.full((units,), -1, dtype=torch.int32)
-        return one, one * 2, one.clone(), entry, one / 3, None, 3, 0.1, 1.0, 10.0, 1.0, 0.0, True, False
-
-    def recomputed() -> tuple[Any, ...]:
-        first, second, _, *rest = state()
-        bits = torch.zeros(units // 8, dtype=torch.uint8)
-        return first, second, None, *rest, None, 0.999, 1e-8, 0, bits
-
-    peers = {"torch.compile": _compiled_step}
-    yield case("split_bregman_step_", "16M", state, 16 * units, memory="update", peers=peers, exact=False)
-    yield case(
-        "split_bregman_step_", "16M no gamma, bits", recomputed, 12 * units,
-        memory="update", peers=peers, exact=False,
-    )  # fmt: skip
-
-
-def _compiled_step(args: tuple[Any, ...]) -> Call:
-    """The coupled step, its twin stored, as a user would write it for torch.compile: one expression per result."""
-    mask, dual, entry, grad = (a.clone() for a in (args[0], args[1], args[3], args[4]))
-    gamma = F.softshrink(dual, 1.0)
-
-    def step(mask: Tensor, dual: Tensor, gamma: Tensor, entry: Tensor, grad: Tensor) -> None:
-        gap = (mask - gamma) / 10.0
-        mask.sub_(0.1 * (grad + gap))
-        dual.add_(0.1 * gap)
-        gamma.copy_(F.softshrink(dual, 1.0))
-        entry.copy_(torch.where((entry < 0) & (gamma != 0), 3, entry))
-
-    compiled = torch.compile(step)
-    return lambda: compiled(mask, dual, gamma, entry, grad)
 
 
 def cases(quick: bool) -> Iterator[Case]:

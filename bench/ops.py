@@ -30,7 +30,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-from cases import Case, cases  # noqa: E402
+from case import Case  # noqa: E402
+from cases import cases  # noqa: E402
 from peers import Peers  # noqa: E402
 
 from tinycomp import ops  # noqa: E402

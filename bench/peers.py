@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from cases import Case
+    from case import Case
 
 LIBRARIES = ("openvino", "onnxruntime", "onnx", "sklearn", "faiss", "scipy")
 PACKAGES = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}
@@ -180,7 +180,7 @@ class Peers:
 
     def _clustering(self, named: dict[str, list[Any]], args: tuple[Any, ...]) -> list[Any]:
         """One assignment of all points, as each library exposes it."""
-        points, centroids = (a.numpy() for a in args[:2])
+        points, centroids = (a.float().numpy() for a in args[:2])
         if "sklearn" in self.found:
             metrics = importlib.import_module("sklearn.metrics")
             named["scikit-learn"] = [lambda: metrics.pairwise_distances_argmin(points, centroids)]

@@ -24,8 +24,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-from cases import Case, low_rank, masked, other, shared  # noqa: E402
+from case import Case  # noqa: E402
 from cases import dense as dense_cases  # noqa: E402
+from cases import low_rank, masked, other, shared  # noqa: E402
 from ops import Bench, commit, copies_of, rounds  # noqa: E402
 
 from tinycomp import ops  # noqa: E402
@@ -52,6 +53,7 @@ TARGETS = (
     Target("CUR d/8 bf16, M=8", f"lowrank_linear/d/8/4096x4096/M8/{BF16}", ("torch folded",), 3.0),
     Target("CUR d/8 bf16, M=32", f"lowrank_linear/d/8/4096x4096/M32/{BF16}", ("torch fp32 folded",), 1.9),
     Target("CUR d/8 bf16, M=128", f"lowrank_linear/d/8/4096x4096/M128/{BF16}", ("torch fp32 folded",), 1.2),
+    Target("CUR d/8 bf16 for fp16, M=128", f"lowrank_linear/d/8/4096x4096/M128/{BF16}", ("torch fp32 folded",), 1.8),
     Target(
         "CUR d/8 int8 against dense int4, M=1",
         f"quant_lowrank_linear/d/8 pivoted int8/4096x4096/M1/{BF16}",
@@ -79,6 +81,12 @@ TARGETS = (
         "kmeans_assign//4096x4096 k256/M0/float32",
         ("torch gemm", "scikit-learn"),
         1.4,
+    ),
+    Target(
+        "k-means assignment, bf16 for fp16",
+        "kmeans_assign//4096x4096 k256/M0/bfloat16",
+        ("torch fp32 gemm", "scikit-learn"),
+        2.5,
     ),
     Target("Bregman step, twin stored", "split_bregman_step_//16M/M0/float32", ("torch.compile",), 1.18),
     Target(
@@ -110,9 +118,9 @@ def _traffic(args: tuple[Any, ...]) -> Callable[[], object]:
 # No peers, but what moves the same bytes and computes nothing to speak of.
 ALONE = {"read": _read, "traffic": _traffic}
 NOT_HERE = (
-    "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): needs AVX512-FP16",
+    "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): needs AVX512-FP16; products of bfloat16 stand in",
     "DeepSparse: does not install, CSR of torch and scipy stands in",
-    "selection and k-means to equal inertia: bench/selection.py",
+    "selection: bench/selection.py; k-means to equal inertia: bench/kmeans.py",
 )
 
 
