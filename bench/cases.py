@@ -29,6 +29,34 @@ def _linear(
     return Case(op, label, f"{n}x{k}", m, dtype, lambda: make(x), weights, dense, outside=(n, k), **more)
 
 
+def beside(case: Case) -> Iterator[Case]:
+    """Two such layers with one input (gate, up; k, v) in one call, against a call for each; none if no op does that."""
+    op = ops.OPS.get(case.op + "s")
+    if op is None or case.outside is None:
+        return
+    names = [a.name for a in getattr(torch.ops.tinycomp, op.name).default._schema.arguments]
+    own, common = sum(name.endswith("1") for name in names), sum(not name[-1].isdigit() for name in names) - 1
+
+    def make() -> tuple[Any, ...]:
+        x, *rest = case.make()
+        again = [a.clone() if isinstance(a, Tensor) else a for a in rest[:own]]
+        return x, *rest[:own], *again, *[None] * own, *rest[own : own + common]
+
+    def apart(args: tuple[Any, ...]) -> Call:
+        x, layers, more = args[0], (args[1 : 1 + own], args[1 + own : 1 + 2 * own]), args[1 + 3 * own :]
+        if case.op == "sliced_linear":  # a whole weight
+            more = case.outside[::-1]  # type: ignore[index]
+        single = getattr(ops, case.op)
+        return lambda: torch.cat([single(x, *layer, *more) for layer in layers], -1)
+
+    n, k = case.outside
+    more = {"compute": case.compute, "density": case.density, "exact": case.exact, "peers": {"one call each": apart}}
+    sizes: Any = f"two of {n}x{k}", case.m, case.dtype, make, 2 * case.weights
+    yield Case(
+        op.name, case.label, *sizes, lambda: random_values(2, 2 * n, k, dtype=case.dtype), outside=(2 * n, k), **more
+    )
+
+
 def low_rank(n: int, k: int, m: int, dtype: torch.dtype, divisor: int) -> Iterator[Case]:
     """Pivoted and plain storage, three factors, and rounded factors, all of rank min(n, k) / divisor."""
     rank, size = min(n, k) // divisor, torch.empty((), dtype=dtype).element_size()
@@ -61,21 +89,6 @@ def low_rank(n: int, k: int, m: int, dtype: torch.dtype, divisor: int) -> Iterat
     pivots = numbers - rank * rank
     yield _linear("lowrank_linear", f"d/{divisor} pivoted", n, k, m, dtype, pivoted, pivots * size)
 
-    def two(x: Tensor) -> tuple[Any, ...]:
-        half = order[order < n // 2]
-        parts = [
-            random_values(i, rank if i % 2 else n // 2 - rank, (k, rank)[i % 2 == 0], dtype=dtype) for i in (3, 4, 5, 6)
-        ]
-        return x, *parts[:2], half, None, *parts[2:], half, None
-
-    def apart(args: tuple[Any, ...]) -> Call:
-        x, *both = args
-        return lambda: torch.cat([ops.lowrank_linear(x, *both[:4]), ops.lowrank_linear(x, *both[4:8])], -1)
-
-    if n // 2 > rank:
-        both = 2 * rank * (k + n // 2 - rank) * size
-        label, calls = f"two of d/{divisor} pivoted", {"one call each": apart}
-        yield _linear("lowrank_linears", label, n, k, m, dtype, two, both, peers=calls)
     chain = {"torch chain": chained}
     yield _linear("cur_linear", f"d/{divisor}", n, k, m, dtype, three, (numbers + rank * rank) * size, peers=chain)
     for bits in (8, 4):
@@ -204,12 +217,15 @@ def cases(quick: bool) -> Iterator[Case]:
         for d in dims:
             for n, k in ((d, d),) if quick else ((d, d), (FFN[d], d), (d, FFN[d])):
                 for m in rows:
-                    yield from low_rank(n, k, m, dtype, 8)
+                    some = [*low_rank(n, k, m, dtype, 8), *shared(n, k, m, dtype), *dense(n, k, m, dtype)]
+                    if n == k and (m == 1 or (m <= 128 and not quick)):
+                        some += masked(n, k, m, dtype)
+                    yield from some
                     if not quick:
                         yield from low_rank(n, k, m, dtype, 4)
-                    yield from shared(n, k, m, dtype)
-                    yield from dense(n, k, m, dtype)
-                    if n == k and (m == 1 or (m <= 128 and not quick)):
-                        yield from masked(n, k, m, dtype)
+                    # Many inputs gain nothing from a shared call.
+                    if m == 1 or (m == 8 and not quick and n > k):
+                        for case in some:
+                            yield from beside(case)
         yield from decoding(dtype)
     yield from other()
