@@ -141,6 +141,7 @@ class Bench:
         self.memory = Memory(options.threads, self.clock)
         self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
+        self.seconds = 2.0  # of a row; long ones have few repeats, of which they need fewer
         self.cold_bytes = (100 if options.quick else 260) << 20
 
     def row(self, case: Case) -> dict[str, Any]:
@@ -160,7 +161,10 @@ class Bench:
         for name, make in case.peers.items():
             named[name] = [make(a) for a in ours[:cold]]
         faults = dict(self.peers.add(named, case, args, self.cold_bytes))
-        timed = time_interleaved({k: rounds(v) for k, v in named.items()}, self.repeats, clock=self.clock)
+        calls = {k: rounds(v) for k, v in named.items()}
+        first = sum(t.median for t in time_interleaved(calls, 1, 0, self.clock).values())
+        repeats = min(max(int(self.seconds / first), 3), self.repeats)
+        timed = time_interleaved(calls, repeats, 0, self.clock)
         times = {k: Timing(tuple(s / len(named[k]) for s in t.seconds)) for k, t in timed.items()}
         # Memory that others use as well is faster in some minutes than in others.
         self.peaks[case.memory] = max(self.peaks[case.memory], self.memory.rate(case.memory, 3))

@@ -1,4 +1,5 @@
 // cur_linear: three factors in a row, each streamed once, in one parallel region; products stay in cache.
+#include "../common/beside.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -54,6 +55,7 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
 }
 
 TINYCOMP_CPU_KERNEL(cur_linear, cur_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(cur_linears, cur_linear, 4)
 
 }  // namespace
 }  // namespace tinycomp

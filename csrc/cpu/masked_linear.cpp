@@ -1,6 +1,7 @@
 // masked_linear. Bit masks and 2:4: rows are expanded in float32, in cache, and multiplied like dense ones: the bytes
 // that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks:
 // only kept blocks.
+#include "../common/beside.h"
 #include "../common/masked.h"
 #include "../common/prefetch.h"
 
@@ -431,6 +432,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
 }
 
 TINYCOMP_CPU_KERNEL(masked_linear, masked_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(masked_linears, masked_linear, 6)
 
 }  // namespace
 }  // namespace tinycomp

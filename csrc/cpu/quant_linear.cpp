@@ -1,4 +1,5 @@
 // quant_linear: levels are streamed as they are stored, against float32 inputs or inputs rounded to 8 bits by group.
+#include "../common/beside.h"
 #include "../common/rounded_linear.h"
 
 namespace tinycomp {
@@ -40,6 +41,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
 }
 
 TINYCOMP_CPU_KERNEL(quant_linear, quant_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(quant_linears, quant_linear, 4)
 
 }  // namespace
 }  // namespace tinycomp

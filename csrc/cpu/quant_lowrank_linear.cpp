@@ -1,5 +1,6 @@
 // quant_lowrank_linear: lowrank_linear on rounded factors, in one parallel region; the middle stays in float32, or is
 // rounded again for the second factor.
+#include "../common/beside.h"
 #include "../common/rounded_linear.h"
 
 namespace tinycomp {
@@ -70,6 +71,7 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
 }
 
 TINYCOMP_CPU_KERNEL(quant_lowrank_linear, quant_lowrank_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(quant_lowrank_linears, quant_lowrank_linear, 8)
 
 }  // namespace
 }  // namespace tinycomp

@@ -1,5 +1,6 @@
 // quant_swsc_linear: swsc_linear on rounded centroids and factors, in one parallel region; what lies between two
 // products stays in float32, or is rounded again for the next one.
+#include "../common/beside.h"
 #include "../common/rounded_linear.h"
 
 namespace tinycomp {
@@ -175,6 +176,7 @@ Tensor quant_swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor&
 }
 
 TINYCOMP_CPU_KERNEL(quant_swsc_linear, quant_swsc_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(quant_swsc_linears, quant_swsc_linear, 12)
 
 }  // namespace
 }  // namespace tinycomp

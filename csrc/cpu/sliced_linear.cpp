@@ -1,4 +1,5 @@
 // sliced_linear: the corner of a weight that is asked for, read in place; the whole of it is a dense layer.
+#include "../common/beside.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -46,7 +47,13 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
   });
 }
 
+Tensor whole_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(w.dim() == 2, "sliced_linears: shapes do not fit");
+  return sliced_linear(x, w, bias, w.size(1), w.size(0));
+}
+
 TINYCOMP_CPU_KERNEL(sliced_linear, sliced_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(sliced_linears, whole_linear, 2)
 
 }  // namespace
 }  // namespace tinycomp

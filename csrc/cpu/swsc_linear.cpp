@@ -1,4 +1,5 @@
 // swsc_linear: shared centroids and a low-rank correction, in one parallel region.
+#include "../common/beside.h"
 #include "../common/linear.h"
 
 namespace tinycomp {
@@ -161,6 +162,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
 }
 
 TINYCOMP_CPU_KERNEL(swsc_linear, swsc_linear)
+TINYCOMP_CPU_KERNEL_BESIDE(swsc_linears, swsc_linear, 6)
 
 }  // namespace
 }  // namespace tinycomp
