@@ -98,6 +98,7 @@ bench: setup $(VENV)/.default-model
 	$(BIN)/python bench/ops.py $(PEERS) $(BENCH_ARGS)
 	$(BIN)/python bench/call_overhead.py
 	$(BIN)/python bench/selection.py
+	$(BIN)/python bench/kmeans.py $(PEERS)
 	$(BIN)/python bench/model.py $(PEERS)
 
 # libraries that the benchmarks are then held against; llama.cpp is compiled, half an hour on a small machine

@@ -216,7 +216,7 @@ def _gates(module: nn.Module) -> bool:
 def _replace_rotary(file: str) -> bool:
     """Put `_rotary` before a file's `apply_rotary_pos_emb`, once, if there is a dtype in which they do the same."""
     name = "apply_rotary_pos_emb"
-    plain = getattr(sys.modules[file], name, None)
+    plain = getattr(sys.modules.get(file), name, None)
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 4, 5, 16), (2, 2, 5, 16), (2, 5, 16), (2, 5, 16)
 
@@ -253,7 +253,7 @@ def _rotary(plain: Callable[..., Any], dtypes: Collection[torch.dtype], parts: b
 
 def _asks_transformers(module: nn.Module) -> bool:
     """Whether the file that defines the module takes its attention from transformers' table."""
-    return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 @cache

@@ -42,6 +42,9 @@ using Words = int64_t (*)(const uint16_t* values, int64_t at, int64_t count, con
 // n bytes of codes of 2:4, two in each (i0 + 4 i1), as the eight bits that they name.
 using CodeBits = void (*)(const uint8_t* codes, int64_t n, uint8_t* bits);
 
+// Places of the set bits of 16 `blocks` columns, in order; up to 32 more are written.
+using KeptColumns = void (*)(const uint16_t* mask, int64_t blocks, uint16_t* to);
+
 struct ExpandTable {
   Expand expand;
   Gather gather;
@@ -57,6 +60,7 @@ struct ExpandTable {
   int64_t together;  // columns that expand_dot takes at once
   Words words;       // null: none
   CodeBits code_bits;
+  KeptColumns columns;
 };
 const ExpandTable& expansion();
 extern const ExpandTable portable_expand;

@@ -254,7 +254,8 @@ const ExpandTable avx2_expand = {portable_expand.expand,
                                  arrange16,
                                  16,
                                  nullptr,
-                                 code_bits};
+                                 code_bits,
+                                 portable_expand.columns};
 
 }  // namespace tinycomp
 #endif

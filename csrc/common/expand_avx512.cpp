@@ -180,9 +180,11 @@ bool any(Type) { return true; }
 
 }  // namespace
 
-const ExpandTable avx512_expand = {expand_bits, gather_scalars, nullptr,   gather_rows,  gather_pairs, count_bits,
-                                   any,         expand_dot,     looked_up, lookup_pairs, arrange16,    16,
-                                   nullptr,     code_bits};
+const ExpandTable avx512_expand = {expand_bits,  gather_scalars, nullptr,
+                                   gather_rows,  gather_pairs,   count_bits,
+                                   any,          expand_dot,     looked_up,
+                                   lookup_pairs, arrange16,      16,
+                                   nullptr,      code_bits,      portable_expand.columns};
 
 }  // namespace tinycomp
 #endif

@@ -216,26 +216,29 @@ TINYCOMP_TARGET void gather_bf16(const float* values, const uint16_t* index, int
                                  float* sums) {
   constexpr int64_t kSome = 512;
   alignas(64) uint16_t narrowed[kSome];
+  alignas(64) uint32_t lines[kSome];  // where those of the inputs begin
   __m512 low[2], high[2];
   for (int k = 0; k < 2; ++k) low[k] = high[k] = _mm512_setzero_ps();
   const auto add = [&](const uint16_t* pair, int64_t first, int64_t second, int k) TINYCOMP_TARGET {
     uint32_t both;
     __builtin_memcpy(&both, pair, 4);
-    const __m512i one = _mm512_loadu_si512(x + 16 * first), other = _mm512_loadu_si512(x + 16 * second);
+    const __m512i one = _mm512_loadu_si512(x + first), other = _mm512_loadu_si512(x + second);
     const auto w = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(both)));
     low[k] = _mm512_dpbf16_ps(low[k], w, reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(one, other)));
     high[k] = _mm512_dpbf16_ps(high[k], w, reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(one, other)));
   };
   for (int64_t start = 0; start < count; start += kSome) {
     const int64_t n = count - start < kSome ? count - start : kSome;
-    const uint16_t* at = index + start;
     narrow(Type::bf16, values + start, narrowed, n);
+    for (int64_t i = 0; i < n; ++i) lines[i] = 16u * index[start + i];
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) add(narrowed + i, at[i], at[i + 1], 0), add(narrowed + i + 2, at[i + 2], at[i + 3], 1);
-    for (; i + 2 <= n; i += 2) add(narrowed + i, at[i], at[i + 1], 0);
+    for (; i + 8 <= n; i += 8)
+#pragma GCC unroll 4
+      for (int k = 0; k < 8; k += 2) add(narrowed + i + k, lines[i + k], lines[i + k + 1], k / 2 % 2);
+    for (; i + 2 <= n; i += 2) add(narrowed + i, lines[i], lines[i + 1], 0);
     if (i < n) {
       const uint16_t last[] = {narrowed[i], 0};
-      add(last, at[i], at[i], 0);
+      add(last, lines[i], lines[i], 0);
     }
   }
   const __m512 even = _mm512_add_ps(low[0], low[1]), odd = _mm512_add_ps(high[0], high[1]);
@@ -290,13 +293,30 @@ TINYCOMP_TARGET float gather_words(const uint16_t* values, const uint16_t* index
 bool any(Type) { return true; }
 bool none(Type) { return false; }
 
+TINYCOMP_TARGET void kept_columns(const uint16_t* mask, int64_t blocks, uint16_t* to) {
+  alignas(64) uint16_t first[32];
+  for (int i = 0; i < 32; ++i) first[i] = static_cast<uint16_t>(i);
+  __m512i columns = _mm512_load_si512(first);
+  const auto some = [&](uint32_t bits) TINYCOMP_TARGET {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(bits, columns));
+    to += __builtin_popcount(bits);
+    columns = _mm512_add_epi16(columns, _mm512_set1_epi16(32));
+  };
+  for (int64_t b = 0; b + 2 <= blocks; b += 2) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, mask + b, 4);
+    some(bits);
+  }
+  if (blocks % 2 == 1) some(mask[blocks - 1]);
+}
+
 template <By bf16>
 ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words words) {
   ExpandTable made = avx512_expand;
   made.gather_words = gather_words, made.gather_pairs = gather_pairs, made.words = words;
   made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 64;
   made.expand = expand_levels;
-  made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits;
+  made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits, made.columns = kept_columns;
   return made;
 }
 

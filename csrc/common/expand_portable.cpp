@@ -81,14 +81,37 @@ constexpr std::array<uint8_t, 256> two_of_four = [] {
   return bits;
 }();
 
+// Set bits of a byte, in order, and how many they are.
+struct SetBits {
+  uint16_t places[8];
+  int64_t count;
+};
+constexpr std::array<SetBits, 256> set_bits = [] {
+  std::array<SetBits, 256> bits{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int i = 0; i < 8; ++i)
+      if (byte >> i & 1) bits[byte].places[bits[byte].count++] = static_cast<uint16_t>(i);
+  return bits;
+}();
+
+// Eight are written for each byte, wherever its own end.
+void kept_columns(const uint16_t* mask, int64_t blocks, uint16_t* to) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+  for (int64_t b = 0; b < 2 * blocks; ++b) {
+    const SetBits& bits = set_bits[bytes[b]];
+    for (int i = 0; i < 8; ++i) to[i] = static_cast<uint16_t>(bits.places[i] + 8 * b);
+    to += bits.count;
+  }
+}
+
 }  // namespace
 
 void code_bits(const uint8_t* codes, int64_t n, uint8_t* bits) {
   for (int64_t i = 0; i < n; ++i) bits[i] = two_of_four[codes[i]];
 }
 
-const ExpandTable portable_expand = {expand_bits, gather_scalar, nullptr, gather_rows, gather_pairs, count_bits,
-                                     none,        nullptr,       none,    nullptr,     nullptr,      16,
-                                     nullptr,     code_bits};
+const ExpandTable portable_expand = {expand_bits, gather_scalar, nullptr,     gather_rows, gather_pairs, count_bits,
+                                     none,        nullptr,       none,        nullptr,     nullptr,      16,
+                                     nullptr,     code_bits,     kept_columns};
 
 }  // namespace tinycomp

@@ -1,7 +1,6 @@
 // The packed weight of masked_linear: its arguments, and what its rows and batches of rows hold.
 #pragma once
 
-#include <array>
 #include <string>
 
 #include "expand.h"
@@ -105,28 +104,6 @@ struct Kept {
     }
   }
 };
-
-// Set bits of a byte, in order, and how many they are.
-struct SetBits {
-  uint16_t places[8];
-  int64_t count;
-};
-constexpr std::array<SetBits, 256> set_bits = [] {
-  std::array<SetBits, 256> bits{};
-  for (int byte = 0; byte < 256; ++byte)
-    for (int i = 0; i < 8; ++i)
-      if (byte >> i & 1) bits[byte].places[bits[byte].count++] = static_cast<uint16_t>(i);
-  return bits;
-}();
-
-// Columns that the bytes of a mask keep, in order; eight are written for each byte, wherever its own end.
-inline void kept_columns(const uint8_t* mask, int64_t bytes, uint16_t* to) {
-  for (int64_t b = 0; b < bytes; ++b) {
-    const SetBits& bits = set_bits[mask[b]];
-    for (int i = 0; i < 8; ++i) to[i] = static_cast<uint16_t>(bits.places[i] + 8 * b);
-    to += bits.count;
-  }
-}
 
 // Values [from, to) in float32; `scratch` has room for them and 15 more.
 inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scratch& scratch) {

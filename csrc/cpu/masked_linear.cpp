@@ -142,7 +142,7 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
   const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
   const int64_t words = (w.cols + 15) / 16;
   const Scratch wide(kRebuildSlot, w.cols + 16);
-  std::vector<uint16_t> bits(listed ? 0 : kBatch * words + 1), found(listed ? 0 : 16 * words + 8);
+  std::vector<uint16_t> bits(listed ? 0 : kBatch * words + 1), found(listed ? 0 : 16 * words + 32);
   batches(
       columns.m, first, last,
       [&](int64_t i, int64_t n, int64_t start, int64_t inputs, float* out) {
@@ -151,7 +151,7 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
           const auto [from, to] = kept.row[r];
           const uint16_t* at = index + from;
           if (!listed) {
-            kept_columns(reinterpret_cast<const uint8_t*>(bits.data() + r * words), 2 * words, found.data());
+            expansion().columns(bits.data() + r * words, words, found.data());
             at = found.data();
           }
           if (columns.m == 1 && w.floating()) {
@@ -267,8 +267,12 @@ inline void pack_pairs(const Inputs& x, int64_t first, int64_t last, uint32_t* t
       }
 }
 
-// The share of kept weights up to which multiplying them alone is faster than a dense product.
-constexpr double kFewKept = 0.35, kFewBeforePairs = 0.12;
+// The share of kept weights up to which multiplying them alone is faster than a dense product: a whole group of inputs
+// meets a kept weight, however many they are, where a product of pairs takes as long as it has inputs.
+inline double few_kept(int64_t m) {
+  const int64_t inputs = (m + Columns::kGroup - 1) / Columns::kGroup * Columns::kGroup;
+  return expansion().words == nullptr ? 0.35 : 0.27 * static_cast<double>(m) / static_cast<double>(inputs);
+}
 
 template <class T>
 void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
@@ -276,8 +280,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   // A row that keeps few weights meets the inputs of its columns alone, where a line of memory holds many of these.
   const bool bits = w.format == "bitmask" || w.format == "2:4";
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
-  const double few = expansion().words != nullptr ? kFewBeforePairs : kFewKept;
-  const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few;
+  const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
   const bool pairs = m > 1 && bits && !sparse && w.type == Type::bf16 && expansion().words != nullptr;
   const Inputs x(inputs, T{}, true, !pairs);
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
