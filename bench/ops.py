@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--older", action="store_true", help="leave out rows the library does not know (--base)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
-    parser.add_argument("--filter", help="only rows whose key holds this text")
+    parser.add_argument("--filter", help="only rows whose key holds this text; the plot stays as it is")
     parser.add_argument("--base", metavar="REF", help="compare with the library at another commit")
     parser.add_argument("--resume", action="store_true", help="leave out rows that this commit has in the file")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, write nothing")
@@ -331,7 +331,7 @@ def main() -> None:
     if options.json:
         return
     timed = [row for row in rows if "time_us" in row]
-    if timed:
+    if timed and not options.filter:
         plot(timed, timed[0]["peaks"], RESULTS.with_suffix(".png"))
     if options.base:
         base = at_commit(options.base, options)
