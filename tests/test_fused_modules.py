@@ -167,6 +167,18 @@ def test_the_bits_of_rotary_embeddings_are_transformers_own(calls: Callable[[], 
             assert all(torch.equal(a.transpose(1, 2), w) for a, w in zip(again, wanted, strict=True))
         with pytest.raises(RuntimeError, match="must match the size"), torch.no_grad():
             turn(q, k, cos, sin.repeat(1, 2, 1))
+        calls()
+        q, k = (torch.randn(2, h, 5, 16) for h in (4, 2))
+        cos, sin = (torch.randn(1, 5, turned) for _ in range(2))
+        cos._tinycomp_fused = True  # type: ignore[attr-defined]
+        with torch.no_grad():
+            turn(q, k, cos=cos, sin=sin)
+            turn(q, k[:1], cos, sin)
+            if family == "llama":  # what can be broadcast is
+                turn(q, k[:, :, :1], cos, sin)
+            assert not calls()
+            turn(q, k, cos, sin)
+            assert calls()
 
 
 class Gated(nn.Module):
@@ -184,6 +196,20 @@ class Clamped(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=5) * self.up_proj(x))
 
 
+class ClampedHigh(Gated):
+    """As Step-3.7's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=100) * self.up_proj(x).clamp(-100, 100))
+
+
+class Dropping(Gated):
+    """As Seed-OSS's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 class Wide(Gated):
     """Rounds once."""
 
@@ -198,9 +224,9 @@ class Routed(Gated):
 
 
 def test_sublayers_that_compute_something_else_stay(calls: Callable[[], Counter[str]]) -> None:
-    for other in (Gated(nn.GELU()), Clamped(), Wide(), Routed()):
+    for other in (Gated(nn.GELU()), Clamped(), ClampedHigh(), Wide(), Routed()):
         assert tc.fuse_(other).mlps == 0, type(other)
-    sublayer, x = Gated(), torch.randn(3, 8)
+    sublayer, x = Gated().eval(), torch.randn(3, 8)
     assert tc.fuse_(sublayer).mlps == 1
     calls()
     with torch.no_grad():
@@ -211,6 +237,17 @@ def test_sublayers_that_compute_something_else_stay(calls: Callable[[], Counter[
         assert torch.equal(sublayer(x), Gated.forward(sublayer, x))
         assert len(seen) == 2, "whoever listens to the activation hears it"
         hook.remove()
+        with_all = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args))
+        sublayer(x)
+        with_all.remove()
+        assert any(args[0] is sublayer.act_fn for args in seen[2:])
+        sublayer.act_fn.forward = torch.zeros_like
+        assert torch.equal(sublayer(x), Gated.forward(sublayer, x))
+        del sublayer.act_fn.forward
+        dropping = Dropping().eval()
+        assert tc.fuse_(dropping).mlps == 1
+        calls()
+        assert (dropping.train()(x) == 0).any(), "dropout stays"
         sublayer.up_proj = nn.Linear(8, 1)
         assert torch.equal(sublayer(x), Gated.forward(sublayer, x)), "one number for all"
         sublayer.up_proj = nn.Linear(8, 8)

@@ -99,6 +99,15 @@ def test_a_projection_keeps_inner_products_in_expectation():
     )
 
 
+def test_a_projection_bears_a_large_common_mean():
+    """What is compared in bfloat16 are differences from the mean."""
+    points = 0.1 * normal(400, 64) + normal(8, 64, seed=2)[torch.arange(400) % 8]
+    near, far = (cluster(points + offset, 8, Lloyd(restarts=5, projection=32)).inertia for offset in (0.0, 1000.0))
+    assert far == pytest.approx(near, rel=1e-2)
+    with pytest.raises(ValueError, match="projection=0; allowed 1 or more"):
+        cluster(points, 8, Lloyd(projection=0))
+
+
 def test_the_seed_decides_everything():
     points = normal(60, 8)
     first, again, other = (cluster(points, 9, Lloyd(seed=s, steps=1)) for s in (3, 3, 4))

@@ -135,3 +135,16 @@ def test_no_group_of_unlike_layers() -> None:
     spec = spec_of(tiny_llama())
     assert spec.shared_inputs[0] == tuple(f"model.layers.0.self_attn.{c}_proj" for c in "qkv")
     assert spec.shared_inputs[-1][0].endswith("mlp.gate_proj")
+
+
+def test_a_third_layer_in_part_is_refused() -> None:
+    """By the kernel itself, which reads its arguments before they are checked in Python."""
+    x, layer = torch.ones(3, 8), [*ops.quantize(torch.randn(4, 8)), None]
+    for lost in range(2):
+        third = list(layer)
+        third[lost] = None
+        with pytest.raises((TypeError, ValueError, RuntimeError)), torch.no_grad():
+            ops.quant_linears(x, *layer, *layer, *third, 8, 0, 0)
+    with torch.no_grad():
+        assert ops.quant_linears(x, *layer, *layer, *layer, 8, 0, 0).shape == (3, 12)
+        assert ops.quant_linears(x, *layer, *layer, None, None, None, None, 8, 0, 0).shape == (3, 8)

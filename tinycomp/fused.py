@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_globals
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tinycomp import ops
@@ -112,14 +113,20 @@ class _FusedMLP(_FusedModule):
     counted_as = "mlps"
 
     def forward(self, *args: Any, **more: Any) -> Any:
-        if len(args) == 1 and not more and _runs("silu_and_mul", args[0]):
+        if len(args) == 1 and not (more or self.training) and _runs("silu_and_mul", args[0]):
             modules = self._modules
             act: Any = modules.get("act_fn")
-            if type(act) is getattr(self, MARK) and not (act._forward_hooks or act._forward_pre_hooks):
+            if type(act) is getattr(self, MARK) and not _is_heard(act):
                 gate, up = (modules[name](args[0]) for name in _GATED[:2])  # type: ignore[misc]
                 same = gate.dtype == up.dtype and gate.shape == up.shape
                 return modules["down_proj"](ops.silu_and_mul(gate, up) if same else act(gate) * up)  # type: ignore[misc]
         return super().forward(*args, **more)
+
+
+def _is_heard(act: nn.Module) -> bool:
+    """Whether somebody listens to an activation or has replaced its forward."""
+    of_all = module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
+    return bool(act._forward_hooks or act._forward_pre_hooks or of_all or "forward" in vars(act))
 
 
 class _FusedRotaryEmbedding(_FusedModule):
@@ -200,7 +207,9 @@ def _gates(module: nn.Module) -> bool:
     other = copy.copy(module)
     other._modules = {name: _Shift(by) for by, name in enumerate(_GATED, 1)} | {"act_fn": module._modules["act_fn"]}
     for dtype in (torch.float32, torch.bfloat16):
-        x = 3 * torch.randn(12, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+        # Some clamp what is large.
+        x = (x * torch.tensor([3.0, 30.0, 1e3, 1e4]).repeat(3)[:, None]).to(dtype)
         with torch.no_grad():
             try:
                 wanted = type(other).forward(other, x)
@@ -241,14 +250,26 @@ def _rotary(plain: Callable[..., Any], dtypes: Collection[torch.dtype], parts: b
     """`plain`, or for marked angles the op; `parts` says that `plain` can turn the first numbers of a head alone."""
 
     @wraps(plain)
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **more: Any) -> Any:
-        if getattr(cos, MARK, False) and not (args or more) and _runs("rotary_embedding", q):
-            fits = q.dim() == 4 and cos.dim() == 3 and (parts or cos.shape[2] == q.shape[3])
-            if fits and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in dtypes:
-                return ops.rotary_embedding(q, k, cos, sin)
-        return plain(q, k, cos, sin, *args, **more)
+    def rotary(*args: Any, **more: Any) -> Any:
+        # Called with anything else, or with shapes that are broadcast, it is for `plain`.
+        if len(args) == 4 and not more and getattr(args[2], MARK, False) and _turns(*args, dtypes, parts):
+            return ops.rotary_embedding(*args)
+        return plain(*args, **more)
 
     return rotary
+
+
+def _turns(q: Any, k: Any, cos: Any, sin: Any, dtypes: Collection[torch.dtype], parts: bool) -> bool:
+    """Whether the op takes these four."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and _runs("rotary_embedding", q)):
+        return False
+    if not (q.dim() == k.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype == cos.dtype == sin.dtype in dtypes):
+        return False
+    batch, _, tokens, d = q.shape
+    rows, angles, turned = cos.shape
+    fits = k.shape[0] == batch and k.shape[2:] == q.shape[2:] and sin.shape == cos.shape
+    whole = turned == d or (parts and turned < d and turned % 2 == 0)
+    return fits and angles == tokens and rows in (1, batch) and whole
 
 
 def _asks_transformers(module: nn.Module) -> bool:

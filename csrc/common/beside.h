@@ -12,16 +12,19 @@ namespace tinycomp {
 // An argument as the third layer has it, which may be missing, and back.
 template <class A>
 struct Missing {
+  static constexpr bool needed = true;
   using type = std::optional<std::decay_t<A>>;
   static const A& here(const type& a) { return *a; }
 };
 template <class A>
 struct Missing<const A&> {
+  static constexpr bool needed = true;
   using type = const std::optional<A>&;
   static const A& here(type a) { return *a; }
 };
 template <class A>
 struct Missing<const std::optional<A>&> {
+  static constexpr bool needed = false;
   using type = const std::optional<A>&;
   static type here(type a) { return a; }
 };
@@ -39,8 +42,10 @@ struct BesideOf<layer, Tensor (*)(const Tensor&, A...), std::index_sequence<own.
 
   static Tensor run(const Tensor& x, Argument<own>... a, Argument<own>... b, typename Maybe<own>::type... c,
                     Argument<sizeof...(own) + common>... more) {
+    const bool any = (c.has_value() || ...), whole = ((c.has_value() || !Maybe<own>::needed) && ...);
+    STD_TORCH_CHECK(whole || !any, "a third layer lacks some of its arguments");
     Tensor parts[3] = {layer(x, a..., more...), layer(x, b..., more...), x};
-    const int count = present(c...) ? 3 : 2;
+    const int count = any ? 3 : 2;
     if (count == 3) parts[2] = layer(x, Maybe<own>::here(c)..., more...);
     int64_t cols = 0;
     for (int i = 0; i < count; ++i) cols += parts[i].size(x.dim() - 1);
@@ -54,12 +59,6 @@ struct BesideOf<layer, Tensor (*)(const Tensor&, A...), std::index_sequence<own.
       to += bytes;
     }
     return y;
-  }
-
- private:
-  template <class First, class... Rest>
-  static bool present(const First& first, const Rest&...) {
-    return first.has_value();
   }
 };
 

@@ -7,6 +7,7 @@ The nearest-centroid search and the segmented mean are `ops.kmeans_assign` and `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,8 @@ def cluster(
         raise ValueError(
             f"k-means: got k={k} for points of shape {tuple(points.shape)}; allowed 1 to the number of rows: lower k"
         )
+    if lloyd.projection is not None and lloyd.projection < 1:
+        raise ValueError(f"k-means: got projection={lloyd.projection}; allowed 1 or more dimensions, or None: raise it")
     points = points.float()
     if points.numel() and not all(bool(v.isfinite()) for v in points.aminmax()):  # one pass, which NaN survives
         raise ValueError("k-means: got NaN or infinite points; only finite values can be clustered: check the weights")
@@ -130,9 +133,9 @@ def _one_start(points: Tensor, k: int, lloyd: Lloyd, weights: Tensor | None, see
         return _run(points, points[seed_points(points, k, lloyd, weights, seed)], lloyd, weights, lloyd.steps)
     small = _projected(points, lloyd.projection, seed)
     start = small[seed_points(small, k, lloyd, weights, seed)]
-    rough = _run(small, start, lloyd, weights, lloyd.steps, small.bfloat16())
+    rough = _run(small, start, lloyd, weights, lloyd.steps, rounded=True)
     start = means(points, rough.labels, k, weights, rough.scales, points.new_zeros(k, points.shape[1]))
-    return _run(points, start, lloyd, weights, STEPS_AFTER_PROJECTION, points.bfloat16())
+    return _run(points, start, lloyd, weights, STEPS_AFTER_PROJECTION, rounded=True)
 
 
 def _projected(points: Tensor, dimensions: int, seed: int) -> Tensor:
@@ -144,19 +147,22 @@ def _projected(points: Tensor, dimensions: int, seed: int) -> Tensor:
     d = points.shape[1]
     signs = torch.randint(0, 2, (d,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     signs = signs.to(points)
-    parts = points.split(max(1, PART // max(d, 1)))
-    padded = (nn.functional.pad(part * signs, (0, -d % dimensions)) for part in parts)
+    padded = (nn.functional.pad(part * signs, (0, -d % dimensions)) for part in _parts(points))
     return torch.cat([part.view(len(part), -1, dimensions).sum(1) for part in padded])
 
 
 def _run(
-    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, steps: int, compared: Tensor | None = None
+    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, steps: int, rounded: bool = False
 ) -> Clusters:
-    """`compared`: the points as plain k-means compares them with centroids, if rounded."""
+    """`rounded`: plain k-means compares points and centroids in bfloat16, less the mean of all points."""
     k = centroids.shape[0]
+    middle = compared = None
+    if rounded and not (lloyd.scaled or lloyd.balanced):
+        middle = points.mean(0)
+        compared = torch.cat([(part - middle).bfloat16() for part in _parts(points)])
     previous, step = float("inf"), 0
     for step in range(1, max(steps, 1) + 1):  # noqa: B007 - the number of steps is reported
-        labels, scales, cost = _assign(points, centroids, lloyd, weights, compared)
+        labels, scales, cost = _assign(points, centroids, lloyd, weights, middle, compared)
         if not lloyd.balanced:
             _fill_empty(labels, cost, scales, k)
         centroids = means(points, labels, k, weights, scales, centroids)
@@ -172,12 +178,18 @@ def _run(
     return Clusters(found.labels, centroids, scales, inertia, step)
 
 
+def _parts(points: Tensor) -> tuple[Tensor, ...]:
+    """Rows that the caches hold."""
+    return points.split(max(1, PART // max(points.shape[1], 1)))
+
+
 def _errors(points: Tensor, found: Clusters) -> Tensor:
-    """Squared distance of each point from its approximation, (n,); by parts that the caches hold."""
-    rows = max(1, PART // max(points.shape[1], 1))
-    scales = [None] * len(points.split(rows)) if found.scales is None else found.scales.split(rows)
-    parts = zip(points.split(rows), found.labels.split(rows), scales, strict=True)
-    return torch.cat([(p - Clusters(c, found.centroids, s).expand()).square().sum(1) for p, c, s in parts])
+    """Squared distance of each point from its approximation, (n,)."""
+    parts = _parts(points)
+    rows = [len(part) for part in parts]
+    scales = [None] * len(parts) if found.scales is None else found.scales.split(rows)
+    each = zip(parts, found.labels.split(rows), scales, strict=True)
+    return torch.cat([(p - Clusters(c, found.centroids, s).expand()).square().sum(1) for p, c, s in each])
 
 
 def best_scales(points: Tensor, shared: Tensor) -> Tensor:
@@ -200,12 +212,14 @@ def means(
 
 
 def _assign(
-    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, compared: Tensor | None
+    points: Tensor, centroids: Tensor, lloyd: Lloyd, weights: Tensor | None, middle: Tensor | None, compared: Any
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Labels, scales and the weighted cost of every point."""
     if not (lloyd.balanced or lloyd.scaled):
-        compared = points if compared is None else compared
-        labels, cost = ops.kmeans_assign(compared, centroids.to(compared.dtype))
+        if middle is None:
+            labels, cost = ops.kmeans_assign(points, centroids)
+        else:
+            labels, cost = ops.kmeans_assign(compared, (centroids - middle).to(compared.dtype))
         return labels, None, cost if weights is None else cost * weights
     norms = points.square().sum(1)
     if lloyd.balanced:
