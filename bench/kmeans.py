@@ -141,6 +141,8 @@ def compare(name: str, points: Tensor, k: int, peers: Peers, options: argparse.N
                 "ratio": times[peer].median / row["seconds"],
                 "of_all_peers": len(good) == len(others),
             }
+        if "ratio" in row:
+            row["ratio_same_stop"] = times["torch, same stop"].median / row["seconds"]
         rows.append(row)
     return rows
 
