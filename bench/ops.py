@@ -218,13 +218,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Of the checkout, "-dirty" where anything but results has changed."""
+    """The last one that changed what is measured, "-dirty" where that has changed since."""
+    code = [":/csrc", ":/tinycomp", ":(top,glob)bench/*.py"]
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *args, "--", *code], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
-    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("log", "-1", "--format=%h") or "unknown") + ("-dirty" if changed else "")
 
 
 def run(options: argparse.Namespace, known: Collection[str] = ()) -> Iterator[dict[str, Any]]:
