@@ -88,6 +88,12 @@ def peaks(threads: int, memory: Memory) -> dict[str, float]:
     return found
 
 
+def last_level_cache() -> int:
+    """Bytes; 32 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=32 << 20)
+
+
 def copies_of(values: tuple[Any, ...], size: int, cold_bytes: int) -> list[tuple[Any, ...]]:
     """As many copies as make `cold_bytes` of weights."""
     count = max(2, -(-cold_bytes // max(size, 1))) if size else 1
@@ -142,7 +148,7 @@ class Bench:
         self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
         self.seconds = 2.0  # of a row; long ones have few repeats, of which they need fewer
-        self.cold_bytes = (100 if options.quick else 260) << 20
+        self.cold_bytes = max(100 << 20, 3 * last_level_cache())
 
     def row(self, case: Case) -> dict[str, Any]:
         args = case.make()
