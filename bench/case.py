@@ -1,10 +1,11 @@
-"""One row of bench/ops.py."""
+"""One row of bench/ops.py, and the copies of it that no cache holds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +44,26 @@ class Case:
 
 def random_values(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).div_(math.sqrt(shape[-1])).to(dtype)
+
+
+def last_level_cache() -> int:
+    """Bytes; 32 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=32 << 20)
+
+
+def copies_of(values: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [values, *(tuple(map(copy, values)) for _ in range(count - 1))]
+
+
+def rounds(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """All copies once."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,12 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-from case import Case  # noqa: E402
+from case import Case, copies_of, last_level_cache, rounds  # noqa: E402
 from cases import cases  # noqa: E402
 from peers import Peers  # noqa: E402
 
@@ -88,32 +88,6 @@ def peaks(threads: int, memory: Memory) -> dict[str, float]:
     return found
 
 
-def last_level_cache() -> int:
-    """Bytes; 32 MiB where the system does not say."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=32 << 20)
-
-
-def copies_of(values: tuple[Any, ...], size: int, cold_bytes: int) -> list[tuple[Any, ...]]:
-    """As many copies as make `cold_bytes` of weights."""
-    count = max(2, -(-cold_bytes // max(size, 1))) if size else 1
-
-    def copy(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return [values, *(tuple(map(copy, values)) for _ in range(count - 1))]
-
-
-def rounds(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    """All copies once; at least a millisecond's worth of small ones."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
-
-
 def wrong(case: Case, args: tuple[Any, ...]) -> str:
     """Empty, or how the op's output misses the tolerance rule."""
     from test_ops import fresh, run
@@ -147,8 +121,14 @@ class Bench:
         self.memory = Memory(options.threads, self.clock)
         self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
-        self.seconds = 2.0  # of a row; long ones have few repeats, of which they need fewer
+        self.seconds = 1.0  # of a row; long ones have few repeats, of which they need fewer
         self.cold_bytes = max(100 << 20, 3 * last_level_cache())
+
+    def copies(self, size: int, flops: float = 1) -> int:
+        """How many of `size` bytes no cache holds, but at most 50 ms of arithmetic: reading is next to nothing beside
+        that, and what the other candidates of a round read keeps them cold as well."""
+        cold = max(2, -(-self.cold_bytes // size)) if size else 1
+        return min(cold, max(1, int(0.05 * self.peaks["fma"] * 1e9 / flops)))
 
     def row(self, case: Case) -> dict[str, Any]:
         args = case.make()
@@ -156,17 +136,21 @@ class Bench:
         if fault:
             return {"key": case.key, "op": case.op, "fault": f"output: {fault}"}
         op = getattr(ops, case.op)
-        ours = copies_of(args, case.weights, self.cold_bytes)
+        flops = 2 * case.m * math.prod(case.outside) if case.outside else 1
+
+        def copies(size: int) -> int:
+            return self.copies(size, flops)
+
+        ours = copies_of(args, copies(case.weights))
         named = {"ours": [lambda a=a: op(*a) for a in ours]}
         dense_bytes = 0
         if case.dense is not None:
             w = case.dense()
             dense_bytes = w.nbytes
-            named["dense"] = [lambda v=v: F.linear(args[0], v[0]) for v in copies_of((w,), w.nbytes, self.cold_bytes)]
-        cold = max(2, -(-self.cold_bytes // (2 * max(case.weights, 1))))  # peers keep their own, larger, copies
-        for name, make in case.peers.items():
-            named[name] = [make(a) for a in ours[:cold]]
-        faults = dict(self.peers.add(named, case, args, self.cold_bytes))
+            named["dense"] = [lambda v=v: F.linear(args[0], v[0]) for v in copies_of((w,), copies(w.nbytes))]
+        for name, make in case.peers.items():  # they keep their own, larger, copies
+            named[name] = [make(a) for a in ours[: copies(2 * case.weights)]]
+        faults = dict(self.peers.add(named, case, args, copies))
         calls = {k: rounds(v) for k, v in named.items()}
         first = sum(t.median for t in time_interleaved(calls, 1, 0, self.clock).values())
         repeats = min(max(int(self.seconds / first), 3), self.repeats)

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 LIBRARIES = ("openvino", "onnxruntime", "onnx", "sklearn", "faiss", "scipy")
 PACKAGES = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 GROUP = 128
+KEPT = 8  # graphs that a later row may use again; all of a whole run would not fit into memory
 # What rounding weights to this many bits may cost, of the norm of the output.
 ALLOWED = {8: 0.03, 4: 0.2}
 Layers = Callable[[], list[Any]]
+Copies = Callable[[int], int]
 
 
 class Peers:
@@ -47,8 +49,9 @@ class Peers:
             except ImportError as error:
                 self.versions[name] = f"not available: {error}"
 
-    def add(self, named: dict[str, list[Any]], case: Case, args: tuple[Any, ...], cold_bytes: int) -> list[Any]:
-        """Add this case's peers to `named`; returns (peer, fault) of those that failed their output check."""
+    def add(self, named: dict[str, list[Any]], case: Case, args: tuple[Any, ...], copies: Copies) -> list[Any]:
+        """Add this case's peers to `named`; returns (peer, fault) of those that failed their output check.
+        `copies` says how many layers of a size a graph shall have."""
         if case.op == "kmeans_assign":
             return self._clustering(named, args)
         if case.outside is None or case.op == "masked_linear":
@@ -68,7 +71,9 @@ class Peers:
                 continue
             key = (library, bits, *case.outside, case.m)
             if key not in self._built:
-                self._built[key] = self._checked(build, bits, case, cold_bytes)
+                for old in list(self._built)[:-KEPT]:
+                    del self._built[old]
+                self._built[key] = self._checked(build, bits, case, copies)
             run, count = self._built[key]
             if count == 0:
                 faults.append((name, "output differs from the float32 product"))
@@ -77,10 +82,10 @@ class Peers:
                 named[name] = [run, *[_nothing] * (count - 1)]
         return faults
 
-    def _checked(self, build: Any, bits: int, case: Case, cold_bytes: int) -> tuple[Layers, int]:
+    def _checked(self, build: Any, bits: int, case: Case, copies: Copies) -> tuple[Layers, int]:
         assert case.outside is not None
         n, k = case.outside
-        count = max(2, -(-cold_bytes // (n * k * bits // 8)))
+        count = copies(n * k * bits // 8)
         g = torch.Generator().manual_seed(0)
         w, x = torch.randn(n, k, generator=g) / k**0.5, torch.randn(case.m, k, generator=g)
         run = build(w, x, bits, count)

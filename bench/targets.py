@@ -24,10 +24,10 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-from case import Case  # noqa: E402
+from case import Case, copies_of, rounds  # noqa: E402
 from cases import dense as dense_cases  # noqa: E402
 from cases import low_rank, masked, other, shared  # noqa: E402
-from ops import Bench, commit, copies_of, rounds  # noqa: E402
+from ops import Bench, commit  # noqa: E402
 
 from tinycomp import ops  # noqa: E402
 from tinycomp.eval.machine import load_average, machine  # noqa: E402
@@ -243,7 +243,7 @@ def scaling(options: argparse.Namespace) -> None:
         if options.filter and options.filter not in case.key:
             continue
         args, op = case.make(), getattr(ops, case.op)
-        copies = copies_of(args, case.weights, cold)
+        copies = copies_of(args, max(2, -(-cold // case.weights)))
         one, several, ratio = gain(rounds([lambda a=a, op=op: op(*a) for a in copies]))
         us = [1e6 * seconds / len(copies) for seconds in (one, several)]
         speeds = [case.weights / t / 1e3 for t in us]
