@@ -28,23 +28,35 @@ constexpr int64_t kPad = 64;
 // input row and group, negated, as the value a sum starts from: kLanes numbers.
 constexpr int64_t kLanes = 16;
 
+// Rounded inputs, each with its groups `group_step` levels and `scale_step` scales and sums apart. Few inputs lie one
+// after the other; of many, groups do: what a tile reads is adjacent then, whatever their width.
+struct RoundedLevels {
+  int8_t* levels;  // of the first input's first group
+  int64_t group_step;
+  float* scales;  // largest / 127
+  int32_t* sums;  // of levels
+  int64_t scale_step;
+};
+
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 inline int64_t half_width(const RoundedRows& w) { return padded(w.four_bits ? (w.group + 1) / 2 : w.group); }
 inline int64_t group_width(const RoundedRows& w) { return half_width(w) * (w.four_bits ? 2 : 1); }
 inline int64_t input_width(const RoundedRows& w) { return group_width(w) * w.groups; }
 
+// Where the first row's levels of a group begin.
+inline const uint8_t* group_of(const RoundedRows& w, int64_t g) { return w.data + g * w.group / (w.four_bits ? 2 : 1); }
+
 struct RoundedTable {
-  // One input row rounded by group: levels = round(x * 127 / largest), scale = largest / 127, their sums, and starts.
-  void (*round_inputs)(const RoundedRows& w, const float* x, int8_t* levels, float* scales, int32_t* sums,
-                       int32_t* starts);
+  // One input row rounded by group: levels = round(x * 127 / largest); starts may be null.
+  void (*round_inputs)(const RoundedRows& w, const float* x, const RoundedLevels& to, int32_t* starts);
   // One input row in group order; sums may be null.
   void (*order_inputs)(const RoundedRows& w, const float* x, float* ordered, float* sums);
   // out[j * ldo + i] for i < rows, j < m: integer products within a group, float32 beyond.
   void (*dot_levels)(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
                      const int32_t* starts, int64_t m, float* out, int64_t ldo);
-  // The same for many inputs, from `sums` instead of starts; null: no faster way.
-  void (*dot_many_levels)(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
-                          const int32_t* sums, int64_t m, float* out, int64_t ldo);
+  // The same for many inputs, whose groups are adjacent; null: no faster way.
+  void (*dot_many_levels)(const RoundedRows& w, int64_t rows, const RoundedLevels& inputs, int64_t m, float* out,
+                          int64_t ldo);
   // The same with ordered float32 inputs.
   void (*dot_floats)(const RoundedRows& w, int64_t rows, const float* x, int64_t m, float* out, int64_t ldo);
   // Rows rebuilt in float32, in the order of inputs and `input_width` apart; what meets padding is finite.

@@ -45,7 +45,11 @@ struct Avx512 {
   TINYCOMP_TARGET static void store_sums(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
   TINYCOMP_TARGET static Int set_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
 #if TINYCOMP_VNNI
-  TINYCOMP_TARGET static Int dot(Int sums, Int levels, Int inputs) { return _mm512_dpbusd_epi32(sums, levels, inputs); }
+  // Not the intrinsic: GCC 12 keeps its sums on the stack.
+  TINYCOMP_TARGET static Int dot(Int sums, Int levels, Int inputs) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(inputs));
+    return sums;
+  }
   TINYCOMP_TARGET static Int dot_halves(Int sums, Int v, Int even, Int odd) {
     return dot(dot(sums, low(v), even), high(v), odd);
   }
@@ -76,21 +80,26 @@ struct Avx512 {
   TINYCOMP_TARGET static Vec to_float(Int v) { return _mm512_cvtepi32_ps(v); }
   TINYCOMP_TARGET static float largest(const float* x, int64_t n) {
     Vec most = zero();
-    for (int64_t i = 0; i < n; i += width)
-      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i)));
+    int64_t i = 0;
+    for (; i + width <= n; i += width) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+    if (i < n) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i)));
     return _mm512_reduce_max_ps(most);
   }
   TINYCOMP_TARGET static void round(const float* x, float factor, int64_t n, int8_t* levels) {
-    for (int64_t i = 0; i < n; i += width) {
-      const Vec scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), set1(factor));
-      _mm512_mask_cvtsepi32_storeu_epi8(levels + i, lanes(n - i), _mm512_cvtps_epi32(scaled));
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+      const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), set1(factor)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + i), _mm512_cvtsepi32_epi8(wide));
     }
+    if (i == n) return;
+    const Vec scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(n - i), x + i), set1(factor));
+    _mm512_mask_cvtsepi32_storeu_epi8(levels + i, lanes(n - i), _mm512_cvtps_epi32(scaled));
   }
 };
 
 // Many inputs: the levels of a group, four to a lane and a row to each lane, meet inputs four levels at a time, as in
 // the panels of dot_kernels.h.
-constexpr int kPanelRows = 32, kPanelInputs = 12;
+constexpr int kPanelRows = 32, kPanelInputs = TINYCOMP_VNNI ? 12 : 8;
 
 // 16 rows of 64 stored bytes into 16 steps; 4-bit levels into 16 for even inputs and, `odd` later, 16 for odd ones.
 TINYCOMP_TARGET void fill_steps(const RoundedRows& w, const uint8_t* from, int64_t n, int64_t left, __m512i* to,
@@ -104,20 +113,27 @@ TINYCOMP_TARGET void fill_steps(const RoundedRows& w, const uint8_t* from, int64
   }
 }
 
+// J inputs against the steps of a group. Meanwhile memory is asked for `ahead`: a line of two rows with each step.
 template <int J>
-TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, const __m512* row_scales, int64_t g,
-                                const int8_t* levels, const float* scales, const int32_t* sums, __m512* totals) {
-  const int64_t width = input_width(w), steps = group_width(w) / 4;
-  const int8_t* x = levels + g * group_width(w);
+TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, const __m512* row_scales, const int8_t* x,
+                                const float* scales, const int32_t* sums, const uint8_t* ahead, __m512* totals) {
+  const auto ask = [ahead, stride = w.stride](int64_t s) {
+    const uint8_t* at = ahead + 2 * (s % 16) * stride + s / 16 * 64;
+    __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + stride, 0, 2);
+  };
+  const int64_t width = group_width(w), steps = width / 4;
   __m512i acc[J][2];
-  for (int j = 0; j < J; ++j)
-    acc[j][0] = acc[j][1] = _mm512_set1_epi32(-(w.four_bits ? 8 : 128) * sums[j * w.groups + g]);
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) acc[j][0] = acc[j][1] = _mm512_set1_epi32(-(w.four_bits ? 8 : 128) * sums[j]);
 #if TINYCOMP_VNNI
-  for (int64_t s = 0; s < steps; ++s) {
+  Lines<int8_t, J> inputs(x, width);
+  for (int64_t s = 0; s < steps; ++s, inputs.move(4)) {
+    ask(s);
     const __m512i low = panel[2 * s], high = panel[2 * s + 1];
+#pragma GCC unroll 16
     for (int j = 0; j < J; ++j) {
       int32_t four;
-      __builtin_memcpy(&four, x + j * width + 4 * s, 4);
+      __builtin_memcpy(&four, inputs.line(j), 4);
       const __m512i input = _mm512_set1_epi32(four);
       acc[j][0] = Avx512::dot(acc[j][0], low, input);
       acc[j][1] = Avx512::dot(acc[j][1], high, input);
@@ -133,7 +149,9 @@ TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, cons
       _mm512_store_si512(odd[j], Avx512::odd_inputs(inputs));
     }
     for (int64_t s = 0; s < 16; ++s) {
+      ask(first + s);
       const __m512i low = panel[2 * (first + s)], high = panel[2 * (first + s) + 1];
+#pragma GCC unroll 16
       for (int j = 0; j < J; ++j) {
         const __m512i pair = _mm512_set1_epi32(even[j][s]), other = _mm512_set1_epi32(odd[j][s]);
         acc[j][0] = Avx512::dot_split(acc[j][0], low, pair, other);
@@ -142,10 +160,12 @@ TINYCOMP_TARGET void group_tile(const RoundedRows& w, const __m512i* panel, cons
     }
   }
 #endif
+#pragma GCC unroll 16
   for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[j][h]), row_scales[h]);
-      totals[2 * j + h] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scales[j * w.groups + g]), totals[2 * j + h]);
+      totals[2 * j + h] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scales[j]), totals[2 * j + h]);
     }
 }
 
@@ -157,7 +177,7 @@ constexpr auto group_tiles(std::integer_sequence<int, J...>) {
 // The steps of one group of 32 rows and the scales of these rows.
 TINYCOMP_TARGET void fill_group(const RoundedRows& w, int64_t n, int64_t g, __m512i* panel, __m512 (&row_scales)[2]) {
   const int64_t stored = w.four_bits ? (w.size(g) + 1) / 2 : w.size(g), half = half_width(w) / 4;
-  const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+  const uint8_t* from = group_of(w, g);
   for (int h = 0; h < 2; ++h) {
     for (int64_t b = 0; b < half_width(w); b += 64)
       fill_steps(w, from + 16 * h * w.stride + b, n - 16 * h, std::max<int64_t>(0, stored - b), panel + b / 2 + h,
@@ -169,8 +189,8 @@ TINYCOMP_TARGET void fill_group(const RoundedRows& w, int64_t n, int64_t g, __m5
   }
 }
 
-TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
-                                     const int32_t* sums, int64_t m, float* out, int64_t ldo) {
+TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const RoundedLevels& inputs, int64_t m,
+                                     float* out, int64_t ldo) {
   static constexpr auto tiles = group_tiles(std::make_integer_sequence<int, kPanelInputs>());
   // One allocation for both, on a cache line: std::vector does not align these types.
   const int64_t panel_size = group_width(w) / 2;
@@ -184,11 +204,15 @@ TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const i
     for (int64_t g = 0; g < w.groups; ++g) {
       __m512 row_scales[2];
       fill_group(some, n, g, panel, row_scales);
+      const uint8_t* ahead = g + 1 < w.groups ? group_of(some, g + 1) : group_of(from_row(w, i + kPanelRows), 0);
+      const int8_t* levels = inputs.levels + g * inputs.group_step;
+      const float* scales = inputs.scales + g * inputs.scale_step;
+      const int32_t* sums = inputs.sums + g * inputs.scale_step;
       for (int64_t j = 0, take; j < m; j += take) {
         const int64_t left = m - j, passes = (left + kPanelInputs - 1) / kPanelInputs;
         take = (left + passes - 1) / passes;
-        tiles[take - 1](some, panel, row_scales, g, levels + j * input_width(w), scales + j * w.groups,
-                        sums + j * w.groups, totals + 2 * j);
+        tiles[take - 1](some, panel, row_scales, levels + j * group_width(w), scales + j, sums + j, ahead,
+                        totals + 2 * j);
       }
     }
     for (int64_t j = 0; j < m; ++j) std::copy_n(reinterpret_cast<const float*>(totals + 2 * j), n, out + j * ldo + i);

@@ -41,34 +41,32 @@ TINYCOMP_TARGET void arrange(const RoundedRows& w, int64_t size, const T* x, T* 
 }
 
 template <class V>
-TINYCOMP_TARGET void round_inputs(const RoundedRows& w, const float* x, int8_t* levels, float* scales, int32_t* sums,
-                                  int32_t* starts) {
+TINYCOMP_TARGET void round_inputs(const RoundedRows& w, const float* x, const RoundedLevels& inputs, int32_t* starts) {
   std::vector<int8_t> plain(w.four_bits ? w.group : 0);
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t size = w.size(g);
     const float* from = x + g * w.group;
     const float largest = V::largest(from, size);
-    scales[g] = largest / 127.0f;
+    inputs.scales[g * inputs.scale_step] = largest / 127.0f;
     const float factor = largest == 0 ? 0.0f : 127.0f / largest;
-    int8_t* to = levels + g * group_width(w);
-    int32_t sum = 0;
+    int8_t* to = inputs.levels + g * inputs.group_step;
     if (!w.four_bits) {
       V::round(from, factor, size, to);
       std::fill(to + size, to + group_width(w), int8_t(0));
-      for (int64_t i = 0; i < size; ++i) sum += to[i];
     } else {
       V::round(from, factor, size, plain.data());
       arrange(w, size, static_cast<const int8_t*>(plain.data()), to);
-      for (int64_t i = 0; i < size; ++i) sum += plain[i];
     }
-    sums[g] = sum;
-    const typename V::Int middle = V::set_bytes(w.four_bits ? 8 : 128);
-    typename V::Int start = V::no_sums();
+    const typename V::Int one = V::set_bytes(1);
+    typename V::Int sums = V::no_sums();
     for (int64_t b = 0; b < group_width(w); b += V::bytes)
-      start = V::dot(start, middle, V::load_bytes(reinterpret_cast<const uint8_t*>(to) + b, V::bytes));
-    std::fill_n(starts + g * kLanes, kLanes, 0);
-    V::store_sums(starts + g * kLanes, start);
-    for (int64_t l = 0; l < kLanes; ++l) starts[g * kLanes + l] = -starts[g * kLanes + l];
+      sums = V::dot(sums, one, V::load_bytes(reinterpret_cast<const uint8_t*>(to) + b, V::bytes));
+    int32_t lanes[kLanes] = {}, sum = 0;
+    V::store_sums(lanes, sums);
+    for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+    inputs.sums[g * inputs.scale_step] = sum;
+    for (int64_t l = 0; l < kLanes && starts != nullptr; ++l)
+      starts[g * kLanes + l] = -(w.four_bits ? 8 : 128) * lanes[l];
   }
 }
 
@@ -115,7 +113,7 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
     for (int r = 0; r < R; ++r) total[j][r] = V::zero();
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
-    const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+    const uint8_t* from = group_of(w, g);
     const int8_t* x = levels + g * group_width(w);
     Int acc[M][R];
     for (int j = 0; j < M; ++j)
@@ -166,7 +164,7 @@ TINYCOMP_TARGET void tile_floats(const RoundedRows& w, const float* ordered, flo
     for (int r = 0; r < R; ++r) total[j][r] = V::zero();
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
-    const uint8_t* from = w.data + (w.four_bits ? g * w.group / 2 : g * w.group);
+    const uint8_t* from = group_of(w, g);
     const float* x = ordered + g * group_width(w);
     Vec acc[M][R];
     for (int j = 0; j < M; ++j)
@@ -253,7 +251,7 @@ TINYCOMP_TARGET void rebuild(const RoundedRows& w, int64_t rows, float* out) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t g = 0; g < w.groups; ++g) {
       const auto scale = V::set1(w.scales[i * w.scale_groups + (w.scale_groups == 1 ? 0 : g)]);
-      const uint8_t* from = w.data + i * w.stride + (w.four_bits ? g * w.group / 2 : g * w.group);
+      const uint8_t* from = group_of(w, g) + i * w.stride;
       float* to = out + i * input_width(w) + g * group_width(w);
       const int64_t stored = w.four_bits ? (w.size(g) + 1) / 2 : w.size(g);
       for (int64_t b = 0; b < half; b += V::width) {

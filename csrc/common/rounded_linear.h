@@ -10,7 +10,7 @@ namespace tinycomp {
 // where that is what they are rounded to and its products are faster, in bfloat16.
 constexpr int64_t kFewInputs = 8, kFewBeforePairs = 5;
 // From this many rounded inputs on, transposing levels costs less than summing across registers.
-constexpr int64_t kManyInputs = 12;
+constexpr int64_t kManyInputs = 10, kManyBeforeNibbles = 8;
 
 class RoundedWeight {
  public:
@@ -77,10 +77,11 @@ class RoundedWeight {
     const RoundedRows plain{nullptr, 0, cols, group, groups, false, nullptr, 1};
     std::vector<float> row(cols), scales(groups);
     std::vector<int8_t> levels(input_width(plain));
-    std::vector<int32_t> sums(groups), starts(groups * kLanes);
+    std::vector<int32_t> sums(groups);
     for (int64_t j = 0; j < x.size(0); ++j) {
       std::copy_n(static_cast<const double*>(from.const_data_ptr()) + j * cols, cols, row.data());
-      rounded().round_inputs(plain, row.data(), levels.data(), scales.data(), sums.data(), starts.data());
+      rounded().round_inputs(plain, row.data(), {levels.data(), group_width(plain), scales.data(), sums.data(), 1},
+                             nullptr);
       for (int64_t c = 0; c < cols; ++c)
         static_cast<double*>(to.mutable_data_ptr())[j * cols + c] =
             static_cast<double>(scales[c / group]) * levels[c / group * group_width(plain) + c % group];
@@ -131,13 +132,16 @@ class RoundedInputs {
         // With zeros, products of levels far from them would be rounded before the difference is taken.
         pairs_(pairs && !zeros_ && !w.rounds_inputs && m > (w.four_bits ? kFewInputs : kFewBeforePairs)),
         rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
+        many_(w.rounds_inputs && m >= (w.four_bits ? kManyBeforeNibbles : kManyInputs) &&
+              rounded().dot_many_levels != nullptr),
         words_(pairs_ ? row_distance(width_ / 2, m) : 0),
-        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + words_ + (2 + kLanes) * w.groups + w.scale_groups)) {
+        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + words_ + (2 + (many_ ? 0 : kLanes)) * w.groups +
+                           w.scale_groups)) {
     float* next = memory_.data();
     ordered_ = next, next += m * (width_ / (w.rounds_inputs ? 4 : 1));
     scales_ = next, next += m * w.groups;
     sums_ = reinterpret_cast<int32_t*>(next), next += m * w.groups;
-    starts_ = reinterpret_cast<int32_t*>(next), next += m * w.groups * kLanes;
+    starts_ = reinterpret_cast<int32_t*>(next), next += many_ ? 0 : m * w.groups * kLanes;
     totals_ = next, next += m * w.scale_groups;
     narrowed_ = next;
   }
@@ -153,11 +157,12 @@ class RoundedInputs {
         if (pairs_) narrow(Type::bf16, ordered_ + j * width_, narrowed_ + j * words_, width_);
         continue;
       }
-      const int64_t at = j * w_.groups;
-      rounded().round_inputs(layout(), x, levels() + j * width_, scales_ + at, sums_ + at, starts_ + at * kLanes);
+      const RoundedLevels to = levels(j);
+      rounded().round_inputs(layout(), x, to, many_ ? nullptr : starts_ + j * w_.groups * kLanes);
       std::fill_n(totals, w_.scale_groups, 0.0f);
       for (int64_t g = 0; g < w_.groups; ++g)
-        totals[w_.scale_groups == 1 ? 0 : g] += scales_[at + g] * static_cast<float>(sums_[at + g]);
+        totals[w_.scale_groups == 1 ? 0 : g] +=
+            to.scales[g * to.scale_step] * static_cast<float>(to.sums[g * to.scale_step]);
     }
   }
 
@@ -169,7 +174,8 @@ class RoundedInputs {
   // The rows of another weight: its inputs, groups, bits and rounding are those of the first.
   template <class Store>
   void dot_rows(const RoundedWeight& w, int64_t first, int64_t last, const Store& store) const {
-    const int64_t most = std::min(m, kInputsAtOnce), groups = w.scale_groups;
+    const int64_t passes = std::max<int64_t>(1, (m + kInputsAtOnce - 1) / kInputsAtOnce);
+    const int64_t most = (m + passes - 1) / passes, groups = w.scale_groups;  // many inputs have no few at their end
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
     const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
     const int64_t words = row_distance(width_ / 2, kBatch);
@@ -201,18 +207,23 @@ class RoundedInputs {
 
  private:
   RoundedRows layout() const { return {nullptr, 0, w_.cols, w_.group, w_.groups, w_.four_bits, nullptr, 1}; }
-  int8_t* levels() const { return reinterpret_cast<int8_t*>(ordered_); }
+  // Input j.
+  RoundedLevels levels(int64_t j) const {
+    auto* const first = reinterpret_cast<int8_t*>(ordered_);
+    const int64_t group = group_width(layout());
+    if (many_) return {first + j * group, m * group, scales_ + j, sums_ + j, m};
+    return {first + j * width_, group, scales_ + j * w_.groups, sums_ + j * w_.groups, 1};
+  }
 
   void multiply(const RoundedRows& rows, int64_t n, int64_t start, int64_t inputs, const float* dense,
                 float* out) const {
     if (rebuilds_)
       dot(Type::f32, dense, width_ * 4, n, width_, ordered_ + start * width_, width_, inputs, out, kBatch);
-    else if (w_.rounds_inputs && inputs >= kManyInputs && rounded().dot_many_levels != nullptr)
-      rounded().dot_many_levels(rows, n, levels() + start * width_, scales_ + start * w_.groups,
-                                sums_ + start * w_.groups, inputs, out, kBatch);
+    else if (many_)
+      rounded().dot_many_levels(rows, n, levels(start), inputs, out, kBatch);
     else if (w_.rounds_inputs)
-      rounded().dot_levels(rows, n, levels() + start * width_, scales_ + start * w_.groups,
-                           starts_ + start * w_.groups * kLanes, inputs, out, kBatch);
+      rounded().dot_levels(rows, n, levels(start).levels, levels(start).scales, starts_ + start * w_.groups * kLanes,
+                           inputs, out, kBatch);
     else
       rounded().dot_floats(rows, n, ordered_ + start * width_, inputs, out, kBatch);
   }
@@ -226,7 +237,7 @@ class RoundedInputs {
 
  private:
   int64_t width_;
-  bool pairs_, rebuilds_;
+  bool pairs_, rebuilds_, many_;
   int64_t words_;
   Scratch memory_;
   float *ordered_, *scales_, *totals_, *narrowed_;

@@ -4,27 +4,38 @@
 namespace tinycomp {
 namespace {
 
+template <class A>
+A factor_of(A sum, int64_t n, A eps) {
+  return A(1) / std::sqrt(sum / static_cast<A>(n) + eps);
+}
+
 template <class T>
-void normalise(const T* x, const std::vector<Accumulate<T>>& weight, Accumulate<T> eps, int64_t n, T* y) {
+void normalise(const T* __restrict x, const Accumulate<T>* __restrict weight, Accumulate<T> eps, int64_t n,
+               T* __restrict y) {
   using A = Accumulate<T>;
-  constexpr bool narrows = !std::is_same_v<T, A>;
-  const Scratch memory(kResultSlot, narrows ? n : 0);
-  const A* from;
-  A* to;
-  if constexpr (narrows)
-    widen(dot_type<T>, x, memory.data(), n), from = to = memory.data();
-  else
-    from = x, to = y;
   vectorised([&] {
-    const A sum = lane_sum<A>(n, [&](int64_t i) { return from[i] * from[i]; });
-    const A factor = A(1) / std::sqrt(sum / static_cast<A>(n) + eps);
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+    const A sum = lane_sum<A>(n, [&](int64_t i) { return static_cast<A>(x[i]) * static_cast<A>(x[i]); });
+    const A factor = factor_of(sum, n, eps);
+    for (int64_t i = 0; i < n; ++i)
+      y[i] = static_cast<T>(static_cast<A>(static_cast<T>(static_cast<A>(x[i]) * factor)) * weight[i]);
   });
-  if constexpr (narrows) narrow(dot_type<T>, to, y, n), widen(dot_type<T>, y, to, n);
+}
+
+// No compiler vectorises its conversions.
+void normalise(const Half* x, const float* __restrict weight, float eps, int64_t n, Half* y) {
+  const Scratch memory(kResultSlot, n);
+  float* const __restrict wide = memory.data();
+  widen(Type::f16, x, wide, n);
   vectorised([&] {
-    for (int64_t i = 0; i < n; ++i) to[i] *= weight[i];
+    const float sum = lane_sum<float>(n, [&](int64_t i) { return wide[i] * wide[i]; });
+    const float factor = factor_of(sum, n, eps);
+    for (int64_t i = 0; i < n; ++i) wide[i] *= factor;
   });
-  if constexpr (narrows) narrow(dot_type<T>, to, y, n);
+  narrow(Type::f16, wide, y, n), widen(Type::f16, y, wide, n);
+  vectorised([&] {
+    for (int64_t i = 0; i < n; ++i) wide[i] *= weight[i];
+  });
+  narrow(Type::f16, wide, y, n);
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
@@ -37,7 +48,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     const T* read = static_cast<const T*>(from.const_data_ptr());
     T* write = static_cast<T*>(y.mutable_data_ptr());
     parallel_rows(row_count(x), n, [&](int64_t j) {
-      normalise(read + j * n, factors, static_cast<Accumulate<T>>(eps), n, write + j * n);
+      normalise(read + j * n, factors.data(), static_cast<Accumulate<T>>(eps), n, write + j * n);
     });
     return y;
   });

@@ -24,31 +24,40 @@ struct Heads {
   }
 };
 
-// One head of one token: the first r of `cols` numbers turned, the others copied; `memory` has room for 2 r.
-template <class T, class A>
-void turn(const T* x, const A* cos, const A* sin, int64_t r, int64_t cols, A* memory, T* y) {
+// One head of one token: the first r of `cols` numbers turned, the others copied.
+template <class T>
+void turn(const T* __restrict x, const T* __restrict cos, const T* __restrict sin, int64_t r, int64_t cols,
+          T* __restrict y) {
+  using A = Accumulate<T>;
+  const auto product = [](T a, T b) { return static_cast<A>(static_cast<T>(static_cast<A>(a) * static_cast<A>(b))); };
   const int64_t half = r / 2;
-  A *const a = memory, *const b = memory + r;
-  const auto rounded = [r](A* values, T* to) {
-    if constexpr (!std::is_same_v<T, A>) narrow(dot_type<T>, values, to, r), widen(dot_type<T>, to, values, r);
+  for (int64_t i = 0; i < half; ++i) {
+    y[i] = static_cast<T>(product(x[i], cos[i]) - product(x[half + i], sin[i]));
+    y[half + i] = static_cast<T>(product(x[half + i], cos[half + i]) + product(x[i], sin[half + i]));
+  }
+  for (int64_t i = r; i < cols; ++i) y[i] = x[i];
+}
+
+// No compiler vectorises its conversions.
+void turn(const Half* x, const Half* cos, const Half* sin, int64_t r, int64_t cols, Half* y) {
+  constexpr int64_t kAtOnce = 64;
+  const int64_t half = r / 2;
+  float wide[6][kAtOnce];
+  Half rounded[kAtOnce];
+  const auto product = [&](const float* a, const float* b, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = a[i] * b[i];
+    narrow(Type::f16, to, rounded, n), widen(Type::f16, rounded, to, n);
   };
-  if constexpr (std::is_same_v<T, A>)
-    std::copy_n(x, r, a);
-  else
-    widen(dot_type<T>, x, a, r);
-  vectorised([&] {
-    for (int64_t i = 0; i < half; ++i) b[i] = -a[half + i] * sin[i];
-    for (int64_t i = 0; i < half; ++i) b[half + i] = a[i] * sin[half + i];
-    for (int64_t i = 0; i < r; ++i) a[i] *= cos[i];
-  });
-  rounded(a, y), rounded(b, y);
-  vectorised([&] {
-    for (int64_t i = 0; i < r; ++i) a[i] += b[i];
-  });
-  if constexpr (std::is_same_v<T, A>)
-    std::copy_n(a, r, y);
-  else
-    narrow(dot_type<T>, a, y, r);
+  for (int64_t i = 0; i < half; i += kAtOnce) {
+    const int64_t n = std::min(kAtOnce, half - i);
+    widen(Type::f16, x + i, wide[0], n), widen(Type::f16, x + half + i, wide[1], n);
+    for (int part = 0; part < 2; ++part) {
+      widen(Type::f16, cos + part * half + i, wide[2], n), widen(Type::f16, sin + part * half + i, wide[3], n);
+      product(wide[part], wide[2], n, wide[4]), product(wide[1 - part], wide[3], n, wide[5]);
+      for (int64_t c = 0; c < n; ++c) wide[4][c] += part == 0 ? -wide[5][c] : wide[5][c];
+      narrow(Type::f16, wide[4], y + part * half + i, n);
+    }
+  }
   std::copy(x + r, x + cols, y + r);
 }
 
@@ -62,7 +71,6 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q, const Tensor& k, co
                   "rotary_embedding: shapes do not fit");
   return with_float_type(q.scalar_type(), "rotary_embedding", [&](auto zero) {
     using T = decltype(zero);
-    using A = Accumulate<T>;
     STD_TORCH_CHECK(cos.scalar_type() == scalar_type<T> && sin.scalar_type() == scalar_type<T>,
                     "rotary_embedding: dtypes do not fit");
     const Heads<T> both[] = {{q, "rotary_embedding: q"}, {k, "rotary_embedding: k"}};
@@ -73,22 +81,15 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q, const Tensor& k, co
     const Stage stages[] = {{batch * tokens, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, cols))}};
     const double numbers = static_cast<double>(batch) * tokens * cols * (both[0].heads + both[1].heads);
     run_stages(stages, microseconds(2 * numbers * sizeof(T), 15 * numbers), [&](int, int64_t first, int64_t last) {
-      const Scratch memory(kResultSlot, 4 * r * static_cast<int64_t>(sizeof(A) / sizeof(float)));
-      A *const angles = reinterpret_cast<A*>(memory.data()), *const work = angles + 2 * r;
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t b = i / tokens, t = i % tokens;
-        for (int part = 0; part < 2; ++part) {
-          const T* const from = (part == 0 ? cosines : sines) + b * step + t * r;
-          if constexpr (std::is_same_v<T, A>)
-            std::copy_n(from, r, angles + part * r);
-          else
-            widen(dot_type<T>, from, angles + part * r, r);
+      vectorised([&] {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t b = i / tokens, t = i % tokens, angles = b * step + t * r;
+          for (const auto& x : both)
+            for (int64_t h = 0; h < x.heads; ++h)
+              turn(x.from + b * x.steps[0] + h * x.steps[1] + t * x.steps[2], cosines + angles, sines + angles, r, cols,
+                   x.to + ((b * x.heads + h) * tokens + t) * cols);
         }
-        for (const auto& x : both)
-          for (int64_t h = 0; h < x.heads; ++h)
-            turn(x.from + b * x.steps[0] + h * x.steps[1] + t * x.steps[2], angles, angles + r, r, cols, work,
-                 x.to + ((b * x.heads + h) * tokens + t) * cols);
-      }
+      });
     });
     return std::tuple<Tensor, Tensor>(both[0].result, both[1].result);
   });

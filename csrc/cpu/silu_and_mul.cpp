@@ -17,11 +17,12 @@ inline double silu(double x) { return x / (1.0 + std::exp(-x)); }
 template <class T>
 void activate(const T* __restrict gate, const T* __restrict up, int64_t n, T* __restrict y) {
   using A = Accumulate<T>;
-  if constexpr (std::is_same_v<T, A>) {
+  if constexpr (!std::is_same_v<T, Half>) {
     vectorised([&] {
-      for (int64_t i = 0; i < n; ++i) y[i] = silu(gate[i]) * up[i];
+      for (int64_t i = 0; i < n; ++i)
+        y[i] = static_cast<T>(static_cast<A>(static_cast<T>(silu(static_cast<A>(gate[i])))) * static_cast<A>(up[i]));
     });
-  } else {
+  } else {  // no compiler vectorises its conversions
     const Scratch memory(kResultSlot, 2 * n);
     float* const __restrict a = memory.data(), * const __restrict b = a + n;
     widen(dot_type<T>, gate, a, n), widen(dot_type<T>, up, b, n);
