@@ -6,7 +6,8 @@
 Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds. A row is
 timed only after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow,
 over the time taken; a row above 105 % is a fault of measurement and says so. `structure` is bytes of the dense weight
-over bytes of ours, `kernel` what remains of the speed-up. Lines are appended to bench/results/ops.jsonl.
+over bytes of ours, `kernel` what remains of the speed-up. Lines are appended to bench/results/ops.jsonl; a whole run
+(2,084 rows, an hour with all peers) also writes their medians to ops.md and a plot of all rows to ops.png.
 `--peers` names the environment of requirements-peers.txt; without it those columns stay empty.
 """
 
@@ -33,6 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 from case import Case, copies_of, last_level_cache, rounds  # noqa: E402
 from cases import cases  # noqa: E402
 from peers import Peers  # noqa: E402
+from summary import write as write_table  # noqa: E402
 
 from tinycomp import ops  # noqa: E402
 from tinycomp.eval.machine import load_average, machine  # noqa: E402
@@ -324,6 +326,8 @@ def main() -> None:
     timed = [row for row in rows if "time_us" in row]
     if timed and not options.filter:
         plot(timed, timed[0]["peaks"], RESULTS.with_suffix(".png"))
+        if not options.quick:
+            write_table(RESULTS)
     if options.base:
         base = at_commit(options.base, options)
         for row in (r for r in timed if r["key"] in base):
