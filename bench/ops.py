@@ -287,7 +287,13 @@ def plot(rows: list[dict[str, Any]], peak: dict[str, float], path: Path) -> None
     for number, op in enumerate(sorted({row["op"] for row in rows})):
         chosen = [row for row in rows if row["op"] == op and row["gflop_s"] > 0]
         points = [r["intensity"] for r in chosen], [r["gflop_s"] for r in chosen]
-        axes.loglog(*points, "osD^vPX*"[number % 8], color=colours[number % 20], markersize=5, label=op)
+        axes.loglog(
+            *points,
+            "osD^vPX*"[number % 8],
+            color=colours[number % 20],
+            markersize=5 if len(rows) < 200 else 2.5,
+            label=op,
+        )
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("G operations/s")
     axes.set_title(

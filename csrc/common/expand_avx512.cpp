@@ -120,24 +120,48 @@ TINYCOMP_TARGET int64_t expand_bits(Type type, const void* values, int64_t at, i
   }
 }
 
+// At most 16 K inputs, with U sums for each: a sum waits for the one before it.
+template <int K, int U>
+TINYCOMP_TARGET void gather_lines(const float* values, const uint16_t* index, int64_t count, const float* x,
+                                  int64_t ldx, int64_t inputs, float* sums) {
+  __m512 sum[U][K];
+  __mmask16 some[K];
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) {
+    const int64_t left = inputs - 16 * k;
+    some[k] = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum[u][k] = _mm512_setzero_ps();
+  }
+  int64_t i = 0;
+  for (; i + U <= count; i += U)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const __m512 value = _mm512_set1_ps(values[i + u]);
+      const float* row = x + index[i + u] * ldx;
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+        sum[u][k] = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(some[k], row + 16 * k), sum[u][k]);
+    }
+  for (; i < count; ++i)
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k)
+      sum[0][k] = _mm512_fmadd_ps(_mm512_set1_ps(values[i]),
+                                  _mm512_maskz_loadu_ps(some[k], x + index[i] * ldx + 16 * k), sum[0][k]);
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) sum[0][k] = _mm512_add_ps(sum[0][k], sum[u][k]);
+    _mm512_mask_storeu_ps(sums + 16 * k, some[k], sum[0][k]);
+  }
+}
+
 TINYCOMP_TARGET void gather_rows(const float* values, const uint16_t* index, int64_t count, const float* x, int64_t ldx,
                                  int64_t inputs, float* sums) {
-  constexpr int kWide = 4;
-  for (int64_t j = 0; j < inputs; j += 16 * kWide) {
-    __m512 sum[kWide];
-    __mmask16 some[kWide];
-    for (int k = 0; k < kWide; ++k) {
-      const int64_t left = inputs - j - 16 * k;
-      some[k] = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-      sum[k] = _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const __m512 value = _mm512_set1_ps(values[i]);
-      const float* row = x + index[i] * ldx + j;
-      for (int k = 0; k < kWide; ++k)
-        if (some[k] != 0) sum[k] = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(some[k], row + 16 * k), sum[k]);
-    }
-    for (int k = 0; k < kWide; ++k) _mm512_mask_storeu_ps(sums + j + 16 * k, some[k], sum[k]);
+  for (int64_t j = 0; j < inputs; j += 64) {
+    const int64_t left = inputs - j;
+    const auto gather = left <= 16 ? gather_lines<1, 4> : left <= 32 ? gather_lines<2, 2> : gather_lines<4, 1>;
+    gather(values, index, count, x + j, ldx, left, sums + j);
   }
 }
 

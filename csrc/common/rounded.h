@@ -61,6 +61,8 @@ struct RoundedTable {
   void (*dot_floats)(const RoundedRows& w, int64_t rows, const float* x, int64_t m, float* out, int64_t ldo);
   // Rows rebuilt in float32, in the order of inputs and `input_width` apart; what meets padding is finite.
   void (*rebuild)(const RoundedRows& w, int64_t rows, float* out);
+  // The same in bfloat16, rows `distance` apart; levels alone, which are exact, where a row has one scale. Null: none.
+  void (*rebuild_pairs)(const RoundedRows& w, int64_t rows, uint16_t* out, int64_t distance);
 };
 
 const RoundedTable& rounded();

@@ -219,9 +219,52 @@ TINYCOMP_TARGET void dot_many_levels(const RoundedRows& w, int64_t rows, const R
   }
 }
 
+// Sixteen numbers rounded to bfloat16, in the upper halves of their lanes.
+TINYCOMP_TARGET __m512i rounded_halves(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits);
+}
+
+TINYCOMP_TARGET void rebuild_pairs(const RoundedRows& w, int64_t rows, uint16_t* out, int64_t distance) {
+  const __m512 nibbles = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  alignas(64) uint16_t places[32];  // of the upper halves of the lanes of two vectors
+  for (int k = 0; k < 32; ++k) places[k] = 2 * k + 1;
+  const __m512i upper = _mm512_load_si512(places);
+  const bool scaled = w.scale_groups > 1;
+  const int64_t half = half_width(w);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const __m512 scale = _mm512_set1_ps(scaled ? w.scales[i * w.scale_groups + g] : 1.0f);
+      const uint8_t* from = group_of(w, g) + i * w.stride;
+      uint16_t* to = out + i * distance + g * group_width(w);
+      const int64_t stored = w.four_bits ? (w.size(g) + 1) / 2 : w.size(g);
+      // A table by the lowest five bits, of which the fifth must not matter.
+      const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_halves(_mm512_mul_ps(nibbles, scale)), 16));
+      const __m512i table = _mm512_broadcast_i64x4(words);
+      for (int64_t b = 0; b < half; b += 32) {
+        const int64_t left = std::max<int64_t>(0, stored - b);
+        const __m256i bytes = left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + b))
+                                         : _mm256_maskz_loadu_epi8((1u << left) - 1, from + b);
+        if (w.four_bits) {
+          const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+          _mm512_storeu_si512(to + b, _mm512_permutexvar_epi16(wide, table));
+          _mm512_storeu_si512(to + half + b, _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table));
+          continue;
+        }
+        const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+        const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+        const __m512i a = scaled ? rounded_halves(_mm512_mul_ps(first, scale)) : _mm512_castps_si512(first);
+        const __m512i c = scaled ? rounded_halves(_mm512_mul_ps(second, scale)) : _mm512_castps_si512(second);
+        _mm512_storeu_si512(to + b, _mm512_permutex2var_epi16(a, upper, c));
+      }
+    }
+}
+
 RoundedTable make_avx512_rounded() {
-  return {round_inputs<Avx512>, order_inputs<Avx512>, dot_levels<Avx512>,
-          dot_many_levels,      dot_floats<Avx512>,   rebuild<Avx512>};
+  return {round_inputs<Avx512>, order_inputs<Avx512>, dot_levels<Avx512>, dot_many_levels,
+          dot_floats<Avx512>,   rebuild<Avx512>,      rebuild_pairs};
 }
 
 }  // namespace

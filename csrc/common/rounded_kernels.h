@@ -269,7 +269,7 @@ TINYCOMP_TARGET void rebuild(const RoundedRows& w, int64_t rows, float* out) {
 
 template <class V>
 RoundedTable make_rounded() {
-  return {round_inputs<V>, order_inputs<V>, dot_levels<V>, nullptr, dot_floats<V>, rebuild<V>};
+  return {round_inputs<V>, order_inputs<V>, dot_levels<V>, nullptr, dot_floats<V>, rebuild<V>, nullptr};
 }
 
 }  // namespace

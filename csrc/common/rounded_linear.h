@@ -8,7 +8,7 @@ namespace tinycomp {
 
 // Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once, in float32 or,
 // where that is what they are rounded to and its products are faster, in bfloat16.
-constexpr int64_t kFewInputs = 8, kFewBeforePairs = 5;
+constexpr int64_t kFewInputs = 8, kFewBeforePairs = 2;
 // From this many rounded inputs on, transposing levels costs less than summing across registers.
 constexpr int64_t kManyInputs = 10, kManyBeforeNibbles = 8;
 
@@ -130,7 +130,7 @@ class RoundedInputs {
         m(m),
         width_(input_width(layout())),
         // With zeros, products of levels far from them would be rounded before the difference is taken.
-        pairs_(pairs && !zeros_ && !w.rounds_inputs && m > (w.four_bits ? kFewInputs : kFewBeforePairs)),
+        pairs_(pairs && !zeros_ && !w.rounds_inputs && m > kFewBeforePairs && rounded().rebuild_pairs != nullptr),
         rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
         many_(w.rounds_inputs && m >= (w.four_bits ? kManyBeforeNibbles : kManyInputs) &&
               rounded().dot_many_levels != nullptr),
@@ -179,22 +179,19 @@ class RoundedInputs {
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
     const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
     const int64_t words = row_distance(width_ / 2, kBatch);
-    const Scratch rebuilt(kRebuildSlot, rebuilds_ ? kBatch * (width_ + (pairs_ ? words : 0)) : 0);
-    float* const narrowed = rebuilt.data() + kBatch * width_;
+    const Scratch rebuilt(kRebuildSlot, pairs_ ? kBatch * words : rebuilds_ ? kBatch * width_ : 0);
     float *values = out.data(), *correction = values + most * kBatch;
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
       const RoundedRows rows = w.at(i, n, scales.data());
       if (w.has_zeros()) w.shifts(i, n, scales.data(), shifts.data());
-      if (rebuilds_) rounded().rebuild(rows, n, rebuilt.data());
-      for (int64_t r = 0; r < n && pairs_; ++r)
-        narrow(Type::bf16, rebuilt.data() + r * width_, narrowed + r * words, width_);
+      if (pairs_)
+        rounded().rebuild_pairs(rows, n, reinterpret_cast<uint16_t*>(rebuilt.data()), 2 * words);
+      else if (rebuilds_)
+        rounded().rebuild(rows, n, rebuilt.data());
       for (int64_t start = 0; start < m; start += most) {
         const int64_t inputs = std::min(most, m - start);
-        if (pairs_)
-          dot_pairs(narrowed, words * 4, n, width_ / 2, narrowed_ + start * words_, words_, inputs, values, kBatch);
-        else
-          multiply(rows, n, start, inputs, rebuilt.data(), values);
+        multiply(rows, n, start, inputs, rebuilt.data(), words, values);
         if (w.has_zeros()) {
           dot(Type::f32, shifts.data(), groups * 4, n, groups, totals_ + start * groups, groups, inputs, correction,
               kBatch);
@@ -215,9 +212,13 @@ class RoundedInputs {
     return {first + j * width_, group, scales_ + j * w_.groups, sums_ + j * w_.groups, 1};
   }
 
-  void multiply(const RoundedRows& rows, int64_t n, int64_t start, int64_t inputs, const float* dense,
+  void multiply(const RoundedRows& rows, int64_t n, int64_t start, int64_t inputs, const float* dense, int64_t words,
                 float* out) const {
-    if (rebuilds_)
+    if (pairs_) {
+      dot_pairs(dense, words * 4, n, width_ / 2, narrowed_ + start * words_, words_, inputs, out, kBatch);
+      for (int64_t j = 0; j < inputs && rows.scale_groups == 1; ++j)
+        for (int64_t r = 0; r < n; ++r) out[j * kBatch + r] *= rows.scales[r];
+    } else if (rebuilds_)
       dot(Type::f32, dense, width_ * 4, n, width_, ordered_ + start * width_, width_, inputs, out, kBatch);
     else if (many_)
       rounded().dot_many_levels(rows, n, levels(start), inputs, out, kBatch);
