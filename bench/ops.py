@@ -7,7 +7,7 @@ Candidates of a row run interleaved in this process, each over copies of its own
 timed only after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow,
 over the time taken; a row above 105 % is a fault of measurement and says so. `structure` is bytes of the dense weight
 over bytes of ours, `kernel` what remains of the speed-up. Lines are appended to bench/results/ops.jsonl; a whole run
-(2,084 rows, an hour with all peers) also writes their medians to ops.md and a plot of all rows to ops.png.
+(2,084 rows, an hour and a half with all peers) also writes their medians to ops.md and a plot of all rows to ops.png.
 `--peers` names the environment of requirements-peers.txt; without it those columns stay empty.
 """
 
