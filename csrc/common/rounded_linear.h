@@ -9,7 +9,7 @@ namespace tinycomp {
 // Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once, in float32 or,
 // where that is what they are rounded to and its products are faster, in bfloat16.
 constexpr int64_t kFewInputs = 8, kFewBeforePairs = 2;
-// From this many rounded inputs on, transposing levels costs less than summing across registers.
+// From this many rounded inputs on, transposing levels of 8 bits, or of 4, costs less than summing across registers.
 constexpr int64_t kManyInputs = 10, kManyBeforeNibbles = 8;
 
 class RoundedWeight {
