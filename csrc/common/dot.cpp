@@ -18,7 +18,7 @@ struct Choice {
   const DotTable* table;
   const RoundedTable* rounded;
   const ExpandTable* expansion;
-  DotTable::Dot pairs;
+  const PairsTable* pairs;
   bool runs;
 };
 
@@ -33,7 +33,7 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, avx512_pairs, has_bf16},
+      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, has_bf16},
       {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
       {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, has_vnni},
       {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, has_avx512},
@@ -76,10 +76,29 @@ void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t co
 
 void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t ldx, int64_t m,
                float* out, int64_t ldo) {
-  choice().pairs(static_cast<const char*>(w), stride, rows, words, x, ldx, m, out, ldo);
+  choice().pairs->dot(static_cast<const char*>(w), stride, rows, words, x, ldx, m, out, ldo);
 }
 
 bool has_pairs() { return choice().pairs != nullptr; }
+
+void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
+                     float* out, int64_t ldo) {
+  const auto groups = pairs ? choice().pairs->groups : choice().table->groups;
+  groups(static_cast<const char*>(w), stride, rows, words, x, m, out, ldo);
+}
+
+void interleave(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to) {
+  choice().table->interleave(from, distance, m, words, first, last, to);
+}
+
+bool interleaves(bool pairs, int64_t m, int64_t words) {
+  constexpr int64_t kMost = 192, kLongRow = 1024;
+  if (!on_amd || choice().table->groups == nullptr || m > kMost) return false;
+  // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do, and pairs that meet short rows do not keep
+  // memory waiting.
+  if (m == 3 || m == 4) return true;
+  return pairs ? m >= 28 || (m > 6 && m <= 8 && words > kLongRow) : m >= 8;
+}
 
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                 float* out, int64_t ldo) {

@@ -6,10 +6,11 @@
 
 #include "avx512.h"
 #include "dot_kernels.h"
+#include "interleaved_avx512.h"
 
 namespace tinycomp {
 
-const DotTable avx512_dot = make_table<Avx512>();
+const DotTable avx512_dot = make_table<Avx512>(dot_groups<Avx512>, interleave_words);
 
 }  // namespace tinycomp
 #endif

@@ -6,6 +6,7 @@
 
 #include "avx512.h"
 #include "dot_kernels.h"
+#include "interleaved_avx512.h"
 
 namespace tinycomp {
 namespace {
@@ -19,10 +20,7 @@ struct Avx512Pairs : Avx512 {
 
 }  // namespace
 
-void avx512_pairs(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
-                  float* out, int64_t ldo) {
-  dot_typed<Avx512Pairs, float>(w, stride, rows, cols, x, ldx, m, out, ldo);
-}
+const PairsTable avx512_pairs = {dot_typed<Avx512Pairs, float>, dot_groups<Avx512Pairs>};
 
 }  // namespace tinycomp
 #endif

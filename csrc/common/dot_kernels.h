@@ -371,7 +371,7 @@ TINYCOMP_TARGET void narrow_typed(const float* from, void* to, int64_t n) {
 }
 
 template <class V>
-DotTable make_table() {
+DotTable make_table(DotTable::Groups groups = nullptr, DotTable::Interleave interleave = nullptr) {
   using torch::headeronly::BFloat16, torch::headeronly::Half;
   return {
       {dot_typed<V, float>, dot_typed<V, BFloat16>, dot_typed<V, Half>},
@@ -379,6 +379,8 @@ DotTable make_table() {
       {blocks_typed<V, float>, blocks_typed<V, BFloat16>, blocks_typed<V, Half>},
       {widen_typed<V, float>, widen_typed<V, BFloat16>, widen_typed<V, Half>},
       {narrow_typed<V, float>, narrow_typed<V, BFloat16>, narrow_typed<V, Half>},
+      groups,
+      interleave,
   };
 }
 

@@ -12,18 +12,32 @@ struct DotTable {
                           float* out, int64_t ldo);
   using Widen = void (*)(const void* from, float* to, int64_t n);
   using Narrow = void (*)(const float* from, void* to, int64_t n);
+  // `words` of a row, inputs interleaved: dot_interleaved of dot.h.
+  using Groups = void (*)(const char* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
+                          float* out, int64_t ldo);
+  using Interleave = void (*)(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last,
+                              float* to);
   Dot dot[3], sum_rows[3];
   Blocks blocks[3];
   Widen widen[3];
   Narrow narrow[3];
+  Groups groups;  // of floats; null: no faster
+  Interleave interleave;
 };
 
 extern const DotTable portable_dot;
 #if defined(__x86_64__)
 extern const DotTable avx2_dot;
 extern const DotTable avx512_dot;
-void avx512_pairs(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t m,
-                  float* out, int64_t ldo);  // dot_pairs of dot.h
+#endif
+
+// The same for pairs of bfloat16.
+struct PairsTable {
+  DotTable::Dot dot;
+  DotTable::Groups groups;
+};
+#if defined(__x86_64__)
+extern const PairsTable avx512_pairs;
 #endif
 
 }  // namespace tinycomp

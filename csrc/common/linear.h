@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "interleaved.h"
 #include "lanes.h"
 #include "parallel.h"
 #include "register.h"
@@ -167,13 +168,14 @@ inline std::vector<int32_t> inverse_permutation(const Tensor& t, int64_t size, c
 inline int64_t row_distance(int64_t cols, int64_t rows) { return rows >= 4 && cols % 512 == 0 ? cols + 16 : cols; }
 
 // Lines of numbers that meet the rows of a weight, `stride` floats apart: in float32, or (`pairs`) in bfloat16, two
-// where a float would be, for dot_pairs.
+// where a float would be, for dot_pairs; or all side by side for dot_interleaved.
 struct Operand {
   const float* data;
   int64_t stride;
-  bool pairs;
+  bool pairs, interleaved = false;
 
-  Operand from(int64_t line) const { return {data + line * stride, stride, pairs}; }
+  // Interleaved ones only from the beginning of a piece of 32 on.
+  Operand from(int64_t line) const { return {data + line * stride, stride, pairs, interleaved}; }
 };
 
 // Whether `cols` columns of type T are multiplied as pairs.
@@ -182,30 +184,48 @@ bool in_pairs(int64_t cols) {
   return std::is_same_v<T, BFloat16> && has_pairs() && cols % 2 == 0;
 }
 
-// The rows of an input, as products read them: in float32 if `wide`, else in whichever form is faster. `prepare`, the
-// first stage of a call, makes what is not there: narrow ones are widened, and those that `apart` allows to be
-// `stride` > cols apart are copied.
+// Whether m lines of `cols` numbers meet rows of type T side by side.
+template <class T>
+bool interleaves(int64_t m, int64_t cols) {
+  const bool pairs = in_pairs<T>(cols);
+  return (pairs || std::is_same_v<T, float>) && interleaves(pairs, m, pairs ? cols / 2 : cols);
+}
+
+// What the rows of an input may be, where that is faster, besides float32 and adjacent.
+enum Form : unsigned { kWide = 0, kPairs = 1, kApart = 2, kInterleaved = 4, kAny = 7 };
+
+// The rows of an input, as products read them. `prepare`, the first stage of a call, makes what is not there: narrow
+// ones are widened, those that lie `stride` > cols apart or side by side are copied.
 class Inputs {
  public:
   template <class T>
-  Inputs(const Tensor& x, T, bool apart = false, bool wide = true)
+  Inputs(const Tensor& x, T, unsigned form)
       : tensor_(adjacent(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),
-        pairs_(!wide && in_pairs<T>(cols)),
-        stride(apart ? row_distance(floats(), rows) : floats()),
+        pairs_(form & kPairs && in_pairs<T>(cols)),
+        interleaved_(form & kInterleaved && interleaves<T>(rows, cols)),
+        stride(interleaved_    ? padded_words(floats())
+               : form & kApart ? row_distance(floats(), rows)
+                               : floats()),
         type_(dot_type<T>),
         width_(sizeof(T)),
-        as_they_are_((type_ == Type::f32 || pairs_) && stride == floats() &&
+        as_they_are_((type_ == Type::f32 || pairs_) && stride == floats() && !interleaved_ &&
                      reinterpret_cast<uintptr_t>(from_) % 4 == 0),
-        made_(kInputSlot, as_they_are_ ? 0 : rows * stride) {}
+        made_(kInputSlot, as_they_are_   ? 0
+                          : interleaved_ ? padded_inputs(rows) * stride
+                                         : rows * stride) {}
 
   const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : made_.data(); }
   bool pairs() const { return pairs_; }
-  Operand operand() const { return {data(), stride, pairs_}; }
-  Stage stage() const { return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))}; }
+  Operand operand() const { return {data(), stride, pairs_, interleaved_}; }
+  Stage stage() const {
+    if (interleaved_) return {floats(), 512};
+    return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))};
+  }
   void prepare(int64_t first, int64_t last) const {
+    if (interleaved_) return interleave(from_, cols * width_, rows, floats(), first, last, made_.data());
     for (int64_t j = first; j < last; ++j) {
       float* to = made_.data() + j * stride;
       if (pairs_)
@@ -227,7 +247,7 @@ class Inputs {
   const int64_t cols, rows;
 
  private:
-  bool pairs_;
+  bool pairs_, interleaved_;
 
  public:
   const int64_t stride;
@@ -255,42 +275,75 @@ inline double weight_estimate(const Weight& w, int64_t m) {
   return microseconds(static_cast<double>(w.rows) * w.stride, static_cast<double>(w.rows) * w.cols * m);
 }
 
-// Products on the way from one weight to the next: m rows in float32, `apart` as inputs are, and `pairs` also in
-// bfloat16.
+// Products on the way from one weight to the next: m rows in float32, and what rows of type T meet instead of them.
+// Columns are of one span, or of several that begin at multiples of kUnit.
 class Middle {
  public:
-  Middle(int slot, int64_t m, int64_t cols, bool apart = true, bool pairs = false)
-      : stride(apart ? row_distance(cols, m) : cols),
-        rows_(m),
-        words_(pairs ? row_distance((cols + 1) / 2, m) : 0),
-        memory_(slot, m * (stride + words_)) {}
+  static constexpr int64_t kUnit = 32;
+  static int64_t whole_units(int64_t cols) { return (cols + kUnit - 1) / kUnit * kUnit; }
+
+  Middle(int slot, int64_t m, int64_t cols, bool apart = true) : Middle(slot, m, cols, apart, false, nullptr) {}
+  template <class T>
+  Middle(int slot, int64_t m, int64_t cols, T) : Middle(slot, m, cols, true, in_pairs<T>(0), interleaves<T>) {}
   float* row(int64_t j) const { return memory_.data() + j * stride; }
-  // Columns [first, last) of rows [from, to) are there.
-  void done(int64_t first, int64_t last, int64_t from, int64_t to) const {
-    for (int64_t j = from; j < to && words_ > 0; ++j)
-      narrow(Type::bf16, row(j) + first, reinterpret_cast<char*>(words(j)) + first * 2, last - first);
+  // Columns [first, last) of the span [at, at + cols) are there; `first` is a multiple of 16.
+  void done(int64_t at, int64_t cols, int64_t first, int64_t last) const {
+    for (int64_t j = 0; j < rows_ && pairs_; ++j)
+      narrow(Type::bf16, row(j) + at + first, reinterpret_cast<char*>(words(j)) + (at + first) * 2, last - first);
+    if (!interleaved(cols)) return;
+    const int64_t number = pairs_ ? 2 : 1, distance = (pairs_ ? words_ : stride) * static_cast<int64_t>(sizeof(float));
+    interleave(reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_, cols / number,
+               first / number, last / number, side_by_side(at / number));
   }
-  void done(int64_t first, int64_t last) const { done(first, last, 0, rows_); }
+  void done(int64_t cols, int64_t first, int64_t last) const { done(0, cols, first, last); }
   // Columns [at, at + cols), once they are done.
   Operand operand(int64_t at, int64_t cols) const {
-    if (words_ > 0 && at % 2 == 0 && cols % 2 == 0) return {words(0) + at / 2, words_, true};
+    const int64_t number = pairs_ ? 2 : 1;
+    if (interleaved(cols)) return {side_by_side(at / number), padded_words(cols / number), pairs_, true};
+    if (pairs_ && cols % 2 == 0) return {words(0) + at / 2, words_, true};
     return {row(0) + at, stride, false};
   }
+
+ private:
+  using Interleaves = bool (*)(int64_t m, int64_t cols);
+  Middle(int slot, int64_t m, int64_t cols, bool apart, bool pairs, Interleaves interleaves)
+      : stride(apart ? row_distance(cols, m) : cols),
+        rows_(m),
+        pairs_(pairs),
+        interleaves_(interleaves != nullptr && interleaves(m, whole_units(cols)) ? interleaves : nullptr),
+        words_(pairs ? row_distance((cols + 1) / 2, m) : 0),
+        memory_(slot, m * (stride + words_) + (interleaves_ ? 16 + padded_inputs(m) * whole_units(cols) : 0)) {}
+  bool interleaved(int64_t cols) const { return interleaves_ != nullptr && interleaves_(rows_, cols); }
+  float* words(int64_t j) const { return memory_.data() + rows_ * stride + j * words_; }
+  // Words of the span that begins with word `at`, from a cache line on.
+  float* side_by_side(int64_t at) const {
+    return memory_.data() + (rows_ * (stride + words_) + 15) / 16 * 16 + padded_inputs(rows_) * at;
+  }
+
+ public:
   const int64_t stride;
 
  private:
-  float* words(int64_t j) const { return memory_.data() + rows_ * stride + j * words_; }
-  int64_t rows_, words_;
+  int64_t rows_;
+  bool pairs_;
+  Interleaves interleaves_;
+  int64_t words_;
   Scratch memory_;
 };
 
-// Products of weight rows [first, first + n) with m lines of inputs.
-inline void dot(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t n, float* out, int64_t ldo) {
-  const char* rows = w.data + first * w.stride;
-  if (x.pairs)
-    dot_pairs(rows, w.stride, n, w.cols / 2, x.data, x.stride, m, out, ldo);
+// Products of n rows of `cols` weights, `stride` bytes apart, with m lines of inputs.
+inline void dot(Type type, const void* w, int64_t stride, int64_t n, int64_t cols, const Operand& x, int64_t m,
+                float* out, int64_t ldo) {
+  const int64_t words = x.pairs ? cols / 2 : cols;
+  if (x.interleaved)
+    dot_interleaved(x.pairs, w, stride, n, words, x.data, m, out, ldo);
+  else if (x.pairs)
+    dot_pairs(w, stride, n, words, x.data, x.stride, m, out, ldo);
   else
-    dot(w.type, rows, w.stride, n, w.cols, x.data, x.stride, m, out, ldo);
+    dot(type, w, stride, n, cols, x.data, x.stride, m, out, ldo);
+}
+inline void dot(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t n, float* out, int64_t ldo) {
+  dot(w.type, w.data + first * w.stride, w.stride, n, w.cols, x, m, out, ldo);
 }
 
 // out[j * ldo + i] for each of m inputs and each weight row i in [first, last).

@@ -36,14 +36,14 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
   double estimate = 0;
   for (int l = 0; l < L; ++l) {
     const LowRank<T>& layer = layers[l];
-    lines_at[l + 1] = lines_at[l] + layer.line();
+    lines_at[l + 1] = Middle::whole_units(lines_at[l] + layer.line());
     y_at[l + 1] = y_at[l] + layer.out_features;
     kept.set(l, row_stage(layer.r, m));
     others.set(l, row_stage(layer.t, m));
     places.set(l, place_stage(layer.pivoted() ? m : 0, layer.out_features));
     estimate += weight_estimate(layer.r, m) + weight_estimate(layer.t, m);
   }
-  const Middle lines(kMiddleSlot, m, lines_at[L], true, in_pairs<T>(0));
+  const Middle lines(kMiddleSlot, m, lines_at[L], T{});
   const int64_t ld = lines.stride;
   const Stage stages[] = {x.stage(), kept.stage(), others.stage(), places.stage()};
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
@@ -56,7 +56,7 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
       const Operand products = lines.operand(lines_at[l], layer.rank);
       if (stage == 1) {
         dot_rows(layer.r, x.operand(), m, begin, end, z, ld);
-        lines.done(lines_at[l] + begin, lines_at[l] + end);
+        lines.done(lines_at[l], layer.rank, begin, end);
       } else if (stage == 3)
         out.place(begin, end, layer.from, lines, lines_at[l]);
       else if (layer.pivoted())

@@ -8,8 +8,8 @@ namespace {
 template <class T>
 void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, const Output<T>& y) {
   const int64_t m = x.rows;
-  const Middle middle(kMiddleSlot, m, r.rows, true, in_pairs<T>(r.rows));
-  const Middle linked(kLinkSlot, m, u.rows, true, in_pairs<T>(u.rows));
+  const Middle middle(kMiddleSlot, m, r.rows, T{});
+  const Middle linked(kLinkSlot, m, u.rows, T{});
   const Stage stages[] = {x.stage(), row_stage(r, m), row_stage(u, m), row_stage(c, m)};
   const double estimate = weight_estimate(r, m) + weight_estimate(u, m) + weight_estimate(c, m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
@@ -17,10 +17,10 @@ void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, 
       x.prepare(first, last);
     } else if (stage == 1) {
       dot_rows(r, x.operand(), m, first, last, middle.row(0), middle.stride);
-      middle.done(first, last);
+      middle.done(r.rows, first, last);
     } else if (stage == 2) {
       dot_rows(u, middle.operand(0, r.rows), m, first, last, linked.row(0), linked.stride);
-      linked.done(first, last);
+      linked.done(u.rows, first, last);
     } else {
       dot_rows(c, linked.operand(0, u.rows), m, first, last,
                [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
@@ -48,7 +48,7 @@ Tensor cur_linear(const Tensor& x, const Tensor& r, const Tensor& u, const Tenso
     const Tensor y = empty(shape, scalar_type<T>);
     if constexpr (!std::is_same_v<T, double>) {
       T* out = static_cast<T*>(y.mutable_data_ptr());
-      stream<T>(Inputs(x, zero, true, false), rows, link, columns, {out, columns.rows, shift});
+      stream<T>(Inputs(x, zero, kAny), rows, link, columns, {out, columns.rows, shift});
     }
     return y;
   });

@@ -19,7 +19,7 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& t, const s
       }
     }
     if constexpr (!std::is_same_v<T, double>)
-      stream(Inputs(x, zero, true, false), layers, static_cast<T*>(y.mutable_data_ptr()), out_features);
+      stream(Inputs(x, zero, kAny), layers, static_cast<T*>(y.mutable_data_ptr()), out_features);
     return y;
   });
 }

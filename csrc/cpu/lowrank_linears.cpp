@@ -23,7 +23,7 @@ Tensor compute(const Tensor& x, const LowRank<T> (&layers)[L]) {
       return y;
     }
   }
-  if constexpr (!std::is_same_v<T, double>) stream(Inputs(x, T{}, true, false), layers, to, total);
+  if constexpr (!std::is_same_v<T, double>) stream(Inputs(x, T{}, kAny), layers, to, total);
   return y;
 }
 

@@ -92,11 +92,7 @@ void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t fir
             x.pairs() ? w.expand_words(i + done + r, bits, reinterpret_cast<uint16_t*>(to))
                       : w.expand_row(i + done + r, bits, to);
           }
-          const Operand some = x.operand().from(start);
-          if (x.pairs())
-            dot_pairs(dense.data(), width * 4, rows, w.cols / 2, some.data, some.stride, inputs, out + done, kBatch);
-          else
-            dot(Type::f32, dense.data(), width * 4, rows, w.cols, some.data, some.stride, inputs, out + done, kBatch);
+          dot(Type::f32, dense.data(), width * 4, rows, w.cols, x.operand().from(start), inputs, out + done, kBatch);
         }
       },
       store);
@@ -282,7 +278,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
   const bool pairs = m > 1 && bits && !sparse && w.type == Type::bf16 && expansion().words != nullptr;
-  const Inputs x(inputs, T{}, true, !pairs);
+  const Inputs x(inputs, T{}, pairs ? kAny : kApart);
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
   const bool blocks = w.format == "block32";
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;

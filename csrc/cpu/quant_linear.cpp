@@ -35,7 +35,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
       add_bias(static_cast<double*>(y.mutable_data_ptr()), y.size(0), w.rows, shift);
       return torch::stable::view(y, {shape.data(), shape.size()});
     } else {
-      return stream<T>(Inputs(x, zero), w, shift, empty(shape, scalar_type<T>));
+      return stream<T>(Inputs(x, zero, kWide), w, shift, empty(shape, scalar_type<T>));
     }
   });
 }

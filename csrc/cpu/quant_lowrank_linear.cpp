@@ -65,7 +65,7 @@ Tensor quant_lowrank_linear(const Tensor& x, const Tensor& r, const Tensor& r_sc
           [&](const Tensor& z) { gemm(rows.inputs(as_matrix(x)), rows.dense(), z); },
           [&](const Tensor& z, const Tensor& out) { gemm(rest.inputs(z), rest.dense(), out); });
     else
-      stream<T>(Inputs(x, zero), rows, rest, from, {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
+      stream<T>(Inputs(x, zero, kWide), rows, rest, from, {static_cast<T*>(y.mutable_data_ptr()), out_features, shift});
     return y;
   });
 }

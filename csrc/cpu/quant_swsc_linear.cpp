@@ -167,7 +167,7 @@ Tensor quant_swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor&
     if constexpr (std::is_same_v<T, double>) {
       through_torch(layer, as_matrix(x), axis, y);
     } else {
-      const Inputs inputs(x, zero);
+      const Inputs inputs(x, zero, kWide);
       const Output<T> results{static_cast<T*>(y.mutable_data_ptr()), out, layer.bias};
       axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }

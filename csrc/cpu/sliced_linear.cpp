@@ -33,7 +33,7 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     const Tensor result = empty(shape, scalar_type<T>);
     if constexpr (!std::is_same_v<T, double>) {
       const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), out_features, shift};
-      const Inputs inputs(cut, zero, true, false);
+      const Inputs inputs(cut, zero, kAny);
       const Stage stages[] = {inputs.stage(), row_stage(corner, inputs.rows)};
       run_stages(stages, weight_estimate(corner, inputs.rows), [&](int stage, int64_t first, int64_t last) {
         if (stage == 0)

@@ -23,17 +23,18 @@ struct Layer {
 template <class T>
 void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
-  const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, true, in_pairs<T>(rank));
-  const Stage readers{k + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
+  const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, T{});
+  const int64_t begin = Middle::whole_units(k);  // of b, in a stage with the centroids
+  const Stage readers{begin + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
   const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a, m).chunk : kBatch}};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
     } else if (stage == 1) {
       if (first < k) dot_rows(layer.centroids, x.operand(), m, first, std::min(last, k), shared.row(0), shared.stride);
-      if (last > k) {
-        dot_rows(layer.b, x.operand(), m, std::max(first, k) - k, last - k, low.row(0), low.stride);
-        low.done(std::max(first, k) - k, last - k);
+      if (last > begin) {
+        dot_rows(layer.b, x.operand(), m, std::max(first, begin) - begin, last - begin, low.row(0), low.stride);
+        low.done(rank, std::max(first, begin) - begin, last - begin);
       }
     } else {
       dot_rows(layer.a, low.operand(0, rank), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) {
@@ -48,9 +49,11 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
 template <class T>
 void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows, n = layer.out_features;
-  const Middle sums(kMiddleSlot, m, k, true, in_pairs<T>(k)), low(kLowSlot, m, rank, true, in_pairs<T>(rank));
+  const Middle sums(kMiddleSlot, m, k, T{}), low(kLowSlot, m, rank, T{});
   const Middle shared(kLinkSlot, m, n);
-  const Stage stages[] = {x.stage(), {m, 1}, row_stage(layer.b, m), row_stage(layer.centroids, m)};
+  const int64_t begin = Middle::whole_units(k);  // of b, in a stage with the sums' arrangement
+  const Stage readers{begin + rank, row_stage(layer.b, m).chunk};
+  const Stage stages[] = {x.stage(), {m, 1}, readers, row_stage(layer.centroids, m)};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
@@ -60,11 +63,13 @@ void stream_inputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) {
         x.take(j, 0, x.cols, line.data());
         float* to = std::fill_n(sums.row(j), k, 0.0f) - k;
         for (int64_t i = 0; i < x.cols; ++i) to[layer.labels[i]] += layer.scale(i) * line.data()[i];
-        sums.done(0, k, j, j + 1);
       }
     } else if (stage == 2) {
-      dot_rows(layer.b, x.operand(), m, first, last, low.row(0), low.stride);
-      low.done(first, last);
+      if (first < k) sums.done(k, first, std::min(last, k));
+      if (last > begin) {
+        dot_rows(layer.b, x.operand(), m, std::max(first, begin) - begin, last - begin, low.row(0), low.stride);
+        low.done(rank, std::max(first, begin) - begin, last - begin);
+      }
     } else {
       dot_rows(layer.centroids, sums.operand(0, k), m, first, last, shared.row(0), shared.stride);
       dot_rows(layer.a, low.operand(0, rank), m, first, last, [&](int64_t j, int64_t i, float* values, int64_t count) {
@@ -153,7 +158,7 @@ Tensor swsc_linear(const Tensor& x, const Tensor& centroids, const Tensor& label
       }
     }
     if constexpr (!std::is_same_v<T, double>) {
-      const Inputs inputs(x, zero, true, false);
+      const Inputs inputs(x, zero, kAny);
       const Output<T> results{static_cast<T*>(y.mutable_data_ptr()), out, layer.bias};
       axis == 0 ? stream_outputs(layer, inputs, results) : stream_inputs(layer, inputs, results);
     }
