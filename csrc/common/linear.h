@@ -205,7 +205,8 @@ class Inputs {
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),
         pairs_(form & kPairs && in_pairs<T>(cols)),
-        interleaved_(form & kInterleaved && interleaves<T>(rows, cols)),
+        interleaved_(form & kInterleaved && (pairs_ || dot_type<T> == Type::f32) &&
+                     tinycomp::interleaves(pairs_, rows, floats())),
         stride(interleaved_    ? padded_words(floats())
                : form & kApart ? row_distance(floats(), rows)
                                : floats()),

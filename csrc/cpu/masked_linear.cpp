@@ -277,8 +277,9 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool bits = w.format == "bitmask" || w.format == "2:4";
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
-  const bool pairs = m > 1 && bits && !sparse && w.type == Type::bf16 && expansion().words != nullptr;
-  const Inputs x(inputs, T{}, pairs ? kAny : kApart);
+  const bool rows = m > 1 && bits && !sparse;  // that are expanded
+  const bool pairs = rows && w.type == Type::bf16 && expansion().words != nullptr;
+  const Inputs x(inputs, T{}, kApart | (rows && m >= kPanelInputs ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
   const bool blocks = w.format == "block32";
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
