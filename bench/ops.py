@@ -1,6 +1,6 @@
 """Every op of the registry against dense torch, the torch composite, and peers from other libraries.
 
-    python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter TEXT] [--base REF] [--resume]
+    python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter EXPRESSION] [--base REF] [--resume]
                         [--json]
 
 Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds. A row is
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -230,7 +231,7 @@ def run(options: argparse.Namespace, known: Collection[str] = ()) -> Iterator[di
     if not options.json:
         print(json.dumps(about), flush=True)
     for case in cases(options.quick):
-        if case.key in known or (options.filter and options.filter not in case.key):
+        if case.key in known or (options.filter and not re.search(options.filter, case.key)):
             continue
         start_load = load_average()
         try:
@@ -312,7 +313,7 @@ def main() -> None:
     parser.add_argument("--older", action="store_true", help="leave out rows the library does not know (--base)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
-    parser.add_argument("--filter", help="only rows whose key holds this text; the plot stays as it is")
+    parser.add_argument("--filter", help="only rows whose key this expression finds; the plot stays as it is")
     parser.add_argument("--base", metavar="REF", help="compare with the library at another commit")
     parser.add_argument("--resume", action="store_true", help="leave out rows that this commit has in the file")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, write nothing")
