@@ -5,7 +5,7 @@ Run by itself: `make sanitize` runs it with a checked library, test_ops_native.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from test_ops import DTYPES, assert_close, fresh, run
@@ -32,9 +32,30 @@ def many_inputs(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"int{bits}, groups of {group}, {inputs} inputs", (x, levels, scales, None, None, bits, group))
 
 
-def more(name: str, dtype: torch.dtype) -> Iterable[Sample]:
+def long_dense_rows(dtype: torch.dtype) -> Iterator[Sample]:
+    """Dense rows of 8,192 weights, whose products must not be added in one chain, whatever the number of inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(17, 8192, generator=generator).to(dtype)
+    for inputs in (3, 8, 12, 32, 60):
+        x = torch.randn(inputs, 8192, generator=generator).to(dtype)
+        yield Sample(f"rows of 8192, {inputs} inputs", (x, weight, None, 8192, 17))
+
+
+def other_inputs(name: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """The contract's samples of linear layers with other numbers of inputs, which kernels arrange in other ways."""
+    for sample in ops.OPS[name].samples(dtype):
+        x = sample.args[0].reshape(-1, sample.args[0].size(-1))
+        for inputs in (3, 8, 40) if x.size(0) > 0 else ():
+            repeated = x[torch.arange(inputs) % x.size(0)] * torch.linspace(0.5, 1.5, inputs).to(dtype)[:, None]
+            yield Sample(f"{sample.id}, {inputs} inputs", (repeated, *sample.args[1:]))
+
+
+def more(name: str, dtype: torch.dtype) -> Iterator[Sample]:
     """Samples beside the contract's, too large for emulated GPUs."""
-    return {"masked_linear": [long_rows(dtype)], "quant_linear": many_inputs(dtype)}.get(name, [])
+    if name.endswith(("_linear", "_linears")):
+        yield from other_inputs(name, dtype)
+    large = {"masked_linear": lambda d: [long_rows(d)], "quant_linear": many_inputs, "sliced_linear": long_dense_rows}
+    yield from large.get(name, lambda d: [])(dtype)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 // Rows of a weight against interleaved inputs (interleaved.h), written once against Avx512 or what derives from it, of
-// which fma() multiplies words. The includer defines TINYCOMP_TARGET first.
+// which fma() multiplies words and `chain` of these may be added up one after another. The includer defines
+// TINYCOMP_TARGET first.
 #pragma once
 
 #include <immintrin.h>
@@ -85,9 +86,10 @@ TINYCOMP_TARGET inline __m512 repeat_group(const char* p) {
   }
 }
 
-// Sums of four rows by groups, the first R of them, to results of each input: out[j * ldo + r]; R is 1 or 4.
+// Sums of four rows by groups, the first R of them, to results of each input or (`add`) on top of them: out[j * ldo +
+// r]; R is 1 or 4.
 template <int piece, int R>
-TINYCOMP_TARGET inline void finish_groups(const __m512 (&sums)[4], int64_t inputs, float* out, int64_t ldo) {
+TINYCOMP_TARGET inline void finish_groups(const __m512 (&sums)[4], int64_t inputs, float* out, int64_t ldo, bool add) {
   const __m512 low01 = _mm512_unpacklo_ps(sums[0], sums[1]), high01 = _mm512_unpackhi_ps(sums[0], sums[1]);
   const __m512 low23 = _mm512_unpacklo_ps(sums[2], sums[3]), high23 = _mm512_unpackhi_ps(sums[2], sums[3]);
   // Number c of each quarter of the four rows.
@@ -107,10 +109,11 @@ TINYCOMP_TARGET inline void finish_groups(const __m512 (&sums)[4], int64_t input
                       : _mm512_extractf32x4_ps(v, 3);
     };
     const __m128 four = quarter(of[j % each], piece == 2 ? 2 * j : j / each);
+    float* to = out + j * ldo;
     if constexpr (R == 4)
-      _mm_storeu_ps(out + j * ldo, four);
+      _mm_storeu_ps(to, add ? _mm_add_ps(_mm_loadu_ps(to), four) : four);
     else
-      out[j * ldo] = _mm_cvtss_f32(four);
+      *to = add ? *to + _mm_cvtss_f32(four) : _mm_cvtss_f32(four);
   }
 }
 
@@ -118,7 +121,7 @@ TINYCOMP_TARGET inline void finish_groups(const __m512 (&sums)[4], int64_t input
 // to keep multiply-adds busy.
 template <class V, int R, int piece, int S>
 TINYCOMP_TARGET void groups_tile(const char* w, int64_t stride, int64_t words, const float* x, int64_t inputs,
-                                 float* out, int64_t ldo, bool first) {
+                                 float* out, int64_t ldo, bool first, bool add) {
   constexpr int kGroup = group_of(piece), kRegisters = piece < 16 ? 1 : piece / 16;
   constexpr int64_t kLine = 16, kWord = sizeof(float);
   __m512 sums[S][R][kRegisters];
@@ -177,7 +180,7 @@ TINYCOMP_TARGET void groups_tile(const char* w, int64_t stride, int64_t words, c
         const int from = (r + i) % R;  // of one row itself again
         all[i] = S == 2 ? V::add(sums[0][from][p], sums[S - 1][from][p]) : sums[0][from][p];
       }
-      finish_groups<piece, std::min(R, 4)>(all, n, out + p * kLine * ldo + r, ldo);
+      finish_groups<piece, std::min(R, 4)>(all, n, out + p * kLine * ldo + r, ldo, add);
     }
   }
 }
@@ -188,6 +191,7 @@ template <class V, int R>
 TINYCOMP_TARGET void all_pieces(const char* w, int64_t stride, int64_t words, const float* x, int64_t m, float* out,
                                 int64_t ldo) {
   constexpr int kFew = std::min<int>(R, kBlockRows);
+  constexpr int64_t kWord = sizeof(float);
   for (int64_t j = 0, piece; j < m; j += piece) {
     piece = piece_of(m - j);
     const bool few = piece < 8 || (piece == 8 && (stride == 1024 || stride == 2048));
@@ -198,7 +202,9 @@ TINYCOMP_TARGET void all_pieces(const char* w, int64_t stride, int64_t words, co
                       : few         ? groups_tile<V, kFew, 8, 2>
                                     : groups_tile<V, R, 8, 1>;
     for (int64_t r = 0; r < R; r += few ? kFew : R)
-      tile(w + r * stride, stride, words, x, std::min(piece, m - j), out + j * ldo + r, ldo, j == 0);
+      for (int64_t c = 0; c == 0 || c < words; c += V::chain)
+        tile(w + r * stride + c * kWord, stride, std::min(V::chain, words - c), x + c * piece, std::min(piece, m - j),
+             out + j * ldo + r, ldo, j == 0, c > 0);
     x += piece * padded_words(words);
   }
 }

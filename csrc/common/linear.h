@@ -129,13 +129,18 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": shape does not fit");
   const Tensor flat = adjacent(t);
   std::vector<int32_t> values(size);
-  auto copy = [&](auto* from) {
-    bool inside = true;
-    for (int64_t i = 0; i < size; ++i) {
-      inside &= from[i] >= 0 && from[i] < limit;
-      values[i] = static_cast<int32_t>(from[i]);
-    }
-    STD_TORCH_CHECK(inside, name, ": an index is out of range");
+  auto copy = [&](const auto* __restrict from) {
+    int32_t* __restrict to = values.data();
+    int32_t outside = 0;
+    vectorised([&] {
+      int32_t some = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        some |= from[i] < 0 || from[i] >= limit;
+        to[i] = static_cast<int32_t>(from[i]);
+      }
+      outside = some;
+    });
+    STD_TORCH_CHECK(outside == 0, name, ": an index is out of range");
   };
   switch (t.scalar_type()) {
     case ScalarType::Byte:
