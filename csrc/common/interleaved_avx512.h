@@ -117,6 +117,27 @@ TINYCOMP_TARGET inline void finish_groups(const __m512 (&sums)[4], int64_t input
   }
 }
 
+// The same of R rows, of which each input has S sums.
+template <class V, int R, int piece, int S, int N>
+TINYCOMP_TARGET inline void finish_rows(const __m512 (&sums)[S][R][N], int64_t inputs, float* out, int64_t ldo,
+                                        bool add) {
+#pragma GCC unroll 2
+  for (int p = 0; p < N; ++p) {
+    const int64_t n = std::min<int64_t>(inputs - 16 * p, 16);
+    if (n <= 0) break;
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r += 4) {
+      __m512 all[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int from = (r + i) % R;  // of one row itself again
+        all[i] = S == 2 ? V::add(sums[0][from][p], sums[S - 1][from][p]) : sums[0][from][p];
+      }
+      finish_groups<piece, std::min(R, 4)>(all, n, out + 16 * p * ldo + r, ldo, add);
+    }
+  }
+}
+
 // R rows against a piece of the inputs. Every other group has sums of its own where there are S = 2, for rows too few
 // to keep multiply-adds busy.
 template <class V, int R, int piece, int S>
@@ -168,21 +189,7 @@ TINYCOMP_TARGET void groups_tile(const char* w, int64_t stride, int64_t words, c
       for (int p = 0; p < kRegisters; ++p) sums[0][r][p] = V::fma(weights, V::load(x + p * kLine), sums[0][r][p]);
     }
   }
-#pragma GCC unroll 2
-  for (int p = 0; p < kRegisters; ++p) {
-    const int64_t n = std::min<int64_t>(inputs - p * kLine, kLine);
-    if (n <= 0) break;
-#pragma GCC unroll 2
-    for (int r = 0; r < R; r += 4) {
-      __m512 all[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int from = (r + i) % R;  // of one row itself again
-        all[i] = S == 2 ? V::add(sums[0][from][p], sums[S - 1][from][p]) : sums[0][from][p];
-      }
-      finish_groups<piece, std::min(R, 4)>(all, n, out + p * kLine * ldo + r, ldo, add);
-    }
-  }
+  finish_rows<V, R, piece, S>(sums, inputs, out, ldo, add);
 }
 
 // R rows against all inputs, fewer at a time where that reads memory faster: on Zen 4 where four or fewer inputs leave
