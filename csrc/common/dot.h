@@ -11,7 +11,8 @@ enum class Type { f32, bf16, f16, i8, u4 };  // rows of the last two are for rou
 // Rows are computed in blocks of this many; a block's arithmetic does not depend on which thread runs it.
 constexpr int64_t kBlockRows = 4;
 
-// From this many inputs on, rows are transposed into panels of up to 32: that costs less than summing across registers.
+// From this many inputs on, rows are transposed into panels of up to 32, where inputs are not interleaved: that costs
+// less than summing across registers.
 constexpr int64_t kPanelInputs = 8;
 
 // out[j * ldo + i] = sum_c w[i, c] * x[j * ldx + c] for i < rows, j < m, summed in float32.

@@ -1,7 +1,7 @@
 // Inputs side by side, for AMD's processors with AVX-512: a register holds the same few columns of several inputs, and
-// a row of a weight meets it as it lies, a few of its columns at a time in every part of a register. Eight rows stream
-// from memory abreast, their next ones asked for, and nothing is transposed or summed across registers until a row
-// ends.
+// a row of a weight meets it as it lies, a few of its columns at a time in every part of a register. Four or eight rows
+// stream from memory abreast, their next ones asked for, and nothing is transposed or summed across registers until a
+// row ends.
 //
 // Columns are counted in words of 32 bits, a float or a pair of bfloat16. m inputs lie in pieces of 32, 16, 8, 4 or 2,
 // a piece in groups of 16 / piece words (one at least) of each of its inputs, up to a whole number of cache lines.
