@@ -21,7 +21,7 @@ NATIVE_SOURCES := $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PREVIOUS := $(VENV)/transformers-previous
 DATA := $(VENV)/share/tinycomp
-INTERFACES := $(addprefix tests/test_,models.py fused.py surgery.py hf.py round_trip.py pipeline.py elastic.py)
+INTERFACES := $(addprefix tests/test_,models.py fused.py fused_layers.py surgery.py hf.py round_trip.py pipeline.py elastic.py)
 SEEDS ?= 0 1 2
 PEERS = $(if $(wildcard .venv-peers),--peers .venv-peers)
 # the suite in one process for each core, a test file in one of them; a named selection (PYTEST_ARGS) in this one

@@ -42,9 +42,17 @@ def test_logits_are_those_of_torch(family: str, padded: bool, calls: Callable[[]
     calls()  # norms are tried
     got = decoded(model, ids, mask if padded else None)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    wanted_calls = Counter(decode_attention=4 * blocks, rms_norm=5 * found.norms, silu_and_mul=5 * found.mlps)
-    assert calls() == wanted_calls + Counter(rotary_embedding=5 * blocks * found.rotary_embeddings)
     assert (found.rotary_embeddings, found.mlps) == ROTARY_AND_GATED.get(family, (1, blocks))
+    assert found.layers == (0 if family in ROTARY_AND_GATED else blocks)
+    apart, norms = blocks - found.layers, found.norms - found.layers * (4 if family == "qwen3" else 2)
+    wanted_calls = Counter(
+        decode_attention=4 * apart,
+        rms_norm=found.norms + 4 * norms,
+        silu_and_mul=found.mlps + 4 * (found.mlps - found.layers),
+        rotary_embedding=(blocks + 4 * apart) * found.rotary_embeddings,
+        sequence=4 * found.layers * (2 if family == "mistral" else 1),  # a cache of a window is asked in between
+    )
+    assert +calls() == +wanted_calls
 
 
 def test_a_static_cache_and_other_dtypes(calls: Callable[[], Counter[str]]) -> None:
@@ -57,7 +65,7 @@ def test_a_static_cache_and_other_dtypes(calls: Callable[[], Counter[str]]) -> N
             caches = [StaticCache(config=ours.config, max_cache_len=16) if static else None for _ in range(2)]
             got, wanted = (decoded(m, ids, mask, c).float() for m, c in zip((ours, plain), caches, strict=True))
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-            assert calls() == Counter(decode_attention=12, rms_norm=35, rotary_embedding=15, silu_and_mul=15)
+            assert calls() == Counter(rms_norm=11, rotary_embedding=3, silu_and_mul=3, sequence=24 if static else 12)
 
 
 def test_cross_attention_and_a_position_bias(calls: Callable[[], Counter[str]]) -> None:
@@ -88,7 +96,7 @@ def test_a_saved_model_generates_the_same_with_it(tmp_path: Path, calls: Callabl
     for fuses in (False, True):
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
         if fuses:
-            assert tc.fuse_(loaded) == Fused(attentions=3, norms=7, rotary_embeddings=1, mlps=3)
+            assert tc.fuse_(loaded) == Fused(attentions=3, norms=7, rotary_embeddings=1, mlps=3, layers=3)
         calls()
         for beams in (1, 2):
             options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace tinycomp {
 
@@ -21,6 +22,18 @@ inline Tensor adjacent(const Tensor& t) { return t.is_contiguous() ? t : torch::
 
 inline std::map<std::string, std::string>& signatures() {
   static std::map<std::string, std::string> all;
+  return all;
+}
+
+// A kernel as the dispatcher calls it, arguments and then results on one stack, for sequence.cpp.
+struct BoxedKernel {
+  void (*run)(StableIValue* stack, uint64_t arguments, uint64_t results);
+  std::vector<std::string> arguments;  // names of their types
+  uint64_t results;
+};
+
+inline std::map<std::string, BoxedKernel, std::less<>>& kernels() {
+  static std::map<std::string, BoxedKernel, std::less<>> all;
   return all;
 }
 
@@ -51,6 +64,25 @@ std::string join() {
   return text;
 }
 
+// Results of a function, of what type they are.
+template <class R>
+struct ResultsOf {
+  static constexpr uint64_t count = 1;
+};
+template <>
+struct ResultsOf<void> {
+  static constexpr uint64_t count = 0;
+};
+template <class... R>
+struct ResultsOf<std::tuple<R...>> {
+  static constexpr uint64_t count = sizeof...(R);
+};
+
+template <class R, class... A>
+BoxedKernel boxed(void (*run)(StableIValue*, uint64_t, uint64_t), R (*)(A...)) {
+  return {run, {type_name<std::decay_t<A>>()...}, ResultsOf<R>::count};
+}
+
 template <class R, class... A>
 std::string signature(R (*)(A...)) {
   if constexpr (std::is_void_v<R>)
@@ -66,8 +98,9 @@ std::string signature(std::tuple<R...> (*)(A...)) {
 
 }  // namespace tinycomp
 
-#define TINYCOMP_CPU_KERNEL(op, function)                             \
-  STABLE_TORCH_LIBRARY_IMPL(tinycomp, CPU, m) {                       \
-    m.impl(#op, TORCH_BOX(&function));                                \
-    ::tinycomp::signatures()[#op] = ::tinycomp::signature(&function); \
+#define TINYCOMP_CPU_KERNEL(op, function)                                              \
+  STABLE_TORCH_LIBRARY_IMPL(tinycomp, CPU, m) {                                        \
+    m.impl(#op, TORCH_BOX(&function));                                                 \
+    ::tinycomp::signatures()[#op] = ::tinycomp::signature(&function);                  \
+    ::tinycomp::kernels()[#op] = ::tinycomp::boxed(TORCH_BOX(&function), (&function)); \
   }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tinycomp import ops
 from tinycomp.layers._base import tensors
 from tinycomp.layers.grouped import Grouped
 
@@ -17,7 +16,7 @@ class DenseLinear(Grouped, nn.Linear):
     Worth it for 16-bit weights on processors without 16-bit arithmetic, where they are widened on the way.
     """
 
-    group_op = "sliced_linears"
+    op, group_op = "sliced_linear", "sliced_linears"
 
     @classmethod
     def from_linear(cls, module: nn.Linear) -> DenseLinear:
@@ -29,9 +28,5 @@ class DenseLinear(Grouped, nn.Linear):
     def group_tensors(self) -> list[Any]:
         return tensors(self, "weight", "bias")
 
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.from_group(x)
-        if together is not None:
-            return together
-        weight, bias = tensors(self, "weight", "bias")
-        return ops.sliced_linear(x, weight, bias, self.in_features, self.out_features)
+    def as_call(self) -> tuple[str, list[Any], tuple[int, int]]:
+        return self.op, self.group_tensors(), (self.in_features, self.out_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,14 @@ class ElasticLinear(Grouped, CompressedLinear):
     def group_tensors(self) -> tuple[Any, ...] | None:
         return None if self.gather else self._ready().tensors
 
+    def as_call(self) -> tuple[str, Sequence[Any], tuple[int, ...]] | None:
+        if self.gather or self.scatter:
+            held = self._ready().tensors
+            return None if held is None else ("swsc_linear", held, (int(self.gather),))
+        weights = plain_weights(self._modules["full"])  # type: ignore[arg-type]
+        active = self.active_in, self.active_out
+        return None if weights is None else ("sliced_linear", (*weights, *tensors(self, "bias")), active)
+
     def group_numbers(self) -> tuple[int, ...]:
         return (0,) if self.scatter else ()
 
@@ -109,10 +118,9 @@ class ElasticLinear(Grouped, CompressedLinear):
             together = self.from_group(x)
             if together is not None:
                 return together
-            if self.gather or self.scatter:
-                held = self._ready().tensors
-                if held is not None:
-                    return ops.swsc_linear(*(x, *held, int(self.gather)))
+            if (self.gather or self.scatter) and (call := self.as_call()) is not None:
+                op, held, numbers = call
+                return getattr(ops, op)(*(x, *held, *numbers))
         if self.gather:
             x = x.index_select(-1, self.inputs[: self.active_in])
         y = self._product(x)

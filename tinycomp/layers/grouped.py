@@ -38,6 +38,11 @@ class Grouped:
         """The op's last arguments, the same for all layers of a group."""
         return ()
 
+    def as_call(self) -> tuple[str, Sequence[Any], tuple[int | str, ...]] | None:
+        """The op, tensors and numbers that give the layer's output from its input; None while it takes several ops."""
+        held = self.group_tensors()
+        return None if held is None else (self.op, held, self.group_numbers())
+
     def group_features(self) -> int:
         """Outputs."""
         return self.out_features
@@ -50,10 +55,11 @@ class Grouped:
         together = self.from_group(x)
         if together is not None:
             return together
-        held = self.group_tensors()
-        if held is None:
+        call = self.as_call()
+        if call is None:
             return self.in_parts(x)
-        return getattr(ops, self.op)(*(x, *held, *self.group_numbers()))
+        op, held, numbers = call
+        return getattr(ops, op)(*(x, *held, *numbers))
 
     def from_group(self, x: Tensor) -> Tensor | None:
         """The layer's output if the call of another one made it, or makes it now."""

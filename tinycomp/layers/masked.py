@@ -108,6 +108,9 @@ class MaskedLinear(Grouped, CompressedLinear):
     def group_tensors(self) -> list[Any]:
         return [*buffers_and_bias(self, _BUFFERS), self.out_features]
 
+    def as_call(self) -> tuple[str, list[Any], tuple[int | str, ...]]:
+        return self.op, buffers_and_bias(self, _BUFFERS), (self.out_features, self.format, self.value_bits)
+
     def group_numbers(self) -> tuple[int | str, ...]:
         return self.format, self.value_bits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tinycomp.ops._registry import OPS, ORDER, Cost, Op, load_native, register, status, use_backend
+from tinycomp.ops._sequence import sequence
 from tinycomp.ops.column_norms import column_norms
 from tinycomp.ops.cur_linear import cur_linear
 from tinycomp.ops.cur_linears import cur_linears
@@ -65,6 +66,7 @@ __all__ = [
     "rotary_embedding",
     "sample_without_replacement",
     "select_pivots",
+    "sequence",
     "silu_and_mul",
     "sliced_linear",
     "sliced_linears",

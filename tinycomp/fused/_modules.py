@@ -1,12 +1,4 @@
-"""What transformers computes in many small calls on a CPU, in one each: attention of one token, RMSNorm, rotary
-position embeddings and the activation of gated feed-forward sublayers.
-
-    tc.fuse_(model)
-
-State dicts and saved folders stay as they are. Each op stands aside, and leaves the work to what was there before,
-where it has no CPU kernel or the tensors are elsewhere, while gradients are recorded, and while a compiler is at work,
-which fuses by itself.
-"""
+"""Attention, norms, rotary embeddings and gated feed-forward sublayers of a model by one op each."""
 
 from __future__ import annotations
 
@@ -14,142 +6,68 @@ import copy
 import sys
 from collections.abc import Callable, Collection
 from functools import cache, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_globals
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tinycomp import ops
-from tinycomp.ops import _registry
-
-MARK = "_tinycomp_fused"  # set on modules that are fused, and on their angles
+from tinycomp.fused._base import MARK, FusedModule, Shift, is_heard, runs
 
 
-class Fused(NamedTuple):
-    """How many modules of a model were fused, of each kind."""
-
-    attentions: int
-    norms: int
-    rotary_embeddings: int
-    mlps: int
-
-
-def fuse_(model: nn.Module) -> Fused:
-    """Let a model on a CPU compute attention, norms, rotary embeddings and gated feed-forward sublayers in fewer calls.
-
-    Attention is that of modules which ask transformers' `AttentionInterface` for it, whenever it is "sdpa" there, for
-    one query a sequence; transformers' entry of that name is replaced by a function that leaves all other modules to
-    the one before. Norms and sublayers of any class are fused that give what the op gives, tried on random numbers;
-    norms in the dtype they have now. Angles are marked by the module that computes them, and `apply_rotary_pos_emb` of
-    its file is replaced by a function that knows the mark, where the two give the same bits.
-
-    Args:
-        model: on any device; the ops run where it is on a CPU, when it is called.
-
-    Returns:
-        How many of each are fused now, also by earlier calls.
-
-    Source: the equations are in `tinycomp.ops`.
-    """
-    found = dict.fromkeys(Fused._fields, 0)
-    for module in list(model.modules()):
-        if not isinstance(module, _FusedModule) and (how := _replacement(module)) is not None:
-            kind, mark = how
-            setattr(module, MARK, mark)
-            module.__class__ = _fused_class(kind, type(module))  # type: ignore[arg-type]
-        if isinstance(module, _FusedModule):
-            found[module.counted_as] += 1
-        elif "Attention" in type(module).__name__ and _asks_transformers(module):
-            setattr(module, MARK, True)
-            found["attentions"] += 1
-    if found["attentions"]:
-        _replace_sdpa()
-    return Fused(**found)
-
-
-def _replacement(module: nn.Module) -> tuple[type[_FusedModule], Any] | None:
+def replacement(module: nn.Module) -> tuple[type[FusedModule], Any] | None:
     """The class to put before the module's own and what it has to remember; None for modules that stay."""
     if "forward" in vars(module):
         return None
     if (eps := _eps_of_norm(module)) is not None:
-        return _FusedNorm, (eps, module.weight.dtype)
+        return FusedNorm, (eps, module.weight.dtype)
     if "RotaryEmbedding" in type(module).__name__ and _replace_rotary(type(module).__module__):
         return _FusedRotaryEmbedding, True
-    return (_FusedMLP, type(module.act_fn)) if _gates(module) else None
+    return (FusedMLP, type(module.act_fn)) if _gates(module) else None
 
 
-def _runs(op: str, x: Tensor) -> bool:
-    """Whether the op has a kernel for this tensor, and nobody records or traces what is computed."""
-    if not x.is_cpu or not _registry._FAST[op].cpu or torch.is_grad_enabled():
-        return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0)
-
-
-class _FusedModule(nn.Module):
-    """Before a module's own class: its forward pass by an op, where that is the same."""
-
-    counted_as: str  # a field of `Fused`
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, type(self).__bases__, self.__dict__
-
-
-class _FusedNorm(_FusedModule):
+class FusedNorm(FusedModule):
     counted_as = "norms"
 
     def forward(self, *args: Any, **more: Any) -> Any:
         # Some norms take a gate beside their input, and norm in another way then.
         if len(args) == 1 and not more:
             (x,), weight, (eps, dtype) = args, self._parameters.get("weight"), getattr(self, MARK)
-            if weight is not None and x.dtype == weight.dtype == dtype and _runs("rms_norm", x):
+            if weight is not None and x.dtype == weight.dtype == dtype and runs("rms_norm", x):
                 return ops.rms_norm(x, weight, eps)
         return super().forward(*args, **more)
 
 
-class _FusedMLP(_FusedModule):
+class FusedMLP(FusedModule):
     counted_as = "mlps"
 
     def forward(self, *args: Any, **more: Any) -> Any:
-        if len(args) == 1 and not (more or self.training) and _runs("silu_and_mul", args[0]):
+        if len(args) == 1 and not (more or self.training) and runs("silu_and_mul", args[0]):
             modules = self._modules
             act: Any = modules.get("act_fn")
-            if type(act) is getattr(self, MARK) and not _is_heard(act):
-                gate, up = (modules[name](args[0]) for name in _GATED[:2])  # type: ignore[misc]
+            if type(act) is getattr(self, MARK) and not is_heard(act):
+                gate, up = (modules[name](args[0]) for name in GATED[:2])  # type: ignore[misc]
                 same = gate.dtype == up.dtype and gate.shape == up.shape
                 return modules["down_proj"](ops.silu_and_mul(gate, up) if same else act(gate) * up)  # type: ignore[misc]
         return super().forward(*args, **more)
 
 
-def _is_heard(act: nn.Module) -> bool:
-    """Whether somebody listens to an activation or has replaced its forward."""
-    of_all = module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
-    return bool(act._forward_hooks or act._forward_pre_hooks or of_all or "forward" in vars(act))
+class _FusedRotaryEmbedding(FusedModule):
+    """Marks its angles for those that turn queries and keys by them and do not know the module.
 
-
-class _FusedRotaryEmbedding(_FusedModule):
-    """Marks its angles for the function that turns queries and keys by them, which does not know the module."""
+    The mark is the model's configuration where that asks for torch's attention, which saves each layer the question.
+    """
 
     counted_as = "rotary_embeddings"
 
     def forward(self, *args: Any, **more: Any) -> Any:
         angles = super().forward(*args, **more)
-        if isinstance(angles, tuple) and len(angles) == 2 and _runs("rotary_embedding", angles[0]):
-            setattr(angles[0], MARK, True)
+        if isinstance(angles, tuple) and len(angles) == 2 and runs("rotary_embedding", angles[0]):
+            config = getattr(self, "config", None)
+            plain = getattr(config, "_attn_implementation", None) == "sdpa"
+            setattr(angles[0], MARK, config if plain else True)
         return angles
-
-
-@cache
-def _fused_class(fused: type[_FusedModule], kind: Any) -> type[nn.Module]:
-    return type(f"Fused{kind.__name__}", (fused, kind), {})
-
-
-def _empty(*bases: type[nn.Module]) -> nn.Module:
-    """What copying and pickling fill: the fused class of a module's class has no name to be found under."""
-    fused = _fused_class(*bases)  # type: ignore[arg-type]
-    return fused.__new__(fused)
 
 
 def _eps_of_norm(module: nn.Module) -> float | None:
@@ -186,26 +104,15 @@ def _same(wanted: Tensor, got: Tensor) -> bool:
     return torch.allclose(wanted, got, rtol=1e-5, atol=0)
 
 
-_GATED = ("gate_proj", "up_proj", "down_proj")
-
-
-class _Shift(nn.Module):
-    """Stands for a linear layer while a sublayer is tried."""
-
-    def __init__(self, by: int) -> None:
-        super().__init__()
-        self.by = by
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.roll(self.by, -1)
+GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def _gates(module: nn.Module) -> bool:
     """Whether a module is down(silu(gate(x)) up(x)), whatever its linear layers are."""
-    if set(module._modules) != {*_GATED, "act_fn"}:
+    if set(module._modules) != {*GATED, "act_fn"}:
         return False
     other = copy.copy(module)
-    other._modules = {name: _Shift(by) for by, name in enumerate(_GATED, 1)} | {"act_fn": module._modules["act_fn"]}
+    other._modules = {name: Shift(by) for by, name in enumerate(GATED, 1)} | {"act_fn": module._modules["act_fn"]}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
         # Some clamp what is large.
@@ -261,7 +168,7 @@ def _rotary(plain: Callable[..., Any], dtypes: Collection[torch.dtype], parts: b
 
 def _turns(q: Any, k: Any, cos: Any, sin: Any, dtypes: Collection[torch.dtype], parts: bool) -> bool:
     """Whether the op takes these four."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and _runs("rotary_embedding", q)):
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and runs("rotary_embedding", q)):
         return False
     if not (q.dim() == k.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype == cos.dtype == sin.dtype in dtypes):
         return False
@@ -272,13 +179,13 @@ def _turns(q: Any, k: Any, cos: Any, sin: Any, dtypes: Collection[torch.dtype], 
     return fits and angles == tokens and rows in (1, batch) and whole
 
 
-def _asks_transformers(module: nn.Module) -> bool:
+def asks_transformers(module: nn.Module) -> bool:
     """Whether the file that defines the module takes its attention from transformers' table."""
     return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 @cache
-def _replace_sdpa() -> None:
+def replace_sdpa() -> None:
     """Put `_attention` before transformers' "sdpa", once; the name stays, for models compare it."""
     AttentionInterface.register("sdpa", _attention(ALL_ATTENTION_FUNCTIONS["sdpa"]))
 
@@ -306,7 +213,7 @@ def _attention(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _decodes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Whether the op computes what torch's attention would."""
-    if query.shape[2] != 1 or query.shape[0] != key.shape[0] or not _runs("decode_attention", query):
+    if query.shape[2] != 1 or query.shape[0] != key.shape[0] or not runs("decode_attention", query):
         return False
     return mask is None or (mask.dtype == torch.bool and mask.shape == (key.shape[0], 1, 1, key.shape[2]))
 
