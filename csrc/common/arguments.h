@@ -156,10 +156,18 @@ inline std::vector<int32_t> indices(const Tensor& t, int64_t size, int64_t limit
 
 // The inverse of an int32 permutation of range(size).
 inline std::vector<int32_t> inverse_permutation(const Tensor& t, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": dtype does not fit");
-  const std::vector<int32_t> order = indices(t, size, size, name);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Int, name,
+                  ": shape or dtype does not fit");
+  const Tensor flat = adjacent(t);
+  const auto* order = static_cast<const int32_t*>(flat.const_data_ptr());
   std::vector<int32_t> from(size, -1);
-  for (int64_t i = 0; i < size; ++i) from[order[i]] = static_cast<int32_t>(i);
+  bool outside = false;
+  for (int64_t i = 0; i < size; ++i) {
+    const bool inside = static_cast<uint32_t>(order[i]) < static_cast<uint32_t>(size);
+    outside |= !inside;
+    if (inside) from[order[i]] = static_cast<int32_t>(i);
+  }
+  STD_TORCH_CHECK(!outside, name, ": an index is out of range");
   STD_TORCH_CHECK(std::count(from.begin(), from.end(), -1) == 0, name, ": an index is repeated");
   return from;
 }

@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "interleaved.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace tinycomp {
@@ -272,6 +273,7 @@ struct Output {
 template <class Store>
 void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Store& store) {
   const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
+  prefetch_beginning(w.data + first * w.stride, (last - first) * w.stride, w.data + last * w.stride);
   for (int64_t start = 0; start < m; start += kInputsAtOnce) {
     const int64_t inputs = std::min(kInputsAtOnce, m - start);
     for (int64_t i = first; i < last; i += kBatch) {

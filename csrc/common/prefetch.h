@@ -6,10 +6,23 @@
 // many inputs asks for ahead goes to the second-level cache everywhere: the nearest one is full of the panel itself.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 namespace tinycomp {
 
 extern const bool on_amd;  // dot.cpp
 
 inline void prefetch(const void* p) { on_amd ? __builtin_prefetch(p, 0, 2) : __builtin_prefetch(p); }
+
+// What a thread comes to next in memory, unless it has just come from before it: kernels ask for what is 16 KB ahead,
+// and would wait for the beginning a few lines at a time.
+inline void prefetch_beginning(const void* from, int64_t bytes, const void* end) {
+  thread_local const void* came_to = nullptr;
+  constexpr int64_t kFar = 16384;
+  const char* const p = static_cast<const char*>(from);
+  for (int64_t i = 0; on_amd && from != came_to && i < std::min(bytes, kFar); i += 64) __builtin_prefetch(p + i, 0, 2);
+  came_to = end;
+}
 
 }  // namespace tinycomp

@@ -102,7 +102,7 @@ TINYCOMP_TARGET inline void finish(const RoundedRows& w, const typename V::Vec (
 }
 
 // R rows against M rounded inputs.
-template <class V, int R, int M>
+template <class V, int R, int M, bool four_bits>
 TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, const float* scales, const int32_t* starts,
                                  float* out, int64_t ldo) {
   using Int = typename V::Int;
@@ -112,44 +112,47 @@ TINYCOMP_TARGET void tile_levels(const RoundedRows& w, const int8_t* levels, con
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) total[j][r] = V::zero();
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t size = w.size(g), stored = w.four_bits ? (size + 1) / 2 : size;
+    const int64_t size = w.size(g), stored = four_bits ? (size + 1) / 2 : size;
     const uint8_t* from = group_of(w, g);
-    const int8_t* x = levels + g * group_width(w);
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(levels) + g * group_width(w);
     Int acc[M][R];
     for (int j = 0; j < M; ++j)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[j][r] = V::load_sums(starts + (j * w.groups + g) * kLanes);
     Lines<uint8_t, R> row(from, w.stride), later(from + ahead, w.stride);
-    for (int64_t b = 0; b < stored; b += V::bytes, row.move(V::bytes), later.move(V::bytes)) {
+    // Whole steps need no masks, which cost more than the products.
+    const auto step = [&](int64_t left) TINYCOMP_TARGET __attribute__((always_inline)) {
       Int v[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        v[r] = V::load_bytes(row.line(r), stored - b);
-        prefetch(later.line(r));
+        v[r] = V::load_bytes(row.line(r), left);
+        R == 8 ? __builtin_prefetch(later.line(r), 0, 2) : prefetch(later.line(r));
+        if (!four_bits) v[r] = V::offset(v[r]);
       }
-      if (!w.four_bits) {
+      for (int j = 0; j < M; ++j) {
+        const Int even = V::load_bytes(x + j * width, V::bytes);
+        const Int odd = four_bits ? V::load_bytes(x + j * width + half, V::bytes) : even;
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) v[r] = V::offset(v[r]);
-        for (int j = 0; j < M; ++j) {
-          const Int input = V::load_bytes(reinterpret_cast<const uint8_t*>(x) + j * width + b, V::bytes);
+        for (int r = 0; r < R; ++r)
+          acc[j][r] = four_bits ? V::dot_halves(acc[j][r], v[r], even, odd) : V::dot(acc[j][r], v[r], even);
+      }
+      row.move(V::bytes), later.move(V::bytes), x += V::bytes;
+    };
+    int64_t b = 0;
+    for (; b + V::bytes <= stored; b += V::bytes) step(V::bytes);
+    if (b < stored) step(stored - b);
+    for (int j = 0; j < M; ++j) {
+      const float scale = scales[j * w.groups + g];
+      const auto same = V::set1(scale);
+      if (w.scale_groups == 1) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[j][r] = V::dot(acc[j][r], v[r], input);
-        }
+        for (int r = 0; r < R; ++r) total[j][r] = V::fma(V::to_float(acc[j][r]), same, total[j][r]);
       } else {
-        for (int j = 0; j < M; ++j) {
-          const uint8_t* input = reinterpret_cast<const uint8_t*>(x) + j * width + b;
-          const Int even = V::load_bytes(input, V::bytes), odd = V::load_bytes(input + half, V::bytes);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[j][r] = V::dot_halves(acc[j][r], v[r], even, odd);
-        }
+        for (int r = 0; r < R; ++r)
+          total[j][r] = V::fma(V::to_float(acc[j][r]), V::set1(scale * w.scales[r * w.scale_groups + g]), total[j][r]);
       }
     }
-    for (int j = 0; j < M; ++j)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float scale = scales[j * w.groups + g] * scale_of(w, r, g);
-        total[j][r] = V::fma(V::to_float(acc[j][r]), V::set1(scale), total[j][r]);
-      }
   }
   finish<V, R, M>(w, total, out, ldo);
 }
@@ -202,19 +205,19 @@ inline RoundedRows from_row(const RoundedRows& w, int64_t i) {
   return rest;
 }
 
-template <class V, int R>
+template <class V, int R, bool four_bits>
 TINYCOMP_TARGET void levels_against(const RoundedRows& w, const int8_t* levels, const float* scales,
                                     const int32_t* starts, int64_t m, float* out, int64_t ldo) {
   const int64_t width = input_width(w), groups = w.groups;
-  int64_t j = 0;
-  if constexpr (V::inputs == 3)
-    for (; j + 3 <= m && j + 4 != m; j += 3)
-      tile_levels<V, R, 3>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo,
-                           ldo);
-  for (; j + 2 <= m; j += 2)
-    tile_levels<V, R, 2>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo, ldo);
-  if (j < m)
-    tile_levels<V, R, 1>(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo, ldo);
+  for (int64_t j = 0, take; j < m; j += take) {
+    const int64_t left = m - j;
+    take = V::inputs == 3 && left >= 3 && left != 4 ? 3 : std::min<int64_t>(left, 2);
+    const auto tile = take == 1   ? tile_levels<V, R, 1, four_bits>
+                      : take == 2 ? tile_levels<V, R, 2, four_bits>
+                                  : tile_levels < V,
+               R, V::inputs == 3 ? 3 : 2, four_bits > ;
+    tile(w, levels + j * width, scales + j * groups, starts + j * groups * kLanes, out + j * ldo, ldo);
+  }
 }
 
 template <class V, int R>
@@ -225,16 +228,24 @@ TINYCOMP_TARGET void floats_against(const RoundedRows& w, const float* x, int64_
   if (j < m) tile_floats<V, R, 1>(w, x + j * width, out + j * ldo, ldo);
 }
 
-template <class V>
-TINYCOMP_TARGET void dot_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
-                                const int32_t* starts, int64_t m, float* out, int64_t ldo) {
+template <class V, bool four_bits>
+TINYCOMP_TARGET void dot_all_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                                    const int32_t* starts, int64_t m, float* out, int64_t ldo) {
   int64_t i = 0;
   // More rows that stream from memory side by side, where registers are enough; not tried on Intel's.
   if constexpr (V::width == 16)
     for (; on_amd && m == 1 && i + 8 <= rows; i += 8)
-      tile_levels<V, 8, 1>(from_row(w, i), levels, scales, starts, out + i, ldo);
-  for (; i + 4 <= rows; i += 4) levels_against<V, 4>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
-  for (; i < rows; ++i) levels_against<V, 1>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
+      tile_levels<V, 8, 1, four_bits>(from_row(w, i), levels, scales, starts, out + i, ldo);
+  for (; i + 4 <= rows; i += 4)
+    levels_against<V, 4, four_bits>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
+  for (; i < rows; ++i) levels_against<V, 1, four_bits>(from_row(w, i), levels, scales, starts, m, out + i, ldo);
+}
+
+template <class V>
+TINYCOMP_TARGET void dot_levels(const RoundedRows& w, int64_t rows, const int8_t* levels, const float* scales,
+                                const int32_t* starts, int64_t m, float* out, int64_t ldo) {
+  const auto dot = w.four_bits ? dot_all_levels<V, true> : dot_all_levels<V, false>;
+  dot(w, rows, levels, scales, starts, m, out, ldo);
 }
 
 template <class V>

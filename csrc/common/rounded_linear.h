@@ -36,6 +36,10 @@ class RoundedWeight {
   Stage stage() const { return row_stage(stored_, kPanelInputs); }
   // Levels cost about a quarter of what float32 multiply-adds do where inputs are rounded.
   double estimate(int64_t m) const { return weight_estimate(stored_, rounds_inputs ? (m + 3) / 4 : m); }
+  void prefetch(int64_t first, int64_t last) const {
+    const char* const from = stored_.data + first * stored_.stride;
+    prefetch_beginning(from, (last - first) * stored_.stride, stored_.data + last * stored_.stride);
+  }
   bool has_zeros() const { return zeros_.has_value(); }
 
   // `n` rows from `first`; their scales are put, in float32, into `scales`.
@@ -180,6 +184,7 @@ class RoundedInputs {
     const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
     const int64_t words = row_distance(width_ / 2, kBatch);
     const Scratch rebuilt(kRebuildSlot, pairs_ ? kBatch * words : rebuilds_ ? kBatch * width_ : 0);
+    w.prefetch(first, last);
     float *values = out.data(), *correction = values + most * kBatch;
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
