@@ -4,10 +4,10 @@
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
 head on our dense kernel, and with factors and head in int8, inputs rounded to 8 bits; without --quick also with factors
-in int4. "Fused": after `tc.fuse_`. "No linear layers" is the model whose linear layers return zeros at once: no
-compression can be faster. --compile also times decoding with torch.compile and a static cache, a minute or two per
-model. --peers names the environment of requirements-peers.txt: OpenVINO and llama.cpp on the same GGUF file, as it is
-and in F16 and Q8_0. All models run interleaved in this process.
+in int4. "Fused": after `tc.fuse_`; the dense model decodes on our kernel, too, then. "No linear layers" is the model
+whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with torch.compile
+and a static cache, a minute or two per model. --peers names the environment of requirements-peers.txt: OpenVINO and
+llama.cpp on the same GGUF file, as it is and in F16 and Q8_0. All models run interleaved in this process.
 Lines are appended to bench/results/model.jsonl.
 """
 
@@ -83,6 +83,11 @@ class Free(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.in_features, self.out_features = linear.weight, linear.in_features, linear.out_features
+        # A low-rank layer of rank 0, for layers that are computed in one call.
+        self.factors = linear.weight.new_empty(0, linear.in_features), linear.weight.new_empty(linear.out_features, 0)
+
+    def as_call(self) -> tuple[str, tuple[Tensor | None, ...], tuple[int, ...]]:
+        return "lowrank_linear", (*self.factors, None, None), ()
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
@@ -175,7 +180,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         compiled: dict[str, float] = {}
         if options.compile:
             # torch's int8 does not compile, and a compiler leaves out what reads the zeros of no linear layers.
-            skipped = ("dense int8, torch", "no linear layers")
+            skipped = ("dense int8, torch", "no linear layers", "no linear layers, fused")
             able = {n: m for n, m in found.items() if n not in skipped and not isinstance(m, PeerModel)}
             compiled = compiled_decode(able, 8, 7)
         quality = {name: perplexity(model, tokenizer, protocol).perplexity for name, model in found.items()}
