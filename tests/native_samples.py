@@ -58,8 +58,23 @@ def more(name: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield from large.get(name, lambda d: [])(dtype)
 
 
+def check_sequence() -> None:
+    """What programs have beside the ops: sums, views of heads, and a place in a larger tensor."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, heads, d, dtype in ((2, 3, 7, torch.float32), (1, 2, 5, torch.bfloat16), (0, 1, 4, torch.float64)):
+        x = torch.randn(batch, 1, heads * d, generator=generator).to(dtype)
+        room = torch.zeros(batch, heads, 9, d, dtype=dtype)
+        program = f"add %0 %0\nheads %2 {d}\nplace %3 %1\nreturn %2 %3"
+        got, turned = ops.sequence([x, room[:, :, :6]], program)
+        assert torch.equal(got, x + x)
+        assert torch.equal(turned, (x + x).view(batch, 1, heads, d).transpose(1, 2))
+        assert torch.equal(room[:, :, 5:6], turned)
+        assert room[:, :, :5].count_nonzero() == room[:, :, 6:].count_nonzero() == 0
+
+
 def main() -> None:
     print(_C.build_info()["instruction_set"])
+    check_sequence()
     for name in sorted(_C.signatures()):
         for dtype in DTYPES:
             for sample in (*ops.OPS[name].samples(dtype), *more(name, dtype)):

@@ -24,4 +24,9 @@ def sequence(tensors: Sequence[Tensor | None], program: str) -> list[Tensor]:
     Raises:
         RuntimeError: the native library is not there, a line cannot be read, or an op refuses its arguments.
     """
-    return torch.ops.tinycomp.sequence.default(tensors, program)
+    try:
+        run = torch.ops.tinycomp.sequence.default
+    except AttributeError:
+        reason = "ops.sequence: the native library is not loaded; build it, or call the ops one by one"
+        raise RuntimeError(reason) from None
+    return run(tensors, program)
