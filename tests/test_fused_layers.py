@@ -152,6 +152,10 @@ def test_what_is_left_to_the_modules(calls: Callable[[], Counter[str]]) -> None:
     model.set_attn_implementation("sdpa")
     assert asked(model) == 3
     assert asked(copy.deepcopy(model)) == 3
+    assert asked(model, something=torch.arange(3)) == 0
+    assert asked(model, something=None, other=False) == 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert asked(model) == 0
     with ops.use_backend("torch"):
         assert asked(model) == 0
     with torch.enable_grad():

@@ -26,8 +26,9 @@ inline std::map<std::string, std::string>& signatures() {
 }
 
 // A kernel as the dispatcher calls it, arguments and then results on one stack, for sequence.cpp.
+using Boxed = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
 struct BoxedKernel {
-  void (*run)(StableIValue* stack, uint64_t arguments, uint64_t results);
+  Boxed run;
   std::vector<std::string> arguments;  // names of their types
   uint64_t results;
 };
@@ -64,23 +65,14 @@ std::string join() {
   return text;
 }
 
-// Results of a function, of what type they are.
-template <class R>
-struct ResultsOf {
-  static constexpr uint64_t count = 1;
-};
-template <>
-struct ResultsOf<void> {
-  static constexpr uint64_t count = 0;
-};
-template <class... R>
-struct ResultsOf<std::tuple<R...>> {
-  static constexpr uint64_t count = sizeof...(R);
-};
-
 template <class R, class... A>
-BoxedKernel boxed(void (*run)(StableIValue*, uint64_t, uint64_t), R (*)(A...)) {
-  return {run, {type_name<std::decay_t<A>>()...}, ResultsOf<R>::count};
+BoxedKernel boxed(Boxed run, R (*)(A...)) {
+  return {run, {type_name<std::decay_t<A>>()...}, std::is_void_v<R> ? 0 : 1};
+}
+
+template <class... R, class... A>
+BoxedKernel boxed(Boxed run, std::tuple<R...> (*)(A...)) {
+  return {run, {type_name<std::decay_t<A>>()...}, sizeof...(R)};
 }
 
 template <class R, class... A>

@@ -30,13 +30,18 @@ class Fused(NamedTuple):
 
 
 def fuse_(model: nn.Module) -> Fused:
-    """Let a model on a CPU compute attention, norms, rotary embeddings and gated feed-forward sublayers in fewer calls.
+    """Let a model on a CPU compute attention, norms, rotary embeddings, gated sublayers and layers in fewer calls.
 
     Attention is that of modules which ask transformers' `AttentionInterface` for it, whenever it is "sdpa" there, for
     one query a sequence; transformers' entry of that name is replaced by a function that leaves all other modules to
     the one before. Norms and sublayers of any class are fused that give what the op gives, tried on random numbers;
     norms in the dtype they have now. Angles are marked by the module that computes them, and `apply_rotary_pos_emb` of
     its file is replaced by a function that knows the mark, where the two give the same bits.
+
+    Layers of these parts that compute what Llama's do, tried as well, take one call for one token a sequence, with the
+    same bits; linear layers of torch are multiplied by `ops.sliced_linear` there. Hooks, adapters and whatever else is
+    attached to a part are found in every call, and the parts called one by one. The layers of a `DynamicCache` get room
+    for tokens to come, so that their keys and values are the beginning of larger tensors.
 
     Args:
         model: on any device; the ops run where it is on a CPU, when it is called.

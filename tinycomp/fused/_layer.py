@@ -31,7 +31,8 @@ class FusedLayer(FusedModule):
     counted_as = "layers"
 
     def forward(self, *args: Any, **more: Any) -> Any:
-        if len(args) == 1 and not self.training and all(more[n] in (None, False) for n in more.keys() - _KNOWN):
+        others = [more[name] for name in more.keys() - _KNOWN]
+        if len(args) == 1 and not self.training and all(other is None or other is False for other in others):
             mask, cache, angles = (more.get(name) for name in _USED)
             if _one_token(args[0], mask, angles) and (modules := _modules(self, args[0].dtype, angles)) is not None:
                 return _computed(modules, args[0], mask, cache, angles)
@@ -40,15 +41,21 @@ class FusedLayer(FusedModule):
 
 def _one_token(x: Any, mask: Any, angles: Any) -> bool:
     """Whether the ops compute what the layer would for these inputs."""
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != 1 or not runs("decode_attention", x):
+    # A program has no implementation for other kinds of tensors, and casts nothing.
+    if type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dim() != 3 or x.shape[1] != 1 or not runs("decode_attention", x):
         return False
     if not (isinstance(angles, tuple) and len(angles) == 2 and getattr(angles[0], MARK, False)):
         return False
     cos, sin = angles
     if not (cos.dtype == sin.dtype == x.dtype and cos.dim() == 3 and cos.shape[1] == 1 and cos.shape == sin.shape):
         return False
-    seen = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[:3] == (x.shape[0], 1, 1))
-    return seen and cos.shape[0] in (1, x.shape[0])
+    if cos.shape[0] not in (1, x.shape[0]):
+        return False
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (x.shape[0], 1, 1, mask.shape[-1])
 
 
 class _Modules(NamedTuple):

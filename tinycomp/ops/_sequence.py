@@ -17,9 +17,10 @@ def sequence(tensors: Sequence[Tensor | None], program: str) -> list[Tensor]:
         tensors: on the CPU; what the ops read.
         program: a line for each op, its name and arguments: `%n` for number n of `tensors` and, after them, of the
             results in their order, `-` for None, numbers and words as they are. Beside the ops there are `add a b`;
-            `heads a d`, which sees (batch, 1, heads d) as (batch, heads, 1, d); and `flat a`, which sees (batch, 1,
-            heads, d) as (batch, 1, heads d). The last line is `return` and what is asked for. A program is read once
-            and kept by its text.
+            `heads a d`, which sees (batch, 1, heads d) as (batch, heads, 1, d); `flat a`, which sees (batch, 1, heads,
+            d) as (batch, 1, heads d); and `place a b`, without a result, which writes (batch, heads, 1, d) to the last
+            place of (batch, heads, n, d). The last line is `return` and what is asked for. A program is read once and
+            kept by its text.
 
     Raises:
         RuntimeError: the native library is not there, a line cannot be read, or an op refuses its arguments.
