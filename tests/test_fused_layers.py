@@ -160,6 +160,12 @@ def test_what_is_left_to_the_modules(calls: Callable[[], Counter[str]]) -> None:
         assert asked(model) == 0
     with torch.enable_grad():
         assert asked(model) == 0
+    for name in ("input_layernorm", "mlp.up_proj"):
+        other = copy.deepcopy(model)
+        part = other.model.layers[0].get_submodule(name)
+        weight = part._parameters.pop("weight").detach()
+        part.weight = weight
+        assert asked(other) == 2, "it is no parameter any more"
     out.past_key_values = None
     assert asked(model.bfloat16()) == 0, "norms were tried in float32"
     tc.fuse_(model)

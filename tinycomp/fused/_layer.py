@@ -98,7 +98,7 @@ def _held(norms: list[Any], linears: list[Any], dtype: torch.dtype) -> tuple[lis
     for norm in norms:
         if not isinstance(norm, FusedNorm):
             return None
-        weight, (eps, tried) = norm._parameters["weight"], getattr(norm, MARK)
+        weight, (eps, tried) = norm._parameters.get("weight"), getattr(norm, MARK)
         if weight is None or not weight.dtype == tried == dtype:
             return None
         found.append(weight)
@@ -117,6 +117,8 @@ def _call(linear: Any) -> tuple[str, Sequence[Any], tuple[int | str, ...]] | Non
     """Op, tensors and numbers that give a layer's output; None for layers that take more than one op."""
     if type(linear) is nn.Linear:
         held = linear._parameters
+        if held.keys() != {"weight", "bias"}:  # somebody has made something else of one
+            return None
         return "sliced_linear", (held["weight"], held["bias"]), (linear.in_features, linear.out_features)
     as_call = getattr(linear, "as_call", None)
     return None if as_call is None else as_call()
