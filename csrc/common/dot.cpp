@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx.h"
 #include "dot_table.h"
 #include "expand.h"
 #include "prefetch.h"
@@ -33,6 +34,7 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
+      {"amx", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &amx_pairs, has_bf16 && may_use_tiles()},
       {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, has_bf16},
       {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
       {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, has_vnni},
@@ -48,7 +50,7 @@ Choice choose() {
   for (const Choice& choice : choices) {
     if (!choice.runs) continue;
     // Intel's products of bfloat16 run at half the rate of its float32 multiply-adds, AMD's at twice that.
-    const bool fast = choice.pairs == nullptr || on_amd;
+    const bool fast = choice.pairs == nullptr || choice.pairs->tiles || on_amd;
     if (forced.empty() ? fast : forced == choice.name) return choice;
     allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
   }
@@ -87,12 +89,13 @@ void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, in
   groups(static_cast<const char*>(w), stride, rows, words, x, m, out, ldo);
 }
 
-void interleave(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to) {
-  choice().table->interleave(from, distance, m, words, first, last, to);
+void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to) {
+  (pairs ? choice().pairs->interleave : choice().table->interleave)(from, distance, m, words, first, last, to);
 }
 
 bool interleaves(bool pairs, int64_t m, int64_t words) {
   constexpr int64_t kMost = 192, kShortRow = 64;
+  if (pairs && choice().pairs->tiles) return m > 1;
   if (!on_amd || choice().table->groups == nullptr || m > kMost) return false;
   // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do; pairs of 9 to 29 inputs multiply as fast
   // in rows, short ones apart.

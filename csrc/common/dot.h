@@ -34,7 +34,7 @@ bool interleaves(bool pairs, int64_t m, int64_t words);
 
 // Words [first, last) of m inputs, `distance` bytes apart and `words` long, put side by side. `first` begins a cache
 // line of every piece: it is a multiple of 8.
-void interleave(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to);
+void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to);
 
 // The other way round, sums of rows: out[j * ldo + c] = sum_i x[j * ldx + i] * w[i, c] for c < cols, j < m.
 void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,
@@ -52,7 +52,7 @@ void widen(Type type, const void* from, float* to, int64_t n);
 // n float32 values rounded to f32, bf16 or f16.
 void narrow(Type type, const float* from, void* to, int64_t n);
 
-// "avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2" or "portable".
+// "amx", "avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace tinycomp

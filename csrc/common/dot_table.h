@@ -35,9 +35,12 @@ extern const DotTable avx512_dot;
 struct PairsTable {
   DotTable::Dot dot;
   DotTable::Groups groups;
+  DotTable::Interleave interleave;
+  bool tiles;  // of AMX
 };
 #if defined(__x86_64__)
 extern const PairsTable avx512_pairs;
+extern const PairsTable amx_pairs;
 #endif
 
 }  // namespace tinycomp

@@ -19,11 +19,11 @@ inline int64_t piece_of(int64_t left) {
 }
 constexpr int64_t group_of(int64_t piece) { return piece < 16 ? 16 / piece : 1; }
 
-// What m inputs take with those zeros, and words with theirs.
+// Room for m inputs with those zeros, also where a piece has 16 inputs at most (amx.h), and for words with theirs.
 inline int64_t padded_inputs(int64_t m) {
-  int64_t sum = 0;
-  for (int64_t j = 0, piece; j < m; j += piece, sum += piece) piece = piece_of(m - j);
-  return sum;
+  int64_t rest = m % 16 ? 2 : 0;
+  while (rest < m % 16) rest *= 2;
+  return m / 16 * 16 + rest;
 }
 inline int64_t padded_words(int64_t words) { return (words + 15) / 16 * 16; }
 

@@ -77,7 +77,7 @@ class Inputs {
     return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))};
   }
   void prepare(int64_t first, int64_t last) const {
-    if (interleaved_) return interleave(from_, cols * width_, rows, floats(), first, last, made_.data());
+    if (interleaved_) return interleave(pairs_, from_, cols * width_, rows, floats(), first, last, made_.data());
     for (int64_t j = first; j < last; ++j) {
       float* to = made_.data() + j * stride;
       if (pairs_)
@@ -144,7 +144,7 @@ class Middle {
       narrow(Type::bf16, row(j) + at + first, reinterpret_cast<char*>(words(j)) + (at + first) * 2, last - first);
     if (!interleaved(cols)) return;
     const int64_t number = pairs_ ? 2 : 1, distance = (pairs_ ? words_ : stride) * static_cast<int64_t>(sizeof(float));
-    interleave(reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_, cols / number,
+    interleave(pairs_, reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_, cols / number,
                first / number, last / number, side_by_side(at / number));
   }
   void done(int64_t cols, int64_t first, int64_t last) const { done(0, cols, first, last); }

@@ -51,7 +51,7 @@ class Scratch {
     data_ = lines.data();
   }
   float* data() const { return data_; }
-  static constexpr int kSlots = 12;
+  static constexpr int kSlots = 13;
 
  private:
   Lines own_;
@@ -70,7 +70,8 @@ enum {
   kScaleSlot,
   kRebuildSlot,
   kShiftSlot,
-  kMaskSlot
+  kMaskSlot,
+  kTileSlot
 };
 
 }  // namespace tinycomp

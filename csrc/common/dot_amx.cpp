@@ -1,0 +1,195 @@
+// dot.h for AMX: tiles of 16 rows of weights, read as they lie, against 16 inputs side by side, in pairs of bfloat16.
+#include "amx.h"
+
+#if TINYCOMP_HAS_AMX
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16,avx2,fma")))
+
+#include "dot_table.h"
+#include "transpose_avx512.h"
+
+namespace tinycomp {
+namespace {
+
+constexpr int64_t kWord = sizeof(float);
+
+// Words [first, last) of up to 16 inputs, `words` long and zeros after that, in the order of a tile: all inputs' first
+// words, then their second ones, `width` apart.
+TINYCOMP_TARGET void interleave_block(const char* from, int64_t distance, int64_t inputs, int64_t words, int64_t first,
+                                      int64_t last, float* to) {
+  const int64_t width = tile_width(inputs), end = last == words ? padded_words(words) : last;
+  const auto these = static_cast<__mmask16>((1u << width) - 1);
+  for (int64_t w = first; w < end; w += kTile) {
+    const auto there = static_cast<__mmask16>((1u << std::clamp<int64_t>(last - w, 0, kTile)) - 1);
+    __m512i some[kTile];
+    for (int64_t j = 0; j < kTile; ++j)
+      some[j] = j < inputs ? _mm512_maskz_loadu_epi32(there, from + j * distance + w * kWord) : _mm512_setzero_si512();
+    if (width == 1) {
+      _mm512_mask_storeu_epi32(to + w, static_cast<__mmask16>((1u << std::min(kTile, end - w)) - 1), some[0]);
+      continue;
+    }
+    transpose16(some);
+    for (int64_t k = 0; k < kTile && w + k < end; ++k)
+      _mm512_mask_storeu_epi32(to + (w + k) * width, these, some[k]);
+  }
+}
+
+TINYCOMP_TARGET void interleave_tiles(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first,
+                                      int64_t last, float* to) {
+  for (int64_t j = 0; j < m; j += kTile, to += kTile * padded_words(words))
+    interleave_block(from + j * distance, distance, std::min(kTile, m - j), words, first, last, to);
+}
+
+// Up to 32 rows against up to 32 inputs, as tiles hold them.
+struct Part {
+  int64_t rows, inputs;
+  static int64_t first(int64_t n) { return std::min(n, kTile); }
+  static int64_t second(int64_t n) { return std::max<int64_t>(n - kTile, 0); }
+};
+
+// Tiles 0 to 3 are sums, rows by inputs; 4 and 5 weights; 6 and 7 inputs.
+TINYCOMP_TARGET void set_shapes(const Part& part) {
+  const int64_t rows[] = {Part::first(part.rows), Part::second(part.rows)};
+  const int64_t inputs[] = {Part::first(part.inputs), Part::second(part.inputs)};
+  TileShapes shapes;
+  for (int r = 0; r < 2; ++r)
+    for (int p = 0; p < 2; ++p) shapes.set(2 * r + p, rows[r], inputs[p]);
+  for (int k = 0; k < 2; ++k) shapes.set(4 + k, rows[k], kTile), shapes.set(6 + k, inputs[k] ? kTile : 0, inputs[k]);
+  _tile_loadconfig(&shapes);
+}
+
+// Weights and inputs that a step of 16 words begins with; `rows` between the two blocks of weights.
+struct Step {
+  const char* w;
+  int64_t stride, rows;
+  const float *x, *second;
+  int64_t width, second_width;
+};
+
+template <int R, int P>
+TINYCOMP_TARGET inline void multiply(const Step& s) {
+  _tile_loadd(6, s.x, s.width * kWord);
+  _tile_loadd(4, s.w, s.stride);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (R == 2) {
+    _tile_loadd(5, s.w + s.rows, s.stride);
+    _tile_dpbf16ps(2, 5, 6);
+  }
+  if constexpr (P == 2) {
+    _tile_loadd(7, s.second, s.second_width * kWord);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// Words of a share of the columns: 32 rows of them stay in the nearest cache while all inputs pass by.
+constexpr int64_t kShare = 256;
+constexpr int64_t kTileFloats = kTile * kTile;
+
+// `words` words of a part; sums begin with those in `sums`, four tiles of them, and are left there.
+template <int R, int P>
+TINYCOMP_TARGET void part_words(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
+                                int64_t block, int64_t ahead, bool begins, float* sums) {
+  const int64_t width = tile_width(Part::first(part.inputs)), other = tile_width(Part::second(part.inputs));
+  if (begins) {
+    _tile_zero(0);
+    if constexpr (P == 2) _tile_zero(1);
+    if constexpr (R == 2) _tile_zero(2);
+    if constexpr (R == 2 && P == 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, kTile * kWord);
+    if constexpr (P == 2) _tile_loadd(1, sums + kTileFloats, kTile * kWord);
+    if constexpr (R == 2) _tile_loadd(2, sums + 2 * kTileFloats, kTile * kWord);
+    if constexpr (R == 2 && P == 2) _tile_loadd(3, sums + 3 * kTileFloats, kTile * kWord);
+  }
+  Step step{w, stride, kTile * stride, x, x + block, width, other};
+  int64_t c = 0;
+  for (; c + kTile <= words; c += kTile) {
+    for (int64_t r = 0; ahead != 0 && r < part.rows; ++r) __builtin_prefetch(step.w + ahead + r * stride);
+    multiply<R, P>(step);
+    step.w += kTile * kWord, step.x += kTile * width, step.second += kTile * other;
+  }
+  if (c < words) {
+    alignas(64) char last[2 * kTile * kTile * kWord];
+    const auto there = static_cast<__mmask16>((1u << (words - c)) - 1);
+    for (int64_t r = 0; r < part.rows; ++r)
+      _mm512_store_si512(last + r * kTile * kWord, _mm512_maskz_loadu_epi32(there, step.w + r * stride));
+    step.w = last, step.stride = kTile * kWord, step.rows = kTile * kTile * kWord;
+    multiply<R, P>(step);
+  }
+  _tile_stored(0, sums, kTile * kWord);
+  if constexpr (P == 2) _tile_stored(1, sums + kTileFloats, kTile * kWord);
+  if constexpr (R == 2) _tile_stored(2, sums + 2 * kTileFloats, kTile * kWord);
+  if constexpr (R == 2 && P == 2) _tile_stored(3, sums + 3 * kTileFloats, kTile * kWord);
+}
+
+// A tile of sums, turned, to results of each input.
+TINYCOMP_TARGET void put(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo) {
+  __m512i some[kTile];
+  for (int64_t r = 0; r < kTile; ++r)
+    some[r] = r < rows ? _mm512_load_si512(sums + r * kTile) : _mm512_setzero_si512();
+  transpose16(some);
+  const auto these = static_cast<__mmask16>((1u << rows) - 1);
+  for (int64_t j = 0; j < inputs; ++j) _mm512_mask_storeu_epi32(out + j * ldo, these, some[j]);
+}
+
+TINYCOMP_TARGET void dot_tiles(const char* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
+                               float* out, int64_t ldo) {
+  constexpr int64_t kTwo = 2 * kTile;
+  const int64_t block = kTile * padded_words(words), passes = (m + kTwo - 1) / kTwo;
+  // Results of one pass need no second visit.
+  const int64_t share = passes == 1 ? std::max<int64_t>(words, 1) : kShare;
+  const Scratch memory(kTileSlot, passes * 4 * kTileFloats);
+  for (int64_t i = 0; i < rows; i += kTwo, w += kTwo * stride) {
+    Part part{std::min(kTwo, rows - i), 0};
+    // Rows shorter than what the processor asks memory for by itself.
+    const int64_t next = rows - i > kTwo && words * kWord <= 4096 ? kTwo * stride : 0;
+    for (int64_t c = 0; c == 0 || c < words; c += share)
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t j = pass * kTwo, inputs = std::min(kTwo, m - j);
+        if (inputs != part.inputs) part.inputs = inputs, set_shapes(part);
+        const float* some = x + j * padded_words(words);
+        const auto run = part.rows > kTile ? (inputs > kTile ? part_words<2, 2> : part_words<2, 1>)
+                                           : (inputs > kTile ? part_words<1, 2> : part_words<1, 1>);
+        const int64_t width = tile_width(Part::first(inputs)), other = tile_width(Part::second(inputs));
+        const int64_t second = block + c * (other - width);
+        run(part, w + c * kWord, stride, std::min(share, words - c), some + c * width, second, pass == 0 ? next : 0,
+            c == 0, memory.data() + pass * 4 * kTileFloats);
+      }
+    for (int64_t j = 0; j < m; j += kTile)
+      for (int64_t r = 0; r < part.rows; r += kTile)
+        put(memory.data() + (j / kTwo * 4 + r / kTile * 2 + j / kTile % 2) * kTileFloats,
+            std::min(kTile, part.rows - r), std::min(kTile, m - j), out + j * ldo + i + r, ldo);
+  }
+  _tile_release();
+}
+
+}  // namespace
+
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTiles | kInt8;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+const PairsTable amx_pairs = {avx512_pairs.dot, dot_tiles, interleave_tiles, true};
+
+}  // namespace tinycomp
+#elif defined(__x86_64__)
+#include "dot_table.h"
+
+namespace tinycomp {
+
+bool may_use_tiles() { return false; }
+const PairsTable amx_pairs = {};
+
+}  // namespace tinycomp
+#endif
