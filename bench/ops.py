@@ -70,14 +70,14 @@ class Memory:
 
 
 def peaks(threads: int, memory: Memory) -> dict[str, float]:
-    """GB/s of memory, G operations/s of FMA, bfloat16 products and VNNI (times threads), best of several tries."""
+    """GB/s of memory, G operations/s of FMA, products of bfloat16 and of bytes (times threads), best of several tries."""
     from tinycomp import _C
 
     found = {name: memory.rate(name, 7) for name in memory.runs}
     for name, candidates in (
         ("fma", ("fma512", "fma256")),
-        ("bf16", ("bf16_512",)),
-        ("vnni", ("vnni512",)),
+        ("bf16", ("bf16_512", "amx_bf16")),
+        ("vnni", ("vnni512", "amx_int8")),
     ):
         best = 0.0
         for instruction in candidates:

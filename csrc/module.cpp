@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/amx.h"
 #include "common/dot.h"
 #include "common/peaks.h"
 #include "common/register.h"
@@ -31,6 +32,7 @@ static std::map<std::string, bool> cpu_features() {
   features["avx512vnni"] = __builtin_cpu_supports("avx512vnni");
   features["avx512vbmi2"] = __builtin_cpu_supports("avx512vbmi2");
   features["avx512bf16"] = __builtin_cpu_supports("avx512bf16");
+  features["amx"] = tinycomp::may_use_tiles();
 #endif
   return features;
 }
@@ -40,7 +42,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, C++ standard, oldest torch served, instruction set in use.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the kernels ask about.");
   m.def("run_peak", &tinycomp::run_peak,
-        "Operations of n rounds of fma512, fma256, bf16_512 or vnni512; 0 if not available.");
+        "Operations of n rounds of fma512, fma256, bf16_512, vnni512, amx_bf16 or amx_int8; 0 if not available.");
   m.def(
       "read_memory",
       [](uintptr_t address, int64_t n) { return tinycomp::read_memory(reinterpret_cast<const float*>(address), n); },

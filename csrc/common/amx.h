@@ -9,6 +9,7 @@
 // The compilers that know its instructions.
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define TINYCOMP_HAS_AMX 1
+#include <immintrin.h>
 #endif
 
 namespace tinycomp {
@@ -22,6 +23,9 @@ inline int64_t tile_width(int64_t n) {
   return width;
 }
 
+// What was written there is in memory: GCC's intrinsics do not say that they read it.
+inline void tiles_read(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -30,6 +34,12 @@ struct alignas(64) TileShapes {
   void set(int tile, int64_t r, int64_t n) {
     rows[tile] = static_cast<uint8_t>(n > 0 ? r : 0), row_bytes[tile] = static_cast<uint16_t>(r > 0 ? 4 * n : 0);
   }
+#if TINYCOMP_HAS_AMX
+  __attribute__((target("amx-tile"))) void use() const {
+    tiles_read(this);
+    _tile_loadconfig(this);
+  }
+#endif
 };
 
 // Whether the processor has tiles of bfloat16 and of bytes, and the system lets this process use them.

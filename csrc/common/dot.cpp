@@ -89,19 +89,22 @@ void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, in
   groups(static_cast<const char*>(w), stride, rows, words, x, m, out, ldo);
 }
 
-void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to) {
+void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last,
+                float* to) {
   (pairs ? choice().pairs->interleave : choice().table->interleave)(from, distance, m, words, first, last, to);
 }
 
 bool interleaves(bool pairs, int64_t m, int64_t words) {
   constexpr int64_t kMost = 192, kShortRow = 64;
-  if (pairs && choice().pairs->tiles) return m > 1;
+  if (pairs && has_tiles()) return true;
   if (!on_amd || choice().table->groups == nullptr || m > kMost) return false;
   // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do; pairs of 9 to 29 inputs multiply as fast
   // in rows, short ones apart.
   if (m == 3 || m == 4) return true;
   return pairs ? m >= 7 && (m <= 8 || m >= 30 || words <= kShortRow) : m >= 8;
 }
+
+bool has_tiles() { return has_pairs() && choice().pairs->tiles; }
 
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                 float* out, int64_t ldo) {

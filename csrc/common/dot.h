@@ -32,9 +32,13 @@ void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, in
                      float* out, int64_t ldo);
 bool interleaves(bool pairs, int64_t m, int64_t words);
 
+// Whether pairs that are side by side meet in tiles of AMX.
+bool has_tiles();
+
 // Words [first, last) of m inputs, `distance` bytes apart and `words` long, put side by side. `first` begins a cache
 // line of every piece: it is a multiple of 8.
-void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last, float* to);
+void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last,
+                float* to);
 
 // The other way round, sums of rows: out[j * ldo + c] = sum_i x[j * ldx + i] * w[i, c] for c < cols, j < m.
 void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,

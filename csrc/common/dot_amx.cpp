@@ -11,6 +11,7 @@
 
 #define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16,avx2,fma")))
 
+#include "dot.h"
 #include "dot_table.h"
 #include "transpose_avx512.h"
 
@@ -35,8 +36,7 @@ TINYCOMP_TARGET void interleave_block(const char* from, int64_t distance, int64_
       continue;
     }
     transpose16(some);
-    for (int64_t k = 0; k < kTile && w + k < end; ++k)
-      _mm512_mask_storeu_epi32(to + (w + k) * width, these, some[k]);
+    for (int64_t k = 0; k < kTile && w + k < end; ++k) _mm512_mask_storeu_epi32(to + (w + k) * width, these, some[k]);
   }
 }
 
@@ -61,7 +61,7 @@ TINYCOMP_TARGET void set_shapes(const Part& part) {
   for (int r = 0; r < 2; ++r)
     for (int p = 0; p < 2; ++p) shapes.set(2 * r + p, rows[r], inputs[p]);
   for (int k = 0; k < 2; ++k) shapes.set(4 + k, rows[k], kTile), shapes.set(6 + k, inputs[k] ? kTile : 0, inputs[k]);
-  _tile_loadconfig(&shapes);
+  shapes.use();
 }
 
 // Weights and inputs that a step of 16 words begins with; `rows` between the two blocks of weights.
@@ -88,30 +88,34 @@ TINYCOMP_TARGET inline void multiply(const Step& s) {
   }
 }
 
-// Words of a share of the columns: 32 rows of them stay in the nearest cache while all inputs pass by.
-constexpr int64_t kShare = 256;
-constexpr int64_t kTileFloats = kTile * kTile;
+// A tile of sums, turned, to results of each input.
+TINYCOMP_TARGET void store_turned(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo) {
+  __m512i some[kTile];
+  for (int64_t r = 0; r < kTile; ++r) some[r] = r < rows ? _mm512_load_si512(sums + r * kTile) : _mm512_setzero_si512();
+  transpose16(some);
+  const auto these = static_cast<__mmask16>((1u << rows) - 1);
+  for (int64_t j = 0; j < inputs; ++j) _mm512_mask_storeu_epi32(out + j * ldo, these, some[j]);
+}
 
-// `words` words of a part; sums begin with those in `sums`, four tiles of them, and are left there.
+// Rows that memory is asked for meanwhile, a cache line of each with every step.
+struct Ahead {
+  const char* w;
+  int64_t rows;
+};
+
+// A part's results.
 template <int R, int P>
-TINYCOMP_TARGET void part_words(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
-                                int64_t block, int64_t ahead, bool begins, float* sums) {
+TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
+                              const Ahead& ahead, float* out, int64_t ldo) {
+  _tile_zero(0);
+  if constexpr (P == 2) _tile_zero(1);
+  if constexpr (R == 2) _tile_zero(2);
+  if constexpr (R == 2 && P == 2) _tile_zero(3);
   const int64_t width = tile_width(Part::first(part.inputs)), other = tile_width(Part::second(part.inputs));
-  if (begins) {
-    _tile_zero(0);
-    if constexpr (P == 2) _tile_zero(1);
-    if constexpr (R == 2) _tile_zero(2);
-    if constexpr (R == 2 && P == 2) _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, kTile * kWord);
-    if constexpr (P == 2) _tile_loadd(1, sums + kTileFloats, kTile * kWord);
-    if constexpr (R == 2) _tile_loadd(2, sums + 2 * kTileFloats, kTile * kWord);
-    if constexpr (R == 2 && P == 2) _tile_loadd(3, sums + 3 * kTileFloats, kTile * kWord);
-  }
-  Step step{w, stride, kTile * stride, x, x + block, width, other};
+  Step step{w, stride, kTile * stride, x, x + kTile * padded_words(words), width, other};
   int64_t c = 0;
   for (; c + kTile <= words; c += kTile) {
-    for (int64_t r = 0; ahead != 0 && r < part.rows; ++r) __builtin_prefetch(step.w + ahead + r * stride);
+    for (int64_t r = 0; r < ahead.rows; ++r) __builtin_prefetch(ahead.w + c * kWord + r * stride);
     multiply<R, P>(step);
     step.w += kTile * kWord, step.x += kTile * width, step.second += kTile * other;
   }
@@ -120,53 +124,51 @@ TINYCOMP_TARGET void part_words(const Part& part, const char* w, int64_t stride,
     const auto there = static_cast<__mmask16>((1u << (words - c)) - 1);
     for (int64_t r = 0; r < part.rows; ++r)
       _mm512_store_si512(last + r * kTile * kWord, _mm512_maskz_loadu_epi32(there, step.w + r * stride));
+    tiles_read(last);
     step.w = last, step.stride = kTile * kWord, step.rows = kTile * kTile * kWord;
     multiply<R, P>(step);
   }
+  alignas(64) float sums[kTile * kTile];
+  const auto put = [&](int64_t r, int64_t p) {
+    store_turned(sums, std::min(kTile, part.rows - r * kTile), std::min(kTile, part.inputs - p * kTile),
+                 out + p * kTile * ldo + r * kTile, ldo);
+  };
   _tile_stored(0, sums, kTile * kWord);
-  if constexpr (P == 2) _tile_stored(1, sums + kTileFloats, kTile * kWord);
-  if constexpr (R == 2) _tile_stored(2, sums + 2 * kTileFloats, kTile * kWord);
-  if constexpr (R == 2 && P == 2) _tile_stored(3, sums + 3 * kTileFloats, kTile * kWord);
-}
-
-// A tile of sums, turned, to results of each input.
-TINYCOMP_TARGET void put(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo) {
-  __m512i some[kTile];
-  for (int64_t r = 0; r < kTile; ++r)
-    some[r] = r < rows ? _mm512_load_si512(sums + r * kTile) : _mm512_setzero_si512();
-  transpose16(some);
-  const auto these = static_cast<__mmask16>((1u << rows) - 1);
-  for (int64_t j = 0; j < inputs; ++j) _mm512_mask_storeu_epi32(out + j * ldo, these, some[j]);
+  put(0, 0);
+  if constexpr (P == 2) {
+    _tile_stored(1, sums, kTile * kWord);
+    put(0, 1);
+  }
+  if constexpr (R == 2) {
+    _tile_stored(2, sums, kTile * kWord);
+    put(1, 0);
+  }
+  if constexpr (R == 2 && P == 2) {
+    _tile_stored(3, sums, kTile * kWord);
+    put(1, 1);
+  }
 }
 
 TINYCOMP_TARGET void dot_tiles(const char* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
                                float* out, int64_t ldo) {
-  constexpr int64_t kTwo = 2 * kTile;
-  const int64_t block = kTile * padded_words(words), passes = (m + kTwo - 1) / kTwo;
-  // Results of one pass need no second visit.
-  const int64_t share = passes == 1 ? std::max<int64_t>(words, 1) : kShare;
-  const Scratch memory(kTileSlot, passes * 4 * kTileFloats);
-  for (int64_t i = 0; i < rows; i += kTwo, w += kTwo * stride) {
-    Part part{std::min(kTwo, rows - i), 0};
-    // Rows shorter than what the processor asks memory for by itself.
-    const int64_t next = rows - i > kTwo && words * kWord <= 4096 ? kTwo * stride : 0;
-    for (int64_t c = 0; c == 0 || c < words; c += share)
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t j = pass * kTwo, inputs = std::min(kTwo, m - j);
-        if (inputs != part.inputs) part.inputs = inputs, set_shapes(part);
-        const float* some = x + j * padded_words(words);
-        const auto run = part.rows > kTile ? (inputs > kTile ? part_words<2, 2> : part_words<2, 1>)
-                                           : (inputs > kTile ? part_words<1, 2> : part_words<1, 1>);
-        const int64_t width = tile_width(Part::first(inputs)), other = tile_width(Part::second(inputs));
-        const int64_t second = block + c * (other - width);
-        run(part, w + c * kWord, stride, std::min(share, words - c), some + c * width, second, pass == 0 ? next : 0,
-            c == 0, memory.data() + pass * 4 * kTileFloats);
-      }
-    for (int64_t j = 0; j < m; j += kTile)
-      for (int64_t r = 0; r < part.rows; r += kTile)
-        put(memory.data() + (j / kTwo * 4 + r / kTile * 2 + j / kTile % 2) * kTileFloats,
-            std::min(kTile, part.rows - r), std::min(kTile, m - j), out + j * ldo + i + r, ldo);
-  }
+  constexpr int64_t kTwo = 2 * kTile, kShortRow = 1024;
+  const int64_t passes = (m + kTwo - 1) / kTwo;
+  // The processor asks memory for long rows by itself, unless many inputs make it forget them, and for short ones
+  // rather then (measured on Granite Rapids).
+  const bool asks = (words > kShortRow) == (passes > 1);
+  Part part{0, 0};
+  for (int64_t i = 0; i < rows; i += kTwo, w += kTwo * stride)
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t j = pass * kTwo;
+      const Part next{std::min(kTwo, rows - i), std::min(kTwo, m - j)};
+      if (next.rows != part.rows || next.inputs != part.inputs) part = next, set_shapes(part);
+      const auto run = part.rows > kTile ? (part.inputs > kTile ? run_part<2, 2> : run_part<2, 1>)
+                                         : (part.inputs > kTile ? run_part<1, 2> : run_part<1, 1>);
+      // A share of the next rows in every pass; a call is for few rows, those after them are asked for as well.
+      const int64_t first = pass * kTwo / passes, end = (pass + 1) * kTwo / passes;
+      const Ahead ahead{w + (kTwo + first) * stride, asks ? end - first : 0};
+      run(part, w, stride, words, x + j * padded_words(words), ahead, out + j * ldo + i, ldo);
+    }
   _tile_release();
 }
 

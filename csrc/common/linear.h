@@ -144,8 +144,8 @@ class Middle {
       narrow(Type::bf16, row(j) + at + first, reinterpret_cast<char*>(words(j)) + (at + first) * 2, last - first);
     if (!interleaved(cols)) return;
     const int64_t number = pairs_ ? 2 : 1, distance = (pairs_ ? words_ : stride) * static_cast<int64_t>(sizeof(float));
-    interleave(pairs_, reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_, cols / number,
-               first / number, last / number, side_by_side(at / number));
+    interleave(pairs_, reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_,
+               cols / number, first / number, last / number, side_by_side(at / number));
   }
   void done(int64_t cols, int64_t first, int64_t last) const { done(0, cols, first, last); }
   // Columns [at, at + cols), once they are done.
@@ -183,6 +183,14 @@ class Middle {
   Scratch memory_;
 };
 
+// How many of m inputs meet some rows before the next do: tiles of AMX come back to the same words of inputs so soon
+// that they had better stay in the second-level cache.
+inline int64_t inputs_at_once(const Operand& x) {
+  constexpr int64_t kKeptWords = 1 << 18, kUnit = 32;
+  if (!x.interleaved || !x.pairs || !has_tiles()) return kInputsAtOnce;
+  return std::clamp(kKeptWords / std::max<int64_t>(x.stride, 1) / kUnit * kUnit, kUnit, kInputsAtOnce);
+}
+
 // Products of n rows of `cols` weights, `stride` bytes apart, with m lines of inputs.
 inline void dot(Type type, const void* w, int64_t stride, int64_t n, int64_t cols, const Operand& x, int64_t m,
                 float* out, int64_t ldo) {
@@ -201,8 +209,9 @@ inline void dot(const Weight& w, const Operand& x, int64_t m, int64_t first, int
 // out[j * ldo + i] for each of m inputs and each weight row i in [first, last).
 inline void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, float* out,
                      int64_t ldo) {
-  for (int64_t j = 0; j < m; j += kInputsAtOnce)
-    dot(w, x.from(j), std::min(kInputsAtOnce, m - j), first, last - first, out + j * ldo + first, ldo);
+  const int64_t most = inputs_at_once(x);
+  for (int64_t j = 0; j < m; j += most)
+    dot(w, x.from(j), std::min(most, m - j), first, last - first, out + j * ldo + first, ldo);
 }
 
 // to[i] = line[from[i]] + bias[i], all of them; no bias if that is empty.
@@ -272,10 +281,11 @@ struct Output {
 // store(j, i, values, n) for each input j and batch of weight rows [i, i + n) within [first, last).
 template <class Store>
 void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Store& store) {
-  const Scratch out(kResultSlot, std::min(m, kInputsAtOnce) * kBatch);
+  const int64_t most = inputs_at_once(x);
+  const Scratch out(kResultSlot, std::min(m, most) * kBatch);
   prefetch_beginning(w.data + first * w.stride, (last - first) * w.stride, w.data + last * w.stride);
-  for (int64_t start = 0; start < m; start += kInputsAtOnce) {
-    const int64_t inputs = std::min(kInputsAtOnce, m - start);
+  for (int64_t start = 0; start < m; start += most) {
+    const int64_t inputs = std::min(most, m - start);
     for (int64_t i = first; i < last; i += kBatch) {
       const int64_t n = std::min(kBatch, last - i);
       dot(w, x.from(start), inputs, i, n, out.data(), kBatch);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "amx.h"
 #include "lanes.h"
 #include "prefetch.h"
 
@@ -41,6 +42,30 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_512(int64_t n) {
   return _mm512_reduce_add_ps(sums[0]) == 1 ? 0 : 2.0 * 32 * kChains * n;
 }
 
+#if TINYCOMP_HAS_AMX
+// Four tiles of sums, as many as one step of the kernels has: of 32 pairs of bfloat16, or of 64 bytes, in each row.
+__attribute__((target("amx-tile,amx-bf16,amx-int8"))) double amx(int64_t n, bool bytes) {
+  constexpr double kOperations = 4 * 2.0 * 16 * 16;
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kTile, kTile);
+  shapes.use();
+  for (int64_t i = 0; i < n && !bytes; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  for (int64_t i = 0; i < n && bytes; ++i) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_release();
+  return kOperations * (bytes ? 64 : 32) * n;
+}
+#endif
+
 __attribute__((target("avx512f"))) double fma512(int64_t n) {
   __m512 sums[kChains], a = _mm512_set1_ps(0.5f);
   for (auto& sum : sums) sum = a;
@@ -73,6 +98,10 @@ double run_peak(const std::string& instruction, int64_t n) {
   if (instruction == "vnni512" && __builtin_cpu_supports("avx512vnni")) return vnni512(n);
   if (instruction == "bf16_512" && __builtin_cpu_supports("avx512bf16")) return bf16_512(n);
   if (instruction == "fma256" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return fma256(n);
+#endif
+#if TINYCOMP_HAS_AMX
+  if (instruction == "amx_bf16" && may_use_tiles()) return amx(n, false);
+  if (instruction == "amx_int8" && may_use_tiles()) return amx(n, true);
 #endif
   return 0;
 }
