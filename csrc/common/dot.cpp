@@ -50,7 +50,7 @@ Choice choose() {
   for (const Choice& choice : choices) {
     if (!choice.runs) continue;
     // Intel's products of bfloat16 run at half the rate of its float32 multiply-adds, AMD's at twice that.
-    const bool fast = choice.pairs == nullptr || choice.pairs->tiles || on_amd;
+    const bool fast = choice.pairs == nullptr || choice.pairs->blocks || on_amd;
     if (forced.empty() ? fast : forced == choice.name) return choice;
     allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
   }
@@ -104,11 +104,16 @@ bool interleaves(bool pairs, int64_t m, int64_t words) {
   return pairs ? m >= 7 && (m <= 8 || m >= 30 || words <= kShortRow) : m >= 8;
 }
 
-bool has_tiles() { return has_pairs() && choice().pairs->tiles; }
+bool has_tiles() { return has_pairs() && choice().pairs->blocks != nullptr; }
 
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                 float* out, int64_t ldo) {
   choice().table->blocks[static_cast<int>(type)](w, columns, count, x, ldx, m, out, ldo);
+}
+
+void dot_tile_blocks(const void* w, const int32_t* columns, int64_t count, const float* x, int64_t words, int64_t m,
+                     float* out, int64_t ldo) {
+  choice().pairs->blocks(static_cast<const char*>(w), columns, count, x, words, m, out, ldo);
 }
 
 void widen(Type type, const void* from, float* to, int64_t n) {

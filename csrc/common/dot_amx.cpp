@@ -103,31 +103,16 @@ struct Ahead {
   int64_t rows;
 };
 
-// A part's results.
 template <int R, int P>
-TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
-                              const Ahead& ahead, float* out, int64_t ldo) {
+TINYCOMP_TARGET inline void begin_sums() {
   _tile_zero(0);
   if constexpr (P == 2) _tile_zero(1);
   if constexpr (R == 2) _tile_zero(2);
   if constexpr (R == 2 && P == 2) _tile_zero(3);
-  const int64_t width = tile_width(Part::first(part.inputs)), other = tile_width(Part::second(part.inputs));
-  Step step{w, stride, kTile * stride, x, x + kTile * padded_words(words), width, other};
-  int64_t c = 0;
-  for (; c + kTile <= words; c += kTile) {
-    for (int64_t r = 0; r < ahead.rows; ++r) __builtin_prefetch(ahead.w + c * kWord + r * stride);
-    multiply<R, P>(step);
-    step.w += kTile * kWord, step.x += kTile * width, step.second += kTile * other;
-  }
-  if (c < words) {
-    alignas(64) char last[2 * kTile * kTile * kWord];
-    const auto there = static_cast<__mmask16>((1u << (words - c)) - 1);
-    for (int64_t r = 0; r < part.rows; ++r)
-      _mm512_store_si512(last + r * kTile * kWord, _mm512_maskz_loadu_epi32(there, step.w + r * stride));
-    tiles_read(last);
-    step.w = last, step.stride = kTile * kWord, step.rows = kTile * kTile * kWord;
-    multiply<R, P>(step);
-  }
+}
+
+template <int R, int P>
+TINYCOMP_TARGET inline void store_sums(const Part& part, float* out, int64_t ldo) {
   alignas(64) float sums[kTile * kTile];
   const auto put = [&](int64_t r, int64_t p) {
     store_turned(sums, std::min(kTile, part.rows - r * kTile), std::min(kTile, part.inputs - p * kTile),
@@ -147,6 +132,31 @@ TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, i
     _tile_stored(3, sums, kTile * kWord);
     put(1, 1);
   }
+}
+
+// A part's results.
+template <int R, int P>
+TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
+                              const Ahead& ahead, float* out, int64_t ldo) {
+  begin_sums<R, P>();
+  const int64_t width = tile_width(Part::first(part.inputs)), other = tile_width(Part::second(part.inputs));
+  Step step{w, stride, kTile * stride, x, x + kTile * padded_words(words), width, other};
+  int64_t c = 0;
+  for (; c + kTile <= words; c += kTile) {
+    for (int64_t r = 0; r < ahead.rows; ++r) __builtin_prefetch(ahead.w + c * kWord + r * stride);
+    multiply<R, P>(step);
+    step.w += kTile * kWord, step.x += kTile * width, step.second += kTile * other;
+  }
+  if (c < words) {
+    alignas(64) char last[2 * kTile * kTile * kWord];
+    const auto there = static_cast<__mmask16>((1u << (words - c)) - 1);
+    for (int64_t r = 0; r < part.rows; ++r)
+      _mm512_store_si512(last + r * kTile * kWord, _mm512_maskz_loadu_epi32(there, step.w + r * stride));
+    tiles_read(last);
+    step.w = last, step.stride = kTile * kWord, step.rows = kTile * kTile * kWord;
+    multiply<R, P>(step);
+  }
+  store_sums<R, P>(part, out, ldo);
 }
 
 TINYCOMP_TARGET void dot_tiles(const char* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
@@ -172,6 +182,33 @@ TINYCOMP_TARGET void dot_tiles(const char* w, int64_t stride, int64_t rows, int6
   _tile_release();
 }
 
+// Blocks of 32 x 32 against one or two tiles of inputs.
+template <int P>
+TINYCOMP_TARGET void run_blocks(const Part& part, const char* w, const int32_t* columns, int64_t count, const float* x,
+                                int64_t words, float* out, int64_t ldo) {
+  static_assert(kBlock == 2 * kTile);
+  constexpr int64_t kRow = kTile * kWord;
+  const int64_t width = tile_width(Part::first(part.inputs)), other = tile_width(Part::second(part.inputs));
+  begin_sums<2, P>();
+  for (int64_t k = 0; k < count; ++k, w += kBlock * kRow) {
+    const int64_t at = columns[k] * kTile;
+    multiply<2, P>({w, kRow, kTile * kRow, x + at * width, x + kTile * padded_words(words) + at * other, width, other});
+  }
+  store_sums<2, P>(part, out, ldo);
+}
+
+TINYCOMP_TARGET void dot_tile_blocks(const char* w, const int32_t* columns, int64_t count, const float* x,
+                                     int64_t words, int64_t m, float* out, int64_t ldo) {
+  Part part{0, 0};
+  for (int64_t j = 0; j < m; j += kBlock) {
+    const Part next{kBlock, std::min(kBlock, m - j)};
+    if (next.inputs != part.inputs) part = next, set_shapes(part);
+    const auto run = part.inputs > kTile ? run_blocks<2> : run_blocks<1>;
+    run(part, w, columns, count, x + j * padded_words(words), words, out + j * ldo, ldo);
+  }
+  _tile_release();
+}
+
 }  // namespace
 
 bool may_use_tiles() {
@@ -182,7 +219,7 @@ bool may_use_tiles() {
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-const PairsTable amx_pairs = {avx512_pairs.dot, dot_tiles, interleave_tiles, true};
+const PairsTable amx_pairs = {avx512_pairs.dot, dot_tiles, interleave_tiles, dot_tile_blocks};
 
 }  // namespace tinycomp
 #elif defined(__x86_64__)

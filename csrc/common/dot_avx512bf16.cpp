@@ -20,7 +20,8 @@ struct Avx512Pairs : Avx512 {
 
 }  // namespace
 
-const PairsTable avx512_pairs = {dot_typed<Avx512Pairs, float>, dot_groups<Avx512Pairs>, interleave_words, false};
+const PairsTable avx512_pairs = {dot_typed<Avx512Pairs, float>, dot_groups<Avx512Pairs>, interleave_words,
+                                  nullptr};
 
 }  // namespace tinycomp
 #endif

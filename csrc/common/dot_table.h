@@ -36,7 +36,9 @@ struct PairsTable {
   DotTable::Dot dot;
   DotTable::Groups groups;
   DotTable::Interleave interleave;
-  bool tiles;  // of AMX
+  // dot_tile_blocks of dot.h; null: no tiles.
+  void (*blocks)(const char* w, const int32_t* columns, int64_t count, const float* x, int64_t words, int64_t m,
+                 float* out, int64_t ldo);
 };
 #if defined(__x86_64__)
 extern const PairsTable avx512_pairs;

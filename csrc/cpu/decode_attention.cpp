@@ -63,7 +63,7 @@ void attend(const Tensor& q, const Cache<T>& k, const Cache<T>& v, const bool* s
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   const int64_t lines = heads / k.heads * queries;  // that meet the keys of one head
   const int64_t parts = (k.keys + kKeys - 1) / kKeys, width = v.cols + 2;
-  const Inputs x(q, T{}, kPairs);
+  const Inputs x(q, T{}, has_tiles() ? kWide : kPairs);  // the processors that have those are slower in pairs
   // Of each line and part: the largest score, the sum of weights, and their sum of values.
   const Scratch memory(kMiddleSlot, batch * heads * queries * parts * width);
   const auto found = [&](int64_t line, int64_t part) { return memory.data() + (line * parts + part) * width; };

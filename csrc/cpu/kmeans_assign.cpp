@@ -78,25 +78,29 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     int32_t* places = static_cast<int32_t*>(labels.mutable_data_ptr());
     float* squares = static_cast<float*>(distances.mutable_data_ptr());
     if constexpr (std::is_same_v<A, float>) {
-      // Centroids lie apart as inputs do; bfloat16 ones meet points in pairs where that is faster, and as exact.
-      const bool pairs = in_pairs<T>(d);
-      const int64_t words = pairs ? d / 2 : d, apart = row_distance(words, k);
-      std::vector<float> lines(k * apart);
-      for (int64_t c = 0; c < k; ++c)
+      // Centroids lie apart as inputs do, or side by side; bfloat16 ones meet points in pairs where that is faster, and
+      // as exact.
+      const bool pairs = in_pairs<T>(d), tiles = pairs && has_tiles();
+      const int64_t words = pairs ? d / 2 : d, apart = tiles ? padded_words(words) : row_distance(words, k);
+      std::vector<float> lines(tiles ? 0 : k * apart);
+      const Lines side_by_side(tiles ? padded_inputs(k) * apart : 0);
+      if (tiles) {
+        const Tensor narrow = adjacent(centroids);
+        interleave(true, static_cast<const char*>(narrow.const_data_ptr()), d * sizeof(T), k, words, 0, words,
+                   side_by_side.data());
+      }
+      for (int64_t c = 0; c < k && !tiles; ++c)
         if (pairs)
           narrow(Type::bf16, to + c * d, lines.data() + c * apart, d);
         else
           std::copy_n(to + c * d, d, lines.data() + c * apart);
+      const Operand mine{tiles ? side_by_side.data() : lines.data(), apart, pairs, tiles};
+      const int64_t most = inputs_at_once(mine);
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
         constexpr int64_t size = sizeof(T);
-        for (int64_t c = 0; c < k; c += kInputsAtOnce) {
-          const int64_t m = std::min(kInputsAtOnce, k - c);
-          const float* const some = lines.data() + c * apart;
-          if (pairs)
-            dot_pairs(from + first * d, d * size, count, words, some, apart, m, line + c * kPoints, kPoints);
-          else
-            dot(dot_type<T>, from + first * d, d * size, count, d, some, apart, m, line + c * kPoints, kPoints);
-        }
+        for (int64_t c = 0; c < k; c += most)
+          tinycomp::dot(dot_type<T>, from + first * d, d * size, count, d, mine.from(c), std::min(most, k - c),
+                        line + c * kPoints, kPoints);
       });
     } else {
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, double* line) {

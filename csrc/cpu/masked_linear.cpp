@@ -181,8 +181,8 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
 
 // Inputs that go through all rows of blocks together: as many as stay in cache.
 inline int64_t inputs_together(int64_t cols) {
-  constexpr int64_t kKeptInputs = 1 << 19;
-  return std::clamp(kKeptInputs / std::max<int64_t>(cols, 1), 2 * kPanelInputs, kInputsAtOnce);
+  constexpr int64_t kKeptInputs = 1 << 19, kWhole = 32;  // as many as begin a piece of interleaved ones
+  return std::clamp(kKeptInputs / std::max<int64_t>(cols, 1) / kWhole * kWhole, kWhole, kInputsAtOnce);
 }
 
 // Whole blocks [first, last) of columns of all inputs, one block after another: in a matrix its rows would lie in as
@@ -205,6 +205,7 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
   constexpr int64_t kValues = kBlock * kBlock, kTogether = 6;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
   const int64_t size = w.values.element_size();
+  const bool tiles = x.operand().interleaved;
   const int64_t together = inputs_together(w.cols), uncut = w.cols / kBlock;
   const Scratch part(kShiftSlot, kInputsAtOnce * kBlock), values(kRebuildSlot, kTogether * kValues);
   std::vector<int32_t> places(columns);
@@ -219,11 +220,15 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
             const auto is_kept = [&](int64_t c) { return w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1; };
             int64_t kept = 0;
             for (int64_t c = 0; c < uncut; ++c)
-              if (is_kept(c)) places[kept++] = static_cast<int32_t>(c * inputs * kBlock);
+              if (is_kept(c)) places[kept++] = static_cast<int32_t>(tiles ? c : c * inputs * kBlock);
             bool cut = uncut < columns && is_kept(uncut);
             if (kept + cut > end - at) w.bad = true, kept = 0, cut = false;
             float* to = out + b * kBlock - i;
-            if (w.floating()) {
+            if (tiles) {
+              const float* some = x.operand().from(start).data;
+              dot_tile_blocks(w.value_data() + at * kValues * size, places.data(), kept, some, w.cols / 2, inputs, to,
+                              kBatch);
+            } else if (w.floating()) {
               dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), kept, from, kBlock, inputs, to,
                          kBatch);
             } else {
@@ -266,6 +271,7 @@ inline void pack_pairs(const Inputs& x, int64_t first, int64_t last, uint32_t* t
 // The share of kept weights up to which multiplying them alone is faster than a dense product: a whole group of inputs
 // meets a kept weight, however many they are, where a product of pairs takes as long as it has inputs.
 inline double few_kept(int64_t m) {
+  if (has_tiles()) return 0.02;
   const int64_t inputs = (m + Columns::kGroup - 1) / Columns::kGroup * Columns::kGroup;
   return expansion().words == nullptr ? 0.35 : 0.27 * static_cast<double>(m) / static_cast<double>(inputs);
 }
@@ -278,22 +284,23 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
   const bool rows = m > 1 && bits && !sparse;  // that are expanded
-  const bool pairs = rows && w.type == Type::bf16 && expansion().words != nullptr;
-  const Inputs x(inputs, T{}, kApart | (rows && m >= kPanelInputs ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
+  const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
+  const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0;
+  const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
+  const bool beside = tiled || (rows && (m >= kPanelInputs || has_tiles()));
+  const Inputs x(inputs, T{}, kApart | (beside ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
   const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
-  const bool blocks = w.format == "block32";
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
-  const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 : turned || padded || blocks ? floats : 0);
+  const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 : turned || padded || (blocks && !tiled) ? floats : 0);
   const OneInput one{columns.data(), columns.data() + wide};
   auto* words = reinterpret_cast<uint32_t*>(columns.data());
   const Columns lines{columns.data(), turned && narrow ? words : nullptr, m};
   const Stage packing = turned                 ? Stage{w.cols, 256}
                         : padded || words_once ? Stage{1, 1}
-                        : blocks               ? Stage{w.cols / kBlock, 8}
+                        : blocks && !tiled     ? Stage{w.cols / kBlock, 8}
                                                : Stage{0, 1};
-  const bool packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
-  const Stage stages[] = {packed_alone ? Stage{0, 1} : x.stage(), packing, {w.rows, kBatch}};
+  const Stage stages[] = {packed_alone && !tiled ? Stage{0, 1} : x.stage(), packing, {w.rows, kBatch}};
   const double estimate = microseconds(static_cast<double>(w.count) * 2, static_cast<double>(w.count) * m);
   run_stages(stages, estimate, [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) return x.prepare(first, last);
