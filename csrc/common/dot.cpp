@@ -97,7 +97,9 @@ void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64
 bool interleaves(bool pairs, int64_t m, int64_t words) {
   constexpr int64_t kMost = 192, kShortRow = 64;
   if (pairs && has_tiles()) return true;
-  if (!on_amd || choice().table->groups == nullptr || m > kMost) return false;
+  if (choice().table->groups == nullptr || m > kMost) return false;
+  // On Granite Rapids panels are as fast for few and pairs are slower.
+  if (!on_amd) return !pairs && m >= 8;
   // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do; pairs of 9 to 29 inputs multiply as fast
   // in rows, short ones apart.
   if (m == 3 || m == 4) return true;

@@ -50,8 +50,8 @@ constexpr int64_t kBlock = 32;
 void dot_blocks(Type type, const void* w, const int32_t* columns, int64_t count, const float* x, int64_t ldx, int64_t m,
                 float* out, int64_t ldo);
 
-// The same of bfloat16 and inputs side by side, `words` words each, where there are tiles; columns[b] counts blocks. Sums
-// replace what is in `out`.
+// The same of bfloat16 and inputs side by side, `words` words each, where there are tiles; columns[b] counts blocks.
+// Sums replace what is in `out`.
 void dot_tile_blocks(const void* w, const int32_t* columns, int64_t count, const float* x, int64_t words, int64_t m,
                      float* out, int64_t ldo);
 

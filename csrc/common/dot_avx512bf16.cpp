@@ -20,8 +20,7 @@ struct Avx512Pairs : Avx512 {
 
 }  // namespace
 
-const PairsTable avx512_pairs = {dot_typed<Avx512Pairs, float>, dot_groups<Avx512Pairs>, interleave_words,
-                                  nullptr};
+const PairsTable avx512_pairs = {dot_typed<Avx512Pairs, float>, dot_groups<Avx512Pairs>, interleave_words, nullptr};
 
 }  // namespace tinycomp
 #endif

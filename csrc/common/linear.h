@@ -183,11 +183,11 @@ class Middle {
   Scratch memory_;
 };
 
-// How many of m inputs meet some rows before the next do: tiles of AMX come back to the same words of inputs so soon
-// that they had better stay in the second-level cache.
+// How many inputs meet some rows before the next do: on Intel's processors those that are side by side had better stay
+// in the second-level cache.
 inline int64_t inputs_at_once(const Operand& x) {
   constexpr int64_t kKeptWords = 1 << 18, kUnit = 32;
-  if (!x.interleaved || !x.pairs || !has_tiles()) return kInputsAtOnce;
+  if (!x.interleaved || on_amd) return kInputsAtOnce;
   return std::clamp(kKeptWords / std::max<int64_t>(x.stride, 1) / kUnit * kUnit, kUnit, kInputsAtOnce);
 }
 

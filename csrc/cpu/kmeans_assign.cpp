@@ -80,21 +80,20 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     if constexpr (std::is_same_v<A, float>) {
       // Centroids lie apart as inputs do, or side by side; bfloat16 ones meet points in pairs where that is faster, and
       // as exact.
-      const bool pairs = in_pairs<T>(d), tiles = pairs && has_tiles();
-      const int64_t words = pairs ? d / 2 : d, apart = tiles ? padded_words(words) : row_distance(words, k);
-      std::vector<float> lines(tiles ? 0 : k * apart);
-      const Lines side_by_side(tiles ? padded_inputs(k) * apart : 0);
-      if (tiles) {
-        const Tensor narrow = adjacent(centroids);
-        interleave(true, static_cast<const char*>(narrow.const_data_ptr()), d * sizeof(T), k, words, 0, words,
-                   side_by_side.data());
+      const bool pairs = in_pairs<T>(d), beside = interleaves<T>(std::min<int64_t>(k, 64), d);
+      const int64_t words = pairs ? d / 2 : d, apart = beside ? padded_words(words) : row_distance(words, k);
+      const Lines lines((beside ? padded_inputs(k) : k) * apart);
+      if (beside) {
+        const Tensor some = adjacent(detach(centroids));
+        interleave(pairs, static_cast<const char*>(some.const_data_ptr()), d * sizeof(T), k, words, 0, words,
+                   lines.data());
       }
-      for (int64_t c = 0; c < k && !tiles; ++c)
+      for (int64_t c = 0; c < k && !beside; ++c)
         if (pairs)
           narrow(Type::bf16, to + c * d, lines.data() + c * apart, d);
         else
           std::copy_n(to + c * d, d, lines.data() + c * apart);
-      const Operand mine{tiles ? side_by_side.data() : lines.data(), apart, pairs, tiles};
+      const Operand mine{lines.data(), apart, pairs, beside};
       const int64_t most = inputs_at_once(mine);
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
         constexpr int64_t size = sizeof(T);

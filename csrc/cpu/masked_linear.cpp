@@ -283,7 +283,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool bits = w.format == "bitmask" || w.format == "2:4";
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
-  const bool rows = m > 1 && bits && !sparse;  // that are expanded
+  const bool rows = m > 1 && bits && !sparse;                                                // that are expanded
   const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
   const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0;
   const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
