@@ -34,7 +34,7 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"amx", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &amx_pairs, has_bf16 && may_use_tiles()},
+      {"amx", &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, has_bf16 && may_use_tiles()},
       {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, has_bf16},
       {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
       {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, has_vnni},

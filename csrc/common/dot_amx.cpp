@@ -13,55 +13,15 @@
 
 #include "dot.h"
 #include "dot_table.h"
-#include "transpose_avx512.h"
+#include "tiles.h"
 
 namespace tinycomp {
 namespace {
-
-constexpr int64_t kWord = sizeof(float);
-
-// Words [first, last) of up to 16 inputs, `words` long and zeros after that, in the order of a tile: all inputs' first
-// words, then their second ones, `width` apart.
-TINYCOMP_TARGET void interleave_block(const char* from, int64_t distance, int64_t inputs, int64_t words, int64_t first,
-                                      int64_t last, float* to) {
-  const int64_t width = tile_width(inputs), end = last == words ? padded_words(words) : last;
-  const auto these = static_cast<__mmask16>((1u << width) - 1);
-  for (int64_t w = first; w < end; w += kTile) {
-    const auto there = static_cast<__mmask16>((1u << std::clamp<int64_t>(last - w, 0, kTile)) - 1);
-    __m512i some[kTile];
-    for (int64_t j = 0; j < kTile; ++j)
-      some[j] = j < inputs ? _mm512_maskz_loadu_epi32(there, from + j * distance + w * kWord) : _mm512_setzero_si512();
-    if (width == 1) {
-      _mm512_mask_storeu_epi32(to + w, static_cast<__mmask16>((1u << std::min(kTile, end - w)) - 1), some[0]);
-      continue;
-    }
-    transpose16(some);
-    for (int64_t k = 0; k < kTile && w + k < end; ++k) _mm512_mask_storeu_epi32(to + (w + k) * width, these, some[k]);
-  }
-}
 
 TINYCOMP_TARGET void interleave_tiles(const char* from, int64_t distance, int64_t m, int64_t words, int64_t first,
                                       int64_t last, float* to) {
   for (int64_t j = 0; j < m; j += kTile, to += kTile * padded_words(words))
     interleave_block(from + j * distance, distance, std::min(kTile, m - j), words, first, last, to);
-}
-
-// Up to 32 rows against up to 32 inputs, as tiles hold them.
-struct Part {
-  int64_t rows, inputs;
-  static int64_t first(int64_t n) { return std::min(n, kTile); }
-  static int64_t second(int64_t n) { return std::max<int64_t>(n - kTile, 0); }
-};
-
-// Tiles 0 to 3 are sums, rows by inputs; 4 and 5 weights; 6 and 7 inputs.
-TINYCOMP_TARGET void set_shapes(const Part& part) {
-  const int64_t rows[] = {Part::first(part.rows), Part::second(part.rows)};
-  const int64_t inputs[] = {Part::first(part.inputs), Part::second(part.inputs)};
-  TileShapes shapes;
-  for (int r = 0; r < 2; ++r)
-    for (int p = 0; p < 2; ++p) shapes.set(2 * r + p, rows[r], inputs[p]);
-  for (int k = 0; k < 2; ++k) shapes.set(4 + k, rows[k], kTile), shapes.set(6 + k, inputs[k] ? kTile : 0, inputs[k]);
-  shapes.use();
 }
 
 // Weights and inputs that a step of 16 words begins with; `rows` between the two blocks of weights.
@@ -88,28 +48,11 @@ TINYCOMP_TARGET inline void multiply(const Step& s) {
   }
 }
 
-// A tile of sums, turned, to results of each input.
-TINYCOMP_TARGET void store_turned(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo) {
-  __m512i some[kTile];
-  for (int64_t r = 0; r < kTile; ++r) some[r] = r < rows ? _mm512_load_si512(sums + r * kTile) : _mm512_setzero_si512();
-  transpose16(some);
-  const auto these = static_cast<__mmask16>((1u << rows) - 1);
-  for (int64_t j = 0; j < inputs; ++j) _mm512_mask_storeu_epi32(out + j * ldo, these, some[j]);
-}
-
 // Rows that memory is asked for meanwhile, a cache line of each with every step.
 struct Ahead {
   const char* w;
   int64_t rows;
 };
-
-template <int R, int P>
-TINYCOMP_TARGET inline void begin_sums() {
-  _tile_zero(0);
-  if constexpr (P == 2) _tile_zero(1);
-  if constexpr (R == 2) _tile_zero(2);
-  if constexpr (R == 2 && P == 2) _tile_zero(3);
-}
 
 template <int R, int P>
 TINYCOMP_TARGET inline void store_sums(const Part& part, float* out, int64_t ldo) {

@@ -63,6 +63,10 @@ struct RoundedTable {
   void (*rebuild)(const RoundedRows& w, int64_t rows, float* out);
   // The same in bfloat16, rows `distance` apart; levels alone, which are exact, where a row has one scale. Null: none.
   void (*rebuild_pairs)(const RoundedRows& w, int64_t rows, uint16_t* out, int64_t distance);
+  // Rounded levels of up to kTogether inputs, `input_width` apart, as dot_many_levels wants these, in no more memory;
+  // null: as they are.
+  static constexpr int64_t kTogether = 16;
+  void (*arrange)(const RoundedRows& w, const int8_t* levels, int64_t inputs, int8_t* to);
 };
 
 const RoundedTable& rounded();
@@ -72,6 +76,7 @@ extern const RoundedTable portable_rounded;
 extern const RoundedTable avx2_rounded;
 extern const RoundedTable avx512_rounded;
 extern const RoundedTable avx512vnni_rounded;
+const RoundedTable& amx_rounded();
 #endif
 
 }  // namespace tinycomp

@@ -124,6 +124,9 @@ class RoundedWeight {
 
 // Inputs as a rounded weight reads them, and others of its layout; `prepare` fills rows in a stage of its own.
 class RoundedInputs {
+  // As many as are arranged, and as many as a step of theirs takes.
+  static constexpr int64_t kTogether = RoundedTable::kTogether, kWhole = 2 * kTogether;
+
  public:
   // `pairs`: whether they and rebuilt weights are rounded to bfloat16, in pairs. `zeros`: whether another weight that
   // reads them has zeros.
@@ -138,11 +141,13 @@ class RoundedInputs {
         rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
         many_(w.rounds_inputs && m >= (w.four_bits ? kManyBeforeNibbles : kManyInputs) &&
               rounded().dot_many_levels != nullptr),
+        arranged_(many_ && rounded().arrange != nullptr),
         words_(pairs_ ? row_distance(width_ / 2, m) : 0),
-        memory_(slot, m * (width_ / (w.rounds_inputs ? 4 : 1) + words_ + (2 + (many_ ? 0 : kLanes)) * w.groups +
-                           w.scale_groups)) {
+        room_(arranged_ ? (m + kTogether - 1) / kTogether * kTogether : m),
+        memory_(slot, room_ * (width_ / (w.rounds_inputs ? 4 : 1)) +
+                          m * (words_ + (2 + (many_ ? 0 : kLanes)) * w.groups + w.scale_groups)) {
     float* next = memory_.data();
-    ordered_ = next, next += m * (width_ / (w.rounds_inputs ? 4 : 1));
+    ordered_ = next, next += room_ * (width_ / (w.rounds_inputs ? 4 : 1));
     scales_ = next, next += m * w.groups;
     sums_ = reinterpret_cast<int32_t*>(next), next += m * w.groups;
     starts_ = reinterpret_cast<int32_t*>(next), next += many_ ? 0 : m * w.groups * kLanes;
@@ -150,9 +155,14 @@ class RoundedInputs {
     narrowed_ = next;
   }
 
-  Stage stage() const { return {m, std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1))}; }
+  Stage stage() const {
+    const int64_t share = std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.cols, 1));
+    return {m, arranged_ ? (share + kTogether - 1) / kTogether * kTogether : share};
+  }
 
   void prepare(int64_t first, int64_t last) const {
+    const Scratch some(kResultSlot, arranged_ ? kTogether * width_ / 4 : 0);
+    auto* const rows = reinterpret_cast<int8_t*>(some.data());
     for (int64_t j = first; j < last; ++j) {
       const float* x = x_ + j * w_.cols;
       float* totals = totals_ + j * w_.scale_groups;
@@ -161,12 +171,16 @@ class RoundedInputs {
         if (pairs_) narrow(Type::bf16, ordered_ + j * width_, narrowed_ + j * words_, width_);
         continue;
       }
-      const RoundedLevels to = levels(j);
+      RoundedLevels to = levels(j);
+      if (arranged_) to.levels = rows + (j - first) % kTogether * width_, to.group_step = group_width(layout());
       rounded().round_inputs(layout(), x, to, many_ ? nullptr : starts_ + j * w_.groups * kLanes);
       std::fill_n(totals, w_.scale_groups, 0.0f);
       for (int64_t g = 0; g < w_.groups; ++g)
         totals[w_.scale_groups == 1 ? 0 : g] +=
             to.scales[g * to.scale_step] * static_cast<float>(to.sums[g * to.scale_step]);
+      const int64_t done = (j - first) % kTogether + 1;
+      if (arranged_ && (done == kTogether || j + 1 == last))
+        rounded().arrange(layout(), rows, done, reinterpret_cast<int8_t*>(ordered_) + (j + 1 - done) * width_);
     }
   }
 
@@ -179,7 +193,9 @@ class RoundedInputs {
   template <class Store>
   void dot_rows(const RoundedWeight& w, int64_t first, int64_t last, const Store& store) const {
     const int64_t passes = std::max<int64_t>(1, (m + kInputsAtOnce - 1) / kInputsAtOnce);
-    const int64_t most = (m + passes - 1) / passes, groups = w.scale_groups;  // many inputs have no few at their end
+    // Many inputs have no few at their end.
+    const int64_t share = (m + passes - 1) / passes, groups = w.scale_groups;
+    const int64_t most = arranged_ ? (share + kWhole - 1) / kWhole * kWhole : share;
     const Scratch out(kResultSlot, 2 * most * kBatch), scales(kScaleSlot, kBatch * groups);
     const Scratch shifts(kShiftSlot, w.has_zeros() ? kBatch * groups : 0);
     const int64_t words = row_distance(width_ / 2, kBatch);
@@ -213,6 +229,7 @@ class RoundedInputs {
   RoundedLevels levels(int64_t j) const {
     auto* const first = reinterpret_cast<int8_t*>(ordered_);
     const int64_t group = group_width(layout());
+    if (arranged_) return {first + j * width_, 0, scales_ + j, sums_ + j, m};
     if (many_) return {first + j * group, m * group, scales_ + j, sums_ + j, m};
     return {first + j * width_, group, scales_ + j * w_.groups, sums_ + j * w_.groups, 1};
   }
@@ -243,8 +260,8 @@ class RoundedInputs {
 
  private:
   int64_t width_;
-  bool pairs_, rebuilds_, many_;
-  int64_t words_;
+  bool pairs_, rebuilds_, many_, arranged_;
+  int64_t words_, room_;
   Scratch memory_;
   float *ordered_, *scales_, *totals_, *narrowed_;
   int32_t *sums_, *starts_;
