@@ -12,7 +12,7 @@ import pytest
 
 from tinycomp.ops import _registry
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable")
 # Ops need torch alone; blocking the rest proves it, and saves its import.
 WITHOUT_TRANSFORMERS = "import sys; sys.modules['transformers'] = None\n"
 

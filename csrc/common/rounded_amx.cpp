@@ -11,6 +11,7 @@ namespace tinycomp {
 namespace {
 
 constexpr int64_t kLine = kTile * kWord;  // levels of a row of a tile
+constexpr int64_t kGroupsAhead = 8;
 
 TINYCOMP_TARGET void arrange(const RoundedRows& w, const int8_t* levels, int64_t inputs, int8_t* to) {
   const int64_t width = group_width(w), words = width / kWord;
@@ -108,6 +109,13 @@ TINYCOMP_TARGET void dot_tile_levels(const RoundedRows& w, int64_t rows, const R
         unpack(w, from, n, w.four_bits ? (w.size(g) + 1) / 2 : w.size(g), unpacked);
         tiles_read(unpacked);
       }
+      // Memory is asked for what comes some groups later, of these rows or of the next ones; short rows follow one
+      // another so closely that the processor asks by itself.
+      const int64_t later = g + kGroupsAhead, bytes = w.four_bits ? half_width(w) : width;
+      const auto* ahead =
+          later < w.groups ? group_of(w, later) + i * w.stride : group_of(w, later % w.groups) + (i + kTwo) * w.stride;
+      for (int64_t r = 0; r < n && w.groups > kGroupsAhead; ++r)
+        for (int64_t c = 0; c < bytes; c += kLine) __builtin_prefetch(ahead + r * w.stride + c, 0, 2);
       float row_scales[kTwo];
       for (int64_t r = 0; r < n; ++r)
         row_scales[r] = w.scales[(i + r) * w.scale_groups + (w.scale_groups == 1 ? 0 : g)];

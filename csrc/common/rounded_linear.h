@@ -9,8 +9,9 @@ namespace tinycomp {
 // Up to this many unrounded inputs, levels are widened in registers; for more, rows are rebuilt once, in float32 or,
 // where that is what they are rounded to and its products are faster, in bfloat16.
 constexpr int64_t kFewInputs = 8, kFewBeforePairs = 2;
-// From this many rounded inputs on, transposing levels of 8 bits, or of 4, costs less than summing across registers.
-constexpr int64_t kManyInputs = 10, kManyBeforeNibbles = 8;
+// From this many rounded inputs on, transposing levels of 8 bits, or of 4, costs less than summing across registers,
+// and tiles are as fast.
+constexpr int64_t kManyInputs = 10, kManyBeforeNibbles = 8, kManyBeforeTiles = 4, kManyBeforeNibbleTiles = 6;
 
 class RoundedWeight {
  public:
@@ -139,8 +140,10 @@ class RoundedInputs {
         // With zeros, products of levels far from them would be rounded before the difference is taken.
         pairs_(pairs && !zeros_ && !w.rounds_inputs && m > kFewBeforePairs && rounded().rebuild_pairs != nullptr),
         rebuilds_(pairs_ || (!w.rounds_inputs && m > kFewInputs)),
-        many_(w.rounds_inputs && m >= (w.four_bits ? kManyBeforeNibbles : kManyInputs) &&
-              rounded().dot_many_levels != nullptr),
+        many_(w.rounds_inputs && rounded().dot_many_levels != nullptr &&
+              m >= (rounded().arrange != nullptr ? (w.four_bits ? kManyBeforeNibbleTiles : kManyBeforeTiles)
+                    : w.four_bits                ? kManyBeforeNibbles
+                                                 : kManyInputs)),
         arranged_(many_ && rounded().arrange != nullptr),
         words_(pairs_ ? row_distance(width_ / 2, m) : 0),
         room_(arranged_ ? (m + kTogether - 1) / kTogether * kTogether : m),
