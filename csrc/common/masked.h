@@ -58,6 +58,18 @@ struct Masked {
     const auto* from = static_cast<const uint16_t*>(values.const_data_ptr());
     if (expansion().words(from, first, count, scratch, blocks, to) != last) bad = true;
   }
+  // Row i of a list, the same.
+  void scatter_words(int64_t i, uint16_t* to) const {
+    std::fill_n(to, (cols + 31) / 32 * 32, uint16_t{0});
+    const auto* index = static_cast<const uint16_t*>(mask.const_data_ptr());
+    const auto* from = static_cast<const uint16_t*>(values.const_data_ptr());
+    const auto [first, last] = range(i, count);
+    for (int64_t c = first; c < last; ++c)
+      if (index[c] < cols)
+        to[index[c]] = from[c];
+      else
+        bad = true;
+  }
   // Row i in float32; `to` has room for a multiple of 16.
   void expand_row(int64_t i, uint16_t* scratch, float* to) const {
     if (cols == 0) return;

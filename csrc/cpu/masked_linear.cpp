@@ -89,8 +89,12 @@ void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t fir
           const int64_t rows = std::min(kRows, n - done);
           for (int64_t r = 0; r < rows; ++r) {
             float* to = dense.data() + r * width;
-            x.pairs() ? w.expand_words(i + done + r, bits, reinterpret_cast<uint16_t*>(to))
-                      : w.expand_row(i + done + r, bits, to);
+            if (w.format == "index")
+              w.scatter_words(i + done + r, reinterpret_cast<uint16_t*>(to));
+            else if (x.pairs())
+              w.expand_words(i + done + r, bits, reinterpret_cast<uint16_t*>(to));
+            else
+              w.expand_row(i + done + r, bits, to);
           }
           dot(Type::f32, dense.data(), width * 4, rows, w.cols, x.operand().from(start), inputs, out + done, kBatch);
         }
@@ -283,13 +287,15 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool bits = w.format == "bitmask" || w.format == "2:4";
   const bool narrow = std::is_same_v<T, BFloat16> && m > Columns::kWords;
   const bool sparse = narrow && bits && w.cols <= 65536 && w.count <= w.rows * w.cols * few_kept(m);
-  const bool rows = m > 1 && bits && !sparse;                                                // that are expanded
+  // Tiles take whole rows of zeros sooner than others take the few that are kept.
+  const bool scattered = m > 1 && has_tiles() && w.format == "index" && w.type == Type::bf16 && in_pairs<T>(w.cols);
+  const bool rows = m > 1 && ((bits && !sparse) || scattered);                               // that are expanded
   const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
   const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0;
   const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
   const bool beside = tiled || (rows && (m >= kPanelInputs || has_tiles()));
   const Inputs x(inputs, T{}, kApart | (beside ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
-  const bool turned = m > 1 && (sparse || w.format == "index"), padded = m == 1 && bits;
+  const bool turned = m > 1 && (sparse || (w.format == "index" && !scattered)), padded = m == 1 && bits;
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
   const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 : turned || padded || (blocks && !tiled) ? floats : 0);
@@ -323,7 +329,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
     };
     if (words_once)
       listed(w, reinterpret_cast<const uint16_t*>(columns.data()), first, last, store);
-    else if (sparse || w.format == "index")
+    else if (sparse || (w.format == "index" && !scattered))
       indexed(w, x.data(), lines, first, last, store);
     else if (blocks)
       blockwise(w, x, columns.data(), first, last, store);
