@@ -118,7 +118,7 @@ def _traffic(args: tuple[Any, ...]) -> Callable[[], object]:
 # No peers, but what moves the same bytes and computes nothing to speak of.
 ALONE = {"read": _read, "traffic": _traffic}
 NOT_HERE = (
-    "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): needs AVX512-FP16; products of bfloat16 stand in",
+    "fp16 multiply-add (CUR d/8 M=128 1.8, k-means 2.5): products of bfloat16 stand in, in pairs or in tiles of AMX",
     "DeepSparse: does not install, CSR of torch and scipy stands in",
     "selection: bench/selection.py; k-means to equal inertia: bench/kmeans.py",
 )

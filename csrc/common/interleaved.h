@@ -1,4 +1,4 @@
-// Inputs side by side, for AMD's processors with AVX-512: a register holds the same few columns of several inputs, and
+// Inputs side by side, for processors with AVX-512: a register holds the same few columns of several inputs, and
 // a row of a weight meets it as it lies, a few of its columns at a time in every part of a register. Four or eight rows
 // stream from memory abreast, their next ones asked for, and nothing is transposed or summed across registers until a
 // row ends.
