@@ -95,8 +95,9 @@ void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64
 }
 
 bool interleaves(bool pairs, int64_t m, int64_t words) {
-  constexpr int64_t kMost = 192, kShortRow = 64;
-  if (pairs && has_tiles()) return true;
+  constexpr int64_t kMost = 192, kShortRow = 64, kLongRow = 1024;
+  // One input meets rows that stay in cache as fast without tiles, and short ones faster.
+  if (pairs && has_tiles()) return m > 1 || words >= kLongRow;
   if (choice().table->groups == nullptr || m > kMost) return false;
   // On Granite Rapids panels are as fast for few and pairs are slower.
   if (!on_amd) return !pairs && m >= 8;
