@@ -291,7 +291,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool scattered = m > 1 && has_tiles() && w.format == "index" && w.type == Type::bf16 && in_pairs<T>(w.cols);
   const bool rows = m > 1 && ((bits && !sparse) || scattered);                               // that are expanded
   const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
-  const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0;
+  const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0 && interleaves<T>(m, w.cols);
   const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
   const bool beside = tiled || (rows && (m >= kPanelInputs || has_tiles()));
   const Inputs x(inputs, T{}, kApart | (beside ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
