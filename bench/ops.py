@@ -70,7 +70,7 @@ class Memory:
 
 
 def peaks(threads: int, memory: Memory) -> dict[str, float]:
-    """GB/s of memory, G operations/s of FMA, products of bfloat16 and of bytes (times threads), best of several tries."""
+    """GB/s of memory, G operations/s of FMA, of bfloat16 and byte products (times threads), best of several tries."""
     from tinycomp import _C
 
     found = {name: memory.rate(name, 7) for name in memory.runs}
