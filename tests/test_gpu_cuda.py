@@ -59,7 +59,7 @@ def check(name: str, args: tuple, what: str) -> None:
             # A copy starts at an aligned address; the tensor itself need not.
             got = run(name, fresh(args) if name.endswith("_") else list(args))
         with ops.use_backend("torch"):
-            # Rows adjacent: with tiles of AMX torch 2.13 also multiplies what lies between odd ones of bfloat16, NaN here.
+            # Rows adjacent: torch 2.13 with AMX also multiplies what lies between odd ones of bfloat16, NaN here.
             adjacent = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in fresh(args)]
             in_dtype, reference = run(name, adjacent), run(name, fresh(args, torch.float64))
     for g, t, r in zip(got, in_dtype, reference, strict=True):
