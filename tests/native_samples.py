@@ -5,6 +5,7 @@ Run by itself: `make sanitize` runs it with a checked library, test_ops_native.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -36,7 +37,7 @@ def long_dense_rows(dtype: torch.dtype) -> Iterator[Sample]:
     """Dense rows of 8,192 weights, whose products must not be added in one chain, whatever the number of inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(17, 8192, generator=generator).to(dtype)
-    for inputs in (3, 8, 12, 32, 60):
+    for inputs in (3, 8, 12, 32, 60, 70):
         x = torch.randn(inputs, 8192, generator=generator).to(dtype)
         yield Sample(f"rows of 8192, {inputs} inputs", (x, weight, None, 8192, 17))
 
@@ -45,7 +46,7 @@ def other_inputs(name: str, dtype: torch.dtype) -> Iterator[Sample]:
     """The contract's samples of linear layers with other numbers of inputs, which kernels arrange in other ways."""
     for sample in ops.OPS[name].samples(dtype):
         x = sample.args[0].reshape(-1, sample.args[0].size(-1))
-        for inputs in (3, 8, 40) if x.size(0) > 0 else ():
+        for inputs in (3, 8, 40, 70) if x.size(0) > 0 else ():
             repeated = x[torch.arange(inputs) % x.size(0)] * torch.linspace(0.5, 1.5, inputs).to(dtype)[:, None]
             yield Sample(f"{sample.id}, {inputs} inputs", (repeated, *sample.args[1:]))
 
@@ -72,9 +73,29 @@ def check_sequence() -> None:
         assert room[:, :, :5].count_nonzero() == room[:, :, 6:].count_nonzero() == 0
 
 
+def check_not_finite() -> None:
+    """What is not finite stays where it belongs, also where numbers are multiplied as sums of others."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, inputs in itertools.product(DTYPES, (1, 8, 20, 70)):
+        largest = torch.finfo(dtype).max
+        for value in (float("inf"), -float("inf"), float("nan"), largest):
+            for inside in ("x", "weight"):
+                x, weight = (torch.randn(n, 45, generator=generator).to(dtype) for n in (inputs, 19))
+                (x if inside == "x" else weight)[0, 33] = value
+                got = ops.sliced_linear(x, weight, None, 45, 19)
+                exact = x.double() @ weight.double().T
+                expected = exact.to(dtype)
+                what = f"{value} in {inside}, {inputs} inputs, {dtype}"
+                assert torch.equal(got.isnan(), expected.isnan()), what
+                assert torch.equal(got.isinf(), expected.isinf()), what
+                rest = expected.isfinite()
+                assert_close(got[rest], expected[rest], exact[rest], what)
+
+
 def main() -> None:
     print(_C.build_info()["instruction_set"])
     check_sequence()
+    check_not_finite()
     for name in sorted(_C.signatures()):
         for dtype in DTYPES:
             for sample in (*ops.OPS[name].samples(dtype), *more(name, dtype)):

@@ -20,6 +20,7 @@ struct Choice {
   const RoundedTable* rounded;
   const ExpandTable* expansion;
   const PairsTable* pairs;
+  const PartsTable* parts;
   bool runs;
 };
 
@@ -34,15 +35,15 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"amx", &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, has_bf16 && may_use_tiles()},
-      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, has_bf16},
-      {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, has_vbmi2},
-      {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, has_vnni},
-      {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, has_avx512},
-      {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, nullptr, has_avx2},
-      {"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, true}};
+      {"amx", &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, amx_parts, has_bf16 && may_use_tiles()},
+      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, nullptr, has_bf16},
+      {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, nullptr, has_vbmi2},
+      {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, nullptr, has_vnni},
+      {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, nullptr, has_avx512},
+      {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, nullptr, nullptr, has_avx2},
+      {"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
 #else
-  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, true}};
+  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
 #endif
   const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
   const std::string forced = variable ? variable : "";
@@ -62,6 +63,9 @@ const Choice& choice() {
   static const Choice chosen = choose();
   return chosen;
 }
+
+// Of rows that meet inputs as sums of bfloat16 numbers.
+const PartsTable& parts(Type type) { return choice().parts[type == Type::f32 ? 0 : 1]; }
 
 }  // namespace
 
@@ -83,28 +87,42 @@ void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const
 
 bool has_pairs() { return choice().pairs != nullptr; }
 
-void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
-                     float* out, int64_t ldo) {
-  const auto groups = pairs ? choice().pairs->groups : choice().table->groups;
-  groups(static_cast<const char*>(w), stride, rows, words, x, m, out, ldo);
-}
-
-void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last,
-                float* to) {
-  (pairs ? choice().pairs->interleave : choice().table->interleave)(from, distance, m, words, first, last, to);
-}
-
-bool interleaves(bool pairs, int64_t m, int64_t words) {
-  constexpr int64_t kMost = 192, kShortRow = 64, kLongRow = 1024;
+Order side_by_side(Type type, int64_t m, int64_t cols) {
+  constexpr int64_t kMost = 192, kShortRow = 128, kLongRow = 2048;
+  const bool pairs = type == Type::bf16;
+  // Few inputs of float32 take less time than it does to make parts of the rows.
+  if (!pairs && has_tiles() && m >= (type == Type::f16 ? 8 : 64)) return Order::parts;
   // One input meets rows that stay in cache as fast without tiles, and short ones faster.
-  if (pairs && has_tiles()) return m > 1 || words >= kLongRow;
-  if (choice().table->groups == nullptr || m > kMost) return false;
-  // On Granite Rapids panels are as fast for few and pairs are slower.
-  if (!on_amd) return !pairs && m >= 8;
-  // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do; pairs of 9 to 29 inputs multiply as fast
-  // in rows, short ones apart.
-  if (m == 3 || m == 4) return true;
-  return pairs ? m >= 7 && (m <= 8 || m >= 30 || words <= kShortRow) : m >= 8;
+  if (pairs && has_tiles()) return m > 1 || cols >= kLongRow ? Order::beside : Order::rows;
+  if (choice().table->groups == nullptr || type == Type::f16 || m > kMost) return Order::rows;
+  bool faster = m == 3 || m == 4;
+  if (!on_amd)
+    faster = !pairs && m >= 8;  // on Intel's, panels are as fast for few and pairs are slower
+  else if (!faster)
+    // Measured on Zen 4. Pieces that are partly zeros cost what whole ones do; pairs of 9 to 29 inputs multiply as fast
+    // in rows, short ones apart.
+    faster = pairs ? m >= 7 && (m <= 8 || m >= 30 || cols <= kShortRow) : m >= 8;
+  return faster ? Order::beside : Order::rows;
+}
+
+int64_t words_beside(Order order, Type type, int64_t cols) {
+  if (order == Order::parts) return part_words(parts(type).parts, cols);
+  return padded_words(type == Type::bf16 ? cols / 2 : cols);
+}
+
+void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
+                int64_t m, float* out, int64_t ldo) {
+  const auto* from = static_cast<const char*>(w);
+  if (order == Order::parts) return parts(type).dot(from, stride, rows, cols, x, m, out, ldo);
+  if (type == Type::bf16) return choice().pairs->groups(from, stride, rows, cols / 2, x, m, out, ldo);
+  choice().table->groups(from, stride, rows, cols, x, m, out, ldo);
+}
+
+void interleave(Order order, Type type, Type source, const char* from, int64_t distance, int64_t m, int64_t cols,
+                int64_t first, int64_t last, float* to) {
+  if (order == Order::parts) return parts(type).interleave(source, from, distance, m, cols, first, last, to);
+  if (type == Type::bf16) return choice().pairs->interleave(from, distance, m, cols / 2, first / 2, last / 2, to);
+  choice().table->interleave(from, distance, m, cols, first, last, to);
 }
 
 bool has_tiles() { return has_pairs() && choice().pairs->blocks != nullptr; }

@@ -26,19 +26,27 @@ void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const
                float* out, int64_t ldo);
 bool has_pairs();
 
-// The same with inputs that lie side by side (interleaved.h), in words that are floats or (`pairs`) pairs of bfloat16,
-// as those of the weight. Only where `interleaves`.
-void dot_interleaved(bool pairs, const void* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
-                     float* out, int64_t ldo);
-bool interleaves(bool pairs, int64_t m, int64_t words);
+// How the inputs lie that rows meet: one after another, in float32 or as pairs; or side by side (interleaved.h), in
+// words that are floats or, for rows of bfloat16, pairs; or side by side as sums of bfloat16 numbers (parts_amx.cpp).
+enum class Order { rows, pairs, beside, parts };
 
-// Whether pairs that are side by side meet in tiles of AMX.
+// The last two where one of them is faster, of which the type of rows decides what their words are; else `rows`.
+// Pairs have an even number of columns.
+Order side_by_side(Type type, int64_t m, int64_t cols);
+
+// Words of each input then, with the zeros that follow.
+int64_t words_beside(Order order, Type type, int64_t cols);
+
+void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
+                int64_t m, float* out, int64_t ldo);
+
+// Whether there are tiles of AMX, which pairs and parts that are side by side meet in.
 bool has_tiles();
 
-// Words [first, last) of m inputs, `distance` bytes apart and `words` long, put side by side. `first` begins a cache
-// line of every piece: it is a multiple of 8.
-void interleave(bool pairs, const char* from, int64_t distance, int64_t m, int64_t words, int64_t first, int64_t last,
-                float* to);
+// Columns [first, last) of m inputs of type `source`, `distance` bytes apart and `cols` long, put side by side for rows
+// of `type`: the same type, or float32 for rows of float16. `first` is a multiple of 32.
+void interleave(Order order, Type type, Type source, const char* from, int64_t distance, int64_t m, int64_t cols,
+                int64_t first, int64_t last, float* to);
 
 // The other way round, sums of rows: out[j * ldo + c] = sum_i x[j * ldx + i] * w[i, c] for c < cols, j < m.
 void sum_rows(Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t ldx,

@@ -48,35 +48,6 @@ TINYCOMP_TARGET inline void multiply(const Step& s) {
   }
 }
 
-// Rows that memory is asked for meanwhile, a cache line of each with every step.
-struct Ahead {
-  const char* w;
-  int64_t rows;
-};
-
-template <int R, int P>
-TINYCOMP_TARGET inline void store_sums(const Part& part, float* out, int64_t ldo) {
-  alignas(64) float sums[kTile * kTile];
-  const auto put = [&](int64_t r, int64_t p) {
-    store_turned(sums, std::min(kTile, part.rows - r * kTile), std::min(kTile, part.inputs - p * kTile),
-                 out + p * kTile * ldo + r * kTile, ldo);
-  };
-  _tile_stored(0, sums, kTile * kWord);
-  put(0, 0);
-  if constexpr (P == 2) {
-    _tile_stored(1, sums, kTile * kWord);
-    put(0, 1);
-  }
-  if constexpr (R == 2) {
-    _tile_stored(2, sums, kTile * kWord);
-    put(1, 0);
-  }
-  if constexpr (R == 2 && P == 2) {
-    _tile_stored(3, sums, kTile * kWord);
-    put(1, 1);
-  }
-}
-
 // A part's results.
 template <int R, int P>
 TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, int64_t words, const float* x,
@@ -99,7 +70,7 @@ TINYCOMP_TARGET void run_part(const Part& part, const char* w, int64_t stride, i
     step.w = last, step.stride = kTile * kWord, step.rows = kTile * kTile * kWord;
     multiply<R, P>(step);
   }
-  store_sums<R, P>(part, out, ldo);
+  store_sums<R, P>(part, out, ldo, false);
 }
 
 TINYCOMP_TARGET void dot_tiles(const char* w, int64_t stride, int64_t rows, int64_t words, const float* x, int64_t m,
@@ -137,7 +108,7 @@ TINYCOMP_TARGET void run_blocks(const Part& part, const char* w, const int32_t* 
     const int64_t at = columns[k] * kTile;
     multiply<2, P>({w, kRow, kTile * kRow, x + at * width, x + kTile * padded_words(words) + at * other, width, other});
   }
-  store_sums<2, P>(part, out, ldo);
+  store_sums<2, P>(part, out, ldo, false);
 }
 
 TINYCOMP_TARGET void dot_tile_blocks(const char* w, const int32_t* columns, int64_t count, const float* x,

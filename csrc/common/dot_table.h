@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "dot.h"
+
 namespace tinycomp {
 
 struct DotTable {
@@ -40,9 +42,17 @@ struct PairsTable {
   void (*blocks)(const char* w, const int32_t* columns, int64_t count, const float* x, int64_t words, int64_t m,
                  float* out, int64_t ldo);
 };
+// Rows of one type that meet inputs as sums of bfloat16 numbers: dot_interleaved and interleave of dot.h.
+struct PartsTable {
+  DotTable::Groups dot;
+  void (*interleave)(Type source, const char* from, int64_t distance, int64_t m, int64_t cols, int64_t first,
+                     int64_t last, float* to);
+  int64_t parts;
+};
 #if defined(__x86_64__)
 extern const PairsTable avx512_pairs;
 extern const PairsTable amx_pairs;
+extern const PartsTable amx_parts[2];  // of float32 and of float16
 #endif
 
 }  // namespace tinycomp

@@ -27,4 +27,7 @@ inline int64_t padded_inputs(int64_t m) {
 }
 inline int64_t padded_words(int64_t words) { return (words + 15) / 16 * 16; }
 
+// Words of an input whose numbers are sums of `parts` of bfloat16, two columns to a word (parts_amx.cpp).
+inline int64_t part_words(int64_t parts, int64_t cols) { return parts * padded_words((cols + 1) / 2); }
+
 }  // namespace tinycomp

@@ -18,15 +18,15 @@ namespace tinycomp {
 // few places of the nearest cache.
 inline int64_t row_distance(int64_t cols, int64_t rows) { return rows >= 4 && cols % 512 == 0 ? cols + 16 : cols; }
 
-// Lines of numbers that meet the rows of a weight, `stride` floats apart: in float32, or (`pairs`) in bfloat16, two
-// where a float would be, for dot_pairs; or all side by side for dot_interleaved.
+// Lines of numbers that meet the rows of a weight, `stride` floats apart.
 struct Operand {
   const float* data;
   int64_t stride;
-  bool pairs, interleaved = false;
+  Order order;
 
-  // Interleaved ones only from the beginning of a piece of 32 on.
-  Operand from(int64_t line) const { return {data + line * stride, stride, pairs, interleaved}; }
+  bool beside() const { return order == Order::beside || order == Order::parts; }
+  // Lines that are side by side only from the beginning of a piece of 32 on.
+  Operand from(int64_t line) const { return {data + line * stride, stride, order}; }
 };
 
 // Whether `cols` columns of type T are multiplied as pairs.
@@ -35,49 +35,52 @@ bool in_pairs(int64_t cols) {
   return std::is_same_v<T, BFloat16> && has_pairs() && cols % 2 == 0;
 }
 
-// Whether m lines of `cols` numbers meet rows of type T side by side.
+// How m lines of `cols` numbers lie that rows of type T meet side by side; `rows` if they do not.
 template <class T>
-bool interleaves(int64_t m, int64_t cols) {
-  const bool pairs = in_pairs<T>(cols);
-  return (pairs || std::is_same_v<T, float>) && interleaves(pairs, m, pairs ? cols / 2 : cols);
+Order side_by_side(int64_t m, int64_t cols) {
+  if (std::is_same_v<T, BFloat16> && !in_pairs<T>(cols)) return Order::rows;
+  return side_by_side(dot_type<T>, m, cols);
 }
 
 // What the rows of an input may be, where that is faster, besides float32 and adjacent.
-enum Form : unsigned { kWide = 0, kPairs = 1, kApart = 2, kInterleaved = 4, kAny = 7 };
+enum Form : unsigned { kWide = 0, kPairs = 1, kApart = 2, kBeside = 4, kAny = 7 };
 
 // The rows of an input, as products read them. `prepare`, the first stage of a call, makes what is not there: narrow
 // ones are widened, those that lie `stride` > cols apart or side by side are copied.
 class Inputs {
  public:
   template <class T>
-  Inputs(const Tensor& x, T, unsigned form)
+  Inputs(const Tensor& x, T zero, unsigned form) : Inputs(x, zero, form, row_count(x)) {}
+  // Some of `all`, whose number decides how they lie: results do not depend on which others a thread has.
+  template <class T>
+  Inputs(const Tensor& x, T, unsigned form, int64_t all)
       : tensor_(adjacent(x)),
         from_(static_cast<const char*>(tensor_.const_data_ptr())),
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),
         pairs_(form & kPairs && in_pairs<T>(cols)),
-        interleaved_(form & kInterleaved && (pairs_ || dot_type<T> == Type::f32) &&
-                     tinycomp::interleaves(pairs_, rows, floats())),
-        stride(interleaved_    ? padded_words(floats())
+        beside_(form & kBeside && (pairs_ || !std::is_same_v<T, BFloat16>) ? side_by_side<T>(all, cols) : Order::rows),
+        stride(is_beside()     ? words_beside(beside_, dot_type<T>, cols)
                : form & kApart ? row_distance(floats(), rows)
                                : floats()),
         type_(dot_type<T>),
         width_(sizeof(T)),
-        as_they_are_((type_ == Type::f32 || pairs_) && stride == floats() && !interleaved_ &&
+        as_they_are_((type_ == Type::f32 || pairs_) && stride == floats() && !is_beside() &&
                      reinterpret_cast<uintptr_t>(from_) % 4 == 0),
-        made_(kInputSlot, as_they_are_   ? 0
-                          : interleaved_ ? padded_inputs(rows) * stride
-                                         : rows * stride) {}
+        made_(kInputSlot, as_they_are_  ? 0
+                          : is_beside() ? padded_inputs(rows) * stride
+                                        : rows * stride) {}
 
   const float* data() const { return as_they_are_ ? reinterpret_cast<const float*>(from_) : made_.data(); }
   bool pairs() const { return pairs_; }
-  Operand operand() const { return {data(), stride, pairs_, interleaved_}; }
+  Operand operand() const { return {data(), stride, is_beside() ? beside_ : pairs_ ? Order::pairs : Order::rows}; }
   Stage stage() const {
-    if (interleaved_) return {floats(), 512};
+    if (is_beside()) return {cols, std::clamp<int64_t>(32768 / std::max(rows, one) / 32 * 32, 32, 512)};
     return {as_they_are_ ? 0 : rows, std::max<int64_t>(1, 16384 / std::max(cols, one))};
   }
   void prepare(int64_t first, int64_t last) const {
-    if (interleaved_) return interleave(pairs_, from_, cols * width_, rows, floats(), first, last, made_.data());
+    if (is_beside())
+      return interleave(beside_, type_, type_, from_, cols * width_, rows, cols, first, last, made_.data());
     for (int64_t j = first; j < last; ++j) {
       float* to = made_.data() + j * stride;
       if (pairs_)
@@ -94,12 +97,14 @@ class Inputs {
   Tensor tensor_;
   const char* from_;
   int64_t floats() const { return pairs_ ? cols / 2 : cols; }
+  bool is_beside() const { return beside_ != Order::rows; }
 
  public:
   const int64_t cols, rows;
 
  private:
-  bool pairs_, interleaved_;
+  bool pairs_;
+  Order beside_;
 
  public:
   const int64_t stride;
@@ -112,14 +117,17 @@ class Inputs {
 };
 
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
-constexpr int64_t kInputsAtOnce = 256, kBatch = 64;
+constexpr int64_t kInputsAtOnce = 256, kBatch = 64, kPartRows = 256;
 
 // Weight rows as a stage: a chunk streams 8 to 128 KiB, so that the last one is not much waited for, begins where a
 // cache line of results does, and with many inputs fills whole panels.
 inline Stage row_stage(const Weight& w, int64_t m) {
   const int64_t unit = m < kPanelInputs ? 16 : 32;
   const int64_t share = w.rows * w.stride / (8 * torch::stable::get_num_threads());
-  const int64_t rows = std::clamp<int64_t>(share, 8192, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
+  int64_t rows = std::clamp<int64_t>(share, 8192, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
+  // Parts of inputs may come from memory for every chunk.
+  const int64_t fair = w.rows / torch::stable::get_num_threads() / unit * unit;
+  if (side_by_side(w.type, m, w.cols) == Order::parts) rows = std::max(rows, std::min(fair, kPartRows));
   return {w.rows, std::max<int64_t>(rows, unit)};
 }
 
@@ -134,42 +142,53 @@ class Middle {
   static constexpr int64_t kUnit = 32;
   static int64_t whole_units(int64_t cols) { return (cols + kUnit - 1) / kUnit * kUnit; }
 
-  Middle(int slot, int64_t m, int64_t cols, bool apart = true) : Middle(slot, m, cols, apart, false, nullptr) {}
+  Middle(int slot, int64_t m, int64_t cols, bool apart = true)
+      : Middle(slot, m, cols, apart, Type::f32, false, nullptr) {}
   template <class T>
-  Middle(int slot, int64_t m, int64_t cols, T) : Middle(slot, m, cols, true, in_pairs<T>(0), interleaves<T>) {}
+  Middle(int slot, int64_t m, int64_t cols, T)
+      : Middle(slot, m, cols, true, dot_type<T>, in_pairs<T>(0), side_by_side<T>) {}
   float* row(int64_t j) const { return memory_.data() + j * stride; }
   // Columns [first, last) of the span [at, at + cols) are there; `first` is a multiple of 16.
   void done(int64_t at, int64_t cols, int64_t first, int64_t last) const {
     for (int64_t j = 0; j < rows_ && pairs_; ++j)
       narrow(Type::bf16, row(j) + at + first, reinterpret_cast<char*>(words(j)) + (at + first) * 2, last - first);
-    if (!interleaved(cols)) return;
-    const int64_t number = pairs_ ? 2 : 1, distance = (pairs_ ? words_ : stride) * static_cast<int64_t>(sizeof(float));
-    interleave(pairs_, reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_,
-               cols / number, first / number, last / number, side_by_side(at / number));
+    const Order order = beside(cols);
+    if (order == Order::rows) return;
+    const int64_t distance = (pairs_ ? words_ : stride) * static_cast<int64_t>(sizeof(float));
+    interleave(order, type_, pairs_ ? Type::bf16 : Type::f32,
+               reinterpret_cast<const char*>(pairs_ ? words(0) + at / 2 : row(0) + at), distance, rows_, cols, first,
+               last, span(order, at));
   }
   void done(int64_t cols, int64_t first, int64_t last) const { done(0, cols, first, last); }
   // Columns [at, at + cols), once they are done.
   Operand operand(int64_t at, int64_t cols) const {
-    const int64_t number = pairs_ ? 2 : 1;
-    if (interleaved(cols)) return {side_by_side(at / number), padded_words(cols / number), pairs_, true};
-    if (pairs_ && cols % 2 == 0) return {words(0) + at / 2, words_, true};
-    return {row(0) + at, stride, false};
+    const Order order = beside(cols);
+    if (order != Order::rows) return {span(order, at), words_beside(order, type_, cols), order};
+    if (pairs_ && cols % 2 == 0) return {words(0) + at / 2, words_, Order::pairs};
+    return {row(0) + at, stride, Order::rows};
   }
 
  private:
-  using Interleaves = bool (*)(int64_t m, int64_t cols);
-  Middle(int slot, int64_t m, int64_t cols, bool apart, bool pairs, Interleaves interleaves)
+  using Choose = Order (*)(int64_t m, int64_t cols);
+  Middle(int slot, int64_t m, int64_t cols, bool apart, Type type, bool pairs, Choose choose)
       : stride(apart ? row_distance(cols, m) : cols),
         rows_(m),
+        type_(type),
         pairs_(pairs),
-        interleaves_(interleaves != nullptr && interleaves(m, whole_units(cols)) ? interleaves : nullptr),
+        choose_(choose != nullptr && choose(m, whole_units(cols)) != Order::rows ? choose : nullptr),
         words_(pairs ? row_distance((cols + 1) / 2, m) : 0),
-        memory_(slot, m * (stride + words_) + (interleaves_ ? 16 + padded_inputs(m) * whole_units(cols) : 0)) {}
-  bool interleaved(int64_t cols) const { return interleaves_ != nullptr && interleaves_(rows_, cols); }
+        memory_(slot, m * (stride + words_) + room_beside(cols)) {}
+  // Side by side or, if they are not, `rows`.
+  Order beside(int64_t cols) const { return choose_ == nullptr ? Order::rows : choose_(rows_, cols); }
+  int64_t room_beside(int64_t cols) const {
+    const Order order = beside(whole_units(cols));
+    return order == Order::rows ? 0 : 16 + padded_inputs(rows_) * words_beside(order, type_, whole_units(cols));
+  }
   float* words(int64_t j) const { return memory_.data() + rows_ * stride + j * words_; }
-  // Words of the span that begins with word `at`, from a cache line on.
-  float* side_by_side(int64_t at) const {
-    return memory_.data() + (rows_ * (stride + words_) + 15) / 16 * 16 + padded_inputs(rows_) * at;
+  // The span that begins with column `at`, from a cache line on.
+  float* span(Order order, int64_t at) const {
+    return memory_.data() + (rows_ * (stride + words_) + 15) / 16 * 16 +
+           padded_inputs(rows_) * words_beside(order, type_, at);
   }
 
  public:
@@ -177,8 +196,9 @@ class Middle {
 
  private:
   int64_t rows_;
+  Type type_;
   bool pairs_;
-  Interleaves interleaves_;
+  Choose choose_;
   int64_t words_;
   Scratch memory_;
 };
@@ -187,18 +207,19 @@ class Middle {
 // in the second-level cache.
 inline int64_t inputs_at_once(const Operand& x) {
   constexpr int64_t kKeptWords = 1 << 18, kUnit = 32;
-  if (!x.interleaved || on_amd) return kInputsAtOnce;
-  return std::clamp(kKeptWords / std::max<int64_t>(x.stride, 1) / kUnit * kUnit, kUnit, kInputsAtOnce);
+  const int64_t kept = kKeptWords / std::max<int64_t>(x.stride, 1) / kUnit * kUnit;
+  // Rows are made parts of once for all of these.
+  if (x.order == Order::parts) return std::clamp(kept, kInputsAtOnce, 2 * kInputsAtOnce);
+  return x.order == Order::beside && !on_amd ? std::clamp(kept, kUnit, kInputsAtOnce) : kInputsAtOnce;
 }
 
 // Products of n rows of `cols` weights, `stride` bytes apart, with m lines of inputs.
 inline void dot(Type type, const void* w, int64_t stride, int64_t n, int64_t cols, const Operand& x, int64_t m,
                 float* out, int64_t ldo) {
-  const int64_t words = x.pairs ? cols / 2 : cols;
-  if (x.interleaved)
-    dot_interleaved(x.pairs, w, stride, n, words, x.data, m, out, ldo);
-  else if (x.pairs)
-    dot_pairs(w, stride, n, words, x.data, x.stride, m, out, ldo);
+  if (x.beside())
+    dot_beside(x.order, type, w, stride, n, cols, x.data, m, out, ldo);
+  else if (x.order == Order::pairs)
+    dot_pairs(w, stride, n, cols / 2, x.data, x.stride, m, out, ldo);
   else
     dot(type, w, stride, n, cols, x.data, x.stride, m, out, ldo);
 }
@@ -282,16 +303,31 @@ struct Output {
 template <class Store>
 void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Store& store) {
   const int64_t most = inputs_at_once(x);
-  const Scratch out(kResultSlot, std::min(m, most) * kBatch);
+  const int64_t batch = x.order == Order::parts ? kPartRows : kBatch;
+  const Scratch out(kResultSlot, std::min(m, most) * batch);
   prefetch_beginning(w.data + first * w.stride, (last - first) * w.stride, w.data + last * w.stride);
   for (int64_t start = 0; start < m; start += most) {
     const int64_t inputs = std::min(most, m - start);
-    for (int64_t i = first; i < last; i += kBatch) {
-      const int64_t n = std::min(kBatch, last - i);
-      dot(w, x.from(start), inputs, i, n, out.data(), kBatch);
-      for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * kBatch, n);
+    for (int64_t i = first; i < last; i += batch) {
+      const int64_t n = std::min(batch, last - i);
+      dot(w, x.from(start), inputs, i, n, out.data(), batch);
+      for (int64_t j = 0; j < inputs; ++j) store(start + j, i, out.data() + j * batch, n);
     }
   }
+}
+
+// Rows [first, last) of a weight to a layer's results.
+template <class T>
+void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Output<T>& y) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (x.order == Order::parts) {
+      dot_rows(w, x, m, first, last, y.data, y.stride);
+      for (int64_t j = 0; j < m && !y.bias.empty(); ++j)
+        for (int64_t i = first; i < last; ++i) y.data[j * y.stride + i] += y.bias[i];
+      return;
+    }
+  }
+  dot_rows(w, x, m, first, last, [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
 }
 
 // Whether products go through torch: all in double, and in float32 those of so many inputs that its library, which
@@ -314,6 +350,27 @@ inline void gemm(const Tensor& x, const Tensor& w, const Tensor& out) {
                           torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// body(some inputs, the first of them): all of them, or where they meet rows as parts and are many, blocks over
+// threads, for what one thread has made parts of is far from the others.
+template <class T, class Body>
+void over_inputs(const Tensor& x, const Body& body) {
+  constexpr int64_t kWords = 1 << 18, kUnit = 32;  // kWords stay in the second-level cache
+  const int64_t m = row_count(x), cols = x.size(x.dim() - 1), threads = torch::stable::get_num_threads();
+  const Order order = side_by_side<T>(m, cols);
+  if (order != Order::parts || m < kInputsAtOnce * threads) return body(x, int64_t{0});
+  const int64_t kept = kWords / std::max<int64_t>(words_beside(order, dot_type<T>, cols), 1);
+  const int64_t most = std::clamp(kept, kInputsAtOnce, 2 * kInputsAtOnce), blocks = (m + most - 1) / most;
+  const int64_t whole = (blocks + threads - 1) / threads * threads;
+  const int64_t size = (m + whole * kUnit - 1) / (whole * kUnit) * kUnit;
+  const Tensor matrix = as_matrix(x);
+  torch::stable::parallel_for(0, (m + size - 1) / size, 1, [&](int64_t first, int64_t last) {
+    for (int64_t j = first * size; j < std::min(last * size, m); j += size) {
+      Tensor all = matrix;
+      body(torch::stable::narrow(all, 0, j, std::min(size, m - j)), j);
+    }
+  });
 }
 
 // body(j) for the rows of a result, over threads.

@@ -62,8 +62,7 @@ void stream(const Inputs& x, const LowRank<T> (&layers)[L], T* y, int64_t stride
       else if (layer.pivoted())
         dot_rows(layer.t, products, m, begin, end, z + layer.rank, ld);
       else
-        dot_rows(layer.t, products, m, begin, end,
-                 [&](int64_t j, int64_t i, float* values, int64_t n) { out.store(j, i, values, n); });
+        dot_rows(layer.t, products, m, begin, end, out);
     });
   });
 }

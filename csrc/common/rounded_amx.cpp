@@ -140,7 +140,7 @@ TINYCOMP_TARGET void dot_tile_levels(const RoundedRows& w, int64_t rows, const R
     for (int64_t j = 0; j < m; j += kTile)
       for (int64_t r = 0; r < n; r += kTile)
         store_turned(totals + j / kTwo * kTotals + (r / kTile * 2 + j / kTile % 2) * kTile * kTile,
-                     std::min(kTile, n - r), std::min(kTile, m - j), out + j * ldo + i + r, ldo);
+                     std::min(kTile, n - r), std::min(kTile, m - j), out + j * ldo + i + r, ldo, false);
   }
   _tile_release();
 }

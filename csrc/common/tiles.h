@@ -15,8 +15,8 @@ constexpr int64_t kWord = sizeof(float);
 
 // Words [first, last) of up to 16 inputs, `words` long and zeros after that, in the order of a tile: all inputs' first
 // words, then their second ones, `width` apart.
-TINYCOMP_TARGET void interleave_block(const char* from, int64_t distance, int64_t inputs, int64_t words, int64_t first,
-                                      int64_t last, float* to) {
+TINYCOMP_TARGET inline void interleave_block(const char* from, int64_t distance, int64_t inputs, int64_t words,
+                                             int64_t first, int64_t last, float* to) {
   const int64_t width = tile_width(inputs), end = last == words ? padded_words(words) : last;
   const auto these = static_cast<__mmask16>((1u << width) - 1);
   for (int64_t w = first; w < end; w += kTile) {
@@ -41,7 +41,7 @@ struct Part {
 };
 
 // Tiles 0 to 3 are sums, rows by inputs; 4 and 5 weights; 6 and 7 inputs.
-TINYCOMP_TARGET void set_shapes(const Part& part) {
+TINYCOMP_TARGET inline void set_shapes(const Part& part) {
   const int64_t rows[] = {Part::first(part.rows), Part::second(part.rows)};
   const int64_t inputs[] = {Part::first(part.inputs), Part::second(part.inputs)};
   TileShapes shapes;
@@ -51,13 +51,17 @@ TINYCOMP_TARGET void set_shapes(const Part& part) {
   shapes.use();
 }
 
-// A tile of sums, turned, to results of each input.
-TINYCOMP_TARGET void store_turned(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo) {
+// A tile of sums, turned, to results of each input, or added to those.
+TINYCOMP_TARGET inline void store_turned(const float* sums, int64_t rows, int64_t inputs, float* out, int64_t ldo,
+                                         bool add) {
   __m512i some[kTile];
   for (int64_t r = 0; r < kTile; ++r) some[r] = r < rows ? _mm512_load_si512(sums + r * kTile) : _mm512_setzero_si512();
   transpose16(some);
   const auto these = static_cast<__mmask16>((1u << rows) - 1);
-  for (int64_t j = 0; j < inputs; ++j) _mm512_mask_storeu_epi32(out + j * ldo, these, some[j]);
+  for (int64_t j = 0; j < inputs; ++j, out += ldo) {
+    const __m512 before = add ? _mm512_maskz_loadu_ps(these, out) : _mm512_setzero_ps();
+    _mm512_mask_storeu_ps(out, these, _mm512_add_ps(before, _mm512_castsi512_ps(some[j])));
+  }
 }
 
 template <int R, int P>
@@ -66,6 +70,36 @@ TINYCOMP_TARGET inline void begin_sums() {
   if constexpr (P == 2) _tile_zero(1);
   if constexpr (R == 2) _tile_zero(2);
   if constexpr (R == 2 && P == 2) _tile_zero(3);
+}
+
+// Rows that memory is asked for meanwhile, a cache line of each with every step.
+struct Ahead {
+  const char* w;
+  int64_t rows;
+};
+
+// The sums of a part, to its results or added to those.
+template <int R, int P>
+TINYCOMP_TARGET inline void store_sums(const Part& part, float* out, int64_t ldo, bool add) {
+  alignas(64) float sums[kTile * kTile];
+  const auto put = [&](int64_t r, int64_t p) {
+    store_turned(sums, std::min(kTile, part.rows - r * kTile), std::min(kTile, part.inputs - p * kTile),
+                 out + p * kTile * ldo + r * kTile, ldo, add);
+  };
+  _tile_stored(0, sums, kTile * kWord);
+  put(0, 0);
+  if constexpr (P == 2) {
+    _tile_stored(1, sums, kTile * kWord);
+    put(0, 1);
+  }
+  if constexpr (R == 2) {
+    _tile_stored(2, sums, kTile * kWord);
+    put(1, 0);
+  }
+  if constexpr (R == 2 && P == 2) {
+    _tile_stored(3, sums, kTile * kWord);
+    put(1, 1);
+  }
 }
 
 }  // namespace

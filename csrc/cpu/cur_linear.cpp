@@ -22,8 +22,7 @@ void stream(const Inputs& x, const Weight& r, const Weight& u, const Weight& c, 
       dot_rows(u, middle.operand(0, r.rows), m, first, last, linked.row(0), linked.stride);
       linked.done(u.rows, first, last);
     } else {
-      dot_rows(c, linked.operand(0, u.rows), m, first, last,
-               [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+      dot_rows(c, linked.operand(0, u.rows), m, first, last, y);
     }
   });
 }

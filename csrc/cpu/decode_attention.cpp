@@ -85,7 +85,7 @@ void attend(const Tensor& q, const Cache<T>& k, const Cache<T>& v, const bool* s
         const T* keys = k.at(b, head, start);
         const float* from = asks.from(j).data;
         float* const to = scores.data() + j * kKeys;
-        if (asks.pairs)
+        if (asks.order == Order::pairs)
           dot_pairs(keys, k.step * size, n, k.cols / 2, from, asks.stride, m, to, kKeys);
         else
           dot(dot_type<T>, keys, k.step * size, n, k.cols, from, asks.stride, m, to, kKeys);

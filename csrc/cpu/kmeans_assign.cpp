@@ -80,20 +80,22 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
     if constexpr (std::is_same_v<A, float>) {
       // Centroids lie apart as inputs do, or side by side; bfloat16 ones meet points in pairs where that is faster, and
       // as exact.
-      const bool pairs = in_pairs<T>(d), beside = interleaves<T>(std::min<int64_t>(k, 64), d);
-      const int64_t words = pairs ? d / 2 : d, apart = beside ? padded_words(words) : row_distance(words, k);
+      const bool pairs = in_pairs<T>(d);
+      const Order many = side_by_side<T>(std::min<int64_t>(k, 64), d);
+      const bool beside = many != Order::rows;
+      const int64_t apart = beside ? words_beside(many, dot_type<T>, d) : row_distance(pairs ? d / 2 : d, k);
       const Lines lines((beside ? padded_inputs(k) : k) * apart);
       if (beside) {
         const Tensor some = adjacent(detach(centroids));
-        interleave(pairs, static_cast<const char*>(some.const_data_ptr()), d * sizeof(T), k, words, 0, words,
-                   lines.data());
+        interleave(many, dot_type<T>, dot_type<T>, static_cast<const char*>(some.const_data_ptr()), d * sizeof(T), k, d,
+                   0, d, lines.data());
       }
       for (int64_t c = 0; c < k && !beside; ++c)
         if (pairs)
           narrow(Type::bf16, to + c * d, lines.data() + c * apart, d);
         else
           std::copy_n(to + c * d, d, lines.data() + c * apart);
-      const Operand mine{lines.data(), apart, pairs, beside};
+      const Operand mine{lines.data(), apart, beside ? many : pairs ? Order::pairs : Order::rows};
       const int64_t most = inputs_at_once(mine);
       assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
         constexpr int64_t size = sizeof(T);

@@ -96,7 +96,8 @@ void expanded(const Masked& w, const Inputs& x, const OneInput& one, int64_t fir
             else
               w.expand_row(i + done + r, bits, to);
           }
-          dot(Type::f32, dense.data(), width * 4, rows, w.cols, x.operand().from(start), inputs, out + done, kBatch);
+          dot(x.pairs() ? Type::bf16 : Type::f32, dense.data(), width * 4, rows, w.cols, x.operand().from(start),
+              inputs, out + done, kBatch);
         }
       },
       store);
@@ -209,7 +210,7 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
   constexpr int64_t kValues = kBlock * kBlock, kTogether = 6;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
   const int64_t size = w.values.element_size();
-  const bool tiles = x.operand().interleaved;
+  const bool tiles = x.operand().beside();
   const int64_t together = inputs_together(w.cols), uncut = w.cols / kBlock;
   const Scratch part(kShiftSlot, kInputsAtOnce * kBlock), values(kRebuildSlot, kTogether * kValues);
   std::vector<int32_t> places(columns);
@@ -291,10 +292,12 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool scattered = m > 1 && has_tiles() && w.format == "index" && w.type == Type::bf16 && in_pairs<T>(w.cols);
   const bool rows = m > 1 && ((bits && !sparse) || scattered);                               // that are expanded
   const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
-  const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0 && interleaves<T>(m, w.cols);
+  const bool tiled =
+      has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0 && side_by_side<T>(m, w.cols) != Order::rows;
   const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
-  const bool beside = tiled || (rows && (m >= kPanelInputs || has_tiles()));
-  const Inputs x(inputs, T{}, kApart | (beside ? kInterleaved : 0u) | (pairs ? kPairs : 0u));
+  // Rows of what is not bfloat16 are expanded in float32, and inputs lie beside rows of their own type alone.
+  const bool beside = tiled || (rows && !std::is_same_v<T, Half> && (m >= kPanelInputs || has_tiles()));
+  const Inputs x(inputs, T{}, kApart | (beside ? kBeside : 0u) | (pairs ? kPairs : 0u));
   const bool turned = m > 1 && (sparse || (w.format == "index" && !scattered)), padded = m == 1 && bits;
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;

@@ -23,7 +23,8 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     const Tensor cut = in_features < x.size(x.dim() - 1) ? prefix(x, x.dim() - 1, in_features) : x;
     const std::vector<int64_t> shape = shape_with_last(x, out_features);
     if constexpr (may_use_torch<T>) {
-      if (uses_torch<T>(row_count(x))) {
+      // Tiles are as fast, but for the few rows of factors.
+      if (uses_torch<T>(row_count(x)) && !(std::is_same_v<T, float> && has_tiles())) {
         const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
         const Tensor y = adjacent(gemm(as_matrix(cut), part));
         add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
@@ -32,15 +33,17 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     }
     const Tensor result = empty(shape, scalar_type<T>);
     if constexpr (!std::is_same_v<T, double>) {
-      const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), out_features, shift};
-      const Inputs inputs(cut, zero, kAny);
-      const Stage stages[] = {inputs.stage(), row_stage(corner, inputs.rows)};
-      run_stages(stages, weight_estimate(corner, inputs.rows), [&](int stage, int64_t first, int64_t last) {
-        if (stage == 0)
-          inputs.prepare(first, last);
-        else
-          dot_rows(corner, inputs.operand(), inputs.rows, first, last,
-                   [&](int64_t j, int64_t i, float* values, int64_t n) { y.store(j, i, values, n); });
+      T* const to = static_cast<T*>(result.mutable_data_ptr());
+      over_inputs<T>(cut, [&](const Tensor& some, int64_t start) {
+        const Output<T> y{to + start * out_features, out_features, shift};
+        const Inputs inputs(some, zero, kAny, row_count(cut));
+        const Stage stages[] = {inputs.stage(), row_stage(corner, inputs.rows)};
+        run_stages(stages, weight_estimate(corner, inputs.rows), [&](int stage, int64_t first, int64_t last) {
+          if (stage == 0)
+            inputs.prepare(first, last);
+          else
+            dot_rows(corner, inputs.operand(), inputs.rows, first, last, y);
+        });
       });
     }
     return result;
