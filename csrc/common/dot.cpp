@@ -16,6 +16,7 @@ namespace {
 
 struct Choice {
   const char* name;
+  Loops loops;
   const DotTable* table;
   const RoundedTable* rounded;
   const ExpandTable* expansion;
@@ -35,15 +36,19 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"amx", &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, amx_parts, has_bf16 && may_use_tiles()},
-      {"avx512bf16", &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, nullptr, has_bf16},
-      {"avx512vbmi2", &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, nullptr, has_vbmi2},
-      {"avx512vnni", &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, nullptr, has_vnni},
-      {"avx512", &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, nullptr, has_avx512},
-      {"avx2", &avx2_dot, &avx2_rounded, &avx2_expand, nullptr, nullptr, has_avx2},
-      {"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
+      {"amx", Loops::avx512, &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, amx_parts,
+       has_bf16 && may_use_tiles()},
+      {"avx512bf16", Loops::avx512, &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, nullptr,
+       has_bf16},
+      {"avx512vbmi2", Loops::avx512, &avx512_dot, &avx512vnni_rounded, &avx512vbmi2_expand, nullptr, nullptr,
+       has_vbmi2},
+      {"avx512vnni", Loops::avx512, &avx512_dot, &avx512vnni_rounded, &avx512_expand, nullptr, nullptr, has_vnni},
+      {"avx512", Loops::avx512, &avx512_dot, &avx512_rounded, &avx512_expand, nullptr, nullptr, has_avx512},
+      {"avx2", Loops::avx2, &avx2_dot, &avx2_rounded, &avx2_expand, nullptr, nullptr, has_avx2},
+      {"portable", Loops::portable, &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
 #else
-  const Choice choices[] = {{"portable", &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
+  const Choice choices[] = {
+      {"portable", Loops::portable, &portable_dot, &portable_rounded, &portable_expand, nullptr, nullptr, true}};
 #endif
   const char* variable = std::getenv("TINYCOMP_CPU_INSTRUCTIONS");
   const std::string forced = variable ? variable : "";
@@ -91,7 +96,7 @@ Order side_by_side(Type type, int64_t m, int64_t cols) {
   constexpr int64_t kMost = 192, kShortRow = 128, kLongRow = 2048;
   const bool pairs = type == Type::bf16;
   // Few inputs of float32 take less time than it does to make parts of the rows.
-  if (!pairs && has_tiles() && m >= (type == Type::f16 ? 8 : 64)) return Order::parts;
+  if (!pairs && has_tiles() && m >= (type == Type::f16 ? 12 : 64)) return Order::parts;
   // One input meets rows that stay in cache as fast without tiles, and short ones faster.
   if (pairs && has_tiles()) return m > 1 || cols >= kLongRow ? Order::beside : Order::rows;
   if (choice().table->groups == nullptr || type == Type::f16 || m > kMost) return Order::rows;
@@ -154,6 +159,8 @@ const bool on_amd = false;
 const RoundedTable& rounded() { return *choice().rounded; }
 
 const ExpandTable& expansion() { return *choice().expansion; }
+
+Loops loops() { return choice().loops; }
 
 const char* instruction_set() { return choice().name; }
 

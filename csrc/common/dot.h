@@ -69,6 +69,10 @@ void widen(Type type, const void* from, float* to, int64_t n);
 // n float32 values rounded to f32, bf16 or f16.
 void narrow(Type type, const float* from, void* to, int64_t n);
 
+// Which instructions loops are compiled for that compilers vectorise (lanes.h).
+enum class Loops { portable, avx2, avx512 };
+Loops loops();
+
 // "amx", "avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2" or "portable".
 const char* instruction_set();
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "dot.h"
 
@@ -42,10 +41,9 @@ template <class Body>
 template <class Body>
 void vectorised(const Body& body) {
 #if defined(__x86_64__)
-  static const bool avx512 = std::strncmp(instruction_set(), "avx512", 6) == 0;
-  static const bool avx2 = std::strcmp(instruction_set(), "avx2") == 0;
-  if (avx512) return with_avx512(body);
-  if (avx2) return with_avx2(body);
+  static const Loops compiled_for = loops();
+  if (compiled_for == Loops::avx512) return with_avx512(body);
+  if (compiled_for == Loops::avx2) return with_avx2(body);
 #endif
   body();
 }

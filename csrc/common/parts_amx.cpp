@@ -1,6 +1,6 @@
 // dot.h for AMX, rows in float32 and float16: numbers as sums of bfloat16 numbers, three and two of them, whose
-// products are exact in float32. Of the product of two such sums what is below the rounding of its type is left out:
-// six products of tiles remain for float32, three for float16.
+// products are exact in float32. The product of two such sums is four products of tiles for float16; for float32 six,
+// without those that are below its rounding.
 #include "amx.h"
 
 #if TINYCOMP_HAS_AMX
@@ -28,7 +28,7 @@ struct Parts {
 };
 template <>
 struct Parts<Type::f16> {
-  static constexpr int count = 2, products = 3, weight[] = {0, 1, 0}, input[] = {1, 0, 0};
+  static constexpr int count = 2, products = 4, weight[] = {0, 1, 1, 0}, input[] = {1, 1, 0, 0};
 };
 
 struct Numbers {

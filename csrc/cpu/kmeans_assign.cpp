@@ -24,39 +24,48 @@ void nearest(const std::vector<A>& norms, const A* __restrict products, int64_t 
   }
 }
 
+// term(x, mu) summed over d columns of a point in A, widened where it is of 16 bits; `mine` may be the point itself.
+template <class T, class A, class Term>
+A sum_over(const T* point, const A* mine, int64_t d, const Term& term) {
+  const Scratch memory(kResultSlot, std::is_same_v<T, A> ? 0 : d);
+  const A* from;
+  if constexpr (std::is_same_v<T, A>)
+    from = point;
+  else
+    widen(dot_type<T>, point, memory.data(), d), from = memory.data();
+  const A* __restrict x = from, * __restrict mu = mine == nullptr ? from : mine;
+  A sum = 0;
+  vectorised([&] { sum = lane_sum<A>(d, [&](int64_t e) { return term(x[e], mu[e]); }); });
+  return sum;
+}
+
 // Points that are compared at a time: their products with 256 centroids fill a quarter of a megabyte.
 constexpr int64_t kPoints = 256;
 
-// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c. Points of 16 bits
-// are widened where numbers of A are needed.
+// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c.
 template <class T, class A, class Products>
 void assign(const T* points, const A* centroids, int64_t n, int64_t d, int64_t k, int32_t* labels, float* distances,
             const Products& products) {
-  constexpr bool wide = std::is_same_v<T, A>;
   std::vector<A> norms(k);
-  vectorised([&] {
-    for (int64_t c = 0; c < k; ++c)
-      norms[c] = lane_sum<A>(d, [&](int64_t i) { return centroids[c * d + i] * centroids[c * d + i]; });
-  });
+  for (int64_t c = 0; c < k; ++c)
+    norms[c] = sum_over<A, A>(centroids + c * d, nullptr, d, [](A mu, A) { return mu * mu; });
   torch::stable::parallel_for(0, (n + kPoints - 1) / kPoints, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> line(k * kPoints), least(kPoints);
+    std::vector<A> line(k * kPoints), least(kPoints), squares(kPoints);
     for (int64_t first = begin * kPoints; first < std::min(n, end * kPoints); first += kPoints) {
       const int64_t count = std::min(kPoints, n - first);
+      for (int64_t i = 0; i < count; ++i)
+        squares[i] = sum_over<T, A>(points + (first + i) * d, nullptr, d, [](A x, A) { return x * x; });
       products(first, count, line.data());
       vectorised([&] { nearest(norms, line.data(), kPoints, count, labels + first, least.data()); });
-      for (int64_t i = first; i < first + count; ++i) {
-        const Scratch memory(kResultSlot, wide ? 0 : d);
-        const A* __restrict point, * __restrict mine = centroids + labels[i] * d;
-        if constexpr (wide)
-          point = points + i * d;
-        else
-          widen(dot_type<T>, points + i * d, memory.data(), d), point = memory.data();
-        vectorised([&] {
-          distances[i] = static_cast<float>(lane_sum<A>(d, [&](int64_t e) {
-            const A difference = point[e] - mine[e];
-            return difference * difference;
-          }));
-        });
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t label = labels[first + i];
+        // |x|^2 + |mu|^2 - 2 x mu is as exact as the difference where little of it cancels out, and reads nothing
+        // again.
+        A distance = squares[i] + least[i];
+        if (!(distance >= (squares[i] + norms[label]) / 2))
+          distance = sum_over<T, A>(points + (first + i) * d, centroids + label * d, d,
+                                    [](A x, A mu) { return (x - mu) * (x - mu); });
+        distances[first + i] = static_cast<float>(distance);
       }
     }
   });
