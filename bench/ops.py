@@ -70,7 +70,8 @@ class Memory:
 
 
 def peaks(threads: int, memory: Memory) -> dict[str, float]:
-    """GB/s of memory, G operations/s of FMA, of bfloat16 and byte products (times threads), best of several tries."""
+    """GB/s of memory, G operations/s of FMA, of bfloat16 and byte products (times threads), best of several tries; of
+    float32 and float16 also as six and four products of bfloat16 tiles (csrc/common/parts_amx.cpp)."""
     from tinycomp import _C
 
     found = {name: memory.rate(name, 7) for name in memory.runs}
@@ -78,6 +79,7 @@ def peaks(threads: int, memory: Memory) -> dict[str, float]:
         ("fma", ("fma512", "fma256")),
         ("bf16", ("bf16_512", "amx_bf16")),
         ("vnni", ("vnni512", "amx_int8")),
+        ("tiles", ("amx_bf16",)),
     ):
         best = 0.0
         for instruction in candidates:
@@ -86,9 +88,9 @@ def peaks(threads: int, memory: Memory) -> dict[str, float]:
                 done = _C.run_peak(instruction, 2_000_000)
                 best = max(best, done / max(time.thread_time() - start, 1e-9) / 1e9)
         found[name] = best * threads
-    for name in ("bf16", "vnni"):
-        found[name] = max(found[name], found["fma"])
-    return found
+    tiles = found.pop("tiles")
+    found |= {"f32": tiles / 6, "f16": tiles / 4}
+    return found | {name: max(found[name], found["fma"]) for name in ("bf16", "vnni", "f32", "f16")}
 
 
 def wrong(case: Case, args: tuple[Any, ...]) -> str:
@@ -166,7 +168,8 @@ class Bench:
     def _row(self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], dense_bytes: int) -> dict[str, Any]:
         cost = ops.OPS[case.op].cost(*args)
         mine = times["ours"].median
-        compute = "bf16" if case.compute == "fma" and case.dtype == torch.bfloat16 else case.compute
+        own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+        compute = own.get(case.dtype, "fma") if case.compute == "fma" else case.compute
         limit = max(cost.bytes / self.peaks[case.memory] / 1e9, cost.flops / self.peaks[compute] / 1e9)
         row: dict[str, Any] = {
             "key": case.key,

@@ -3,11 +3,12 @@
     python bench/sentences.py [--quick] [--ratio 0.5] [--seeds 0 1 2] [--threads 2] [--batch 32]
 
 Film-review snippets, sorted by length and padded inside a batch, as an embedding service would take them. Dense: torch
-in float32, bfloat16 and dynamic int8, and our own int8. Compressed at --ratio of the parameters of all linears in the
-blocks: SPP (attention and feed-forward, without a search), Auto, SVD, and WidthPrune, whose ratio is of the
-feed-forward part alone; SPP also with its linears in int8. No training. "No linear layers" returns zeros at once: no
-compression can be faster. Accuracy is of a linear classifier on the features, mean over the calibration's seeds. Models
-are timed interleaved in this process, those of the first seed. Lines are appended to bench/results/sentences.jsonl.
+in float32, bfloat16 and dynamic int8, our kernel in float32 and int8. Compressed at --ratio of the parameters of all
+linears in the blocks: SPP (attention and feed-forward, without a search), Auto, SVD, and WidthPrune, whose ratio is of
+the feed-forward part alone; SPP also with its linears on our kernel and in int8. No training. "No linear layers"
+returns zeros at once: no compression can be faster. Accuracy is of a linear classifier on the features, mean over the
+calibration's seeds. Models are timed interleaved in this process, those of the first seed. Lines are appended to
+bench/results/sentences.jsonl.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tinycomp.eval.machine import machine
 from tinycomp.eval.probes import Probe, joined, minilm
 from tinycomp.eval.size import size_of
 from tinycomp.eval.timing import time_interleaved
+from tinycomp.layers import DenseLinear
 
 RESULTS = Path(__file__).parent / "results" / "sentences.jsonl"
 CALIBRATION = 256  # snippets
@@ -49,8 +51,14 @@ def compressed(probe: Probe, ratio: float, seed: int) -> dict[str, nn.Module]:
         f"WidthPrune {ratio}": tc.WidthPrune(ratio=ratio, seed=seed),
     }
     found = {name: tc.compress(probe.model, config, data, progress=False)[0] for name, config in configs.items()}
+    found[f"SPP {ratio}, our kernel"] = own(copy.deepcopy(found[f"SPP {ratio}"]))
     found[f"SPP {ratio} int8"] = rounded(copy.deepcopy(found[f"SPP {ratio}"]), 8)
     return found
+
+
+def own(model: nn.Module) -> nn.Module:
+    """Linear layers on our dense kernel."""
+    return replaced(model, lambda _, module: DenseLinear.from_linear(module) if isinstance(module, nn.Linear) else None)
 
 
 def dense(probe: Probe) -> dict[str, nn.Module]:
@@ -58,6 +66,7 @@ def dense(probe: Probe) -> dict[str, nn.Module]:
     int8 = torch_int8(probe.model)
     if int8 is not None:
         found["dense int8, torch"] = int8
+    found["dense float32, ours"] = own(copy.deepcopy(probe.model))
     found["dense int8, ours"] = rounded(copy.deepcopy(probe.model), 8)
     return found
 

@@ -356,10 +356,10 @@ inline void gemm(const Tensor& x, const Tensor& w, const Tensor& out) {
 // threads, for what one thread has made parts of is far from the others.
 template <class T, class Body>
 void over_inputs(const Tensor& x, const Body& body) {
-  constexpr int64_t kWords = 1 << 18, kUnit = 32;  // kWords stay in the second-level cache
+  constexpr int64_t kWords = 1 << 18, kUnit = 32, kLeast = 128;  // kWords stay in the second-level cache
   const int64_t m = row_count(x), cols = x.size(x.dim() - 1), threads = torch::stable::get_num_threads();
   const Order order = side_by_side<T>(m, cols);
-  if (order != Order::parts || m < kInputsAtOnce * threads) return body(x, int64_t{0});
+  if (order != Order::parts || m < kLeast * threads) return body(x, int64_t{0});
   const int64_t kept = kWords / std::max<int64_t>(words_beside(order, dot_type<T>, cols), 1);
   const int64_t most = std::clamp(kept, kInputsAtOnce, 2 * kInputsAtOnce), blocks = (m + most - 1) / most;
   const int64_t whole = (blocks + threads - 1) / threads * threads;

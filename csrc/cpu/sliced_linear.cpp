@@ -23,8 +23,10 @@ Tensor sliced_linear(const Tensor& x, const Tensor& w, const std::optional<Tenso
     const Tensor cut = in_features < x.size(x.dim() - 1) ? prefix(x, x.dim() - 1, in_features) : x;
     const std::vector<int64_t> shape = shape_with_last(x, out_features);
     if constexpr (may_use_torch<T>) {
-      // Tiles are as fast, but for the few rows of factors.
-      if (uses_torch<T>(row_count(x)) && !(std::is_same_v<T, float> && has_tiles())) {
+      // In tiles a weight must have some size to make up for the arrangement of the inputs.
+      constexpr int64_t kSmall = 1 << 17;
+      const bool tiles = std::is_same_v<T, float> && has_tiles() && in_features * out_features >= kSmall;
+      if (uses_torch<T>(row_count(x)) && !tiles) {
         const Tensor part = prefix(prefix(w, 0, out_features), 1, in_features);
         const Tensor y = adjacent(gemm(as_matrix(cut), part));
         add_bias<T>(static_cast<T*>(y.mutable_data_ptr()), y.size(0), out_features, shift);
