@@ -34,12 +34,14 @@ def many_inputs(dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def long_dense_rows(dtype: torch.dtype) -> Iterator[Sample]:
-    """Dense rows of 8,192 weights, whose products must not be added in one chain, whatever the number of inputs."""
+    """Dense rows of 8,192 weights, whose products must not be added in one chain, and inputs for several threads."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(17, 8192, generator=generator).to(dtype)
     for inputs in (3, 8, 12, 32, 60, 70):
         x = torch.randn(inputs, 8192, generator=generator).to(dtype)
         yield Sample(f"rows of 8192, {inputs} inputs", (x, weight, None, 8192, 17))
+    x, weight = (torch.randn(rows, 520, generator=generator).to(dtype) for rows in (390, 300))
+    yield Sample("blocks of inputs", (x, weight, torch.linspace(-9, 9, 300).to(dtype), 520, 300))
 
 
 def other_inputs(name: str, dtype: torch.dtype) -> Iterator[Sample]:

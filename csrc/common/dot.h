@@ -44,7 +44,7 @@ void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t r
 bool has_tiles();
 
 // Columns [first, last) of m inputs of type `source`, `distance` bytes apart and `cols` long, put side by side for rows
-// of `type`: the same type, or float32 for rows of float16. `first` is a multiple of 32.
+// of `type`: the same type, or float32 for rows of float16. `first` is a multiple of 16, and of 32 for parts.
 void interleave(Order order, Type type, Type source, const char* from, int64_t distance, int64_t m, int64_t cols,
                 int64_t first, int64_t last, float* to);
 

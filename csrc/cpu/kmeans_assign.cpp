@@ -24,7 +24,7 @@ void nearest(const std::vector<A>& norms, const A* __restrict products, int64_t 
   }
 }
 
-// term(x, mu) summed over d columns of a point in A, widened where it is of 16 bits; `mine` may be the point itself.
+// term(x, mu) summed over d columns of a point in A, widened where it is of 16 bits; no `mine`: mu is x itself.
 template <class T, class A, class Term>
 A sum_over(const T* point, const A* mine, int64_t d, const Term& term) {
   const Scratch memory(kResultSlot, std::is_same_v<T, A> ? 0 : d);
