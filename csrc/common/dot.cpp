@@ -36,7 +36,7 @@ Choice choose() {
   const bool has_vbmi2 = has_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const bool has_bf16 = has_vbmi2 && __builtin_cpu_supports("avx512bf16");
   const Choice choices[] = {
-      {"amx", Loops::avx512, &avx512_dot, &amx_rounded(), &avx512bf16_expand, &amx_pairs, amx_parts,
+      {"amx", Loops::avx512, &avx512_dot, &amx_rounded(), &amx_expand, &amx_pairs, amx_parts,
        has_bf16 && may_use_tiles()},
       {"avx512bf16", Loops::avx512, &avx512_dot, &avx512vnni_rounded, &avx512bf16_expand, &avx512_pairs, nullptr,
        has_bf16},

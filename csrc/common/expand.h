@@ -70,6 +70,7 @@ extern const ExpandTable avx2_expand;
 extern const ExpandTable avx512_expand;
 extern const ExpandTable avx512vbmi2_expand;
 extern const ExpandTable avx512bf16_expand;
+extern const ExpandTable amx_expand;
 
 // Values of 16 bits, by look-up of where each goes in a register; part of both tables. Of 16 columns of bf16 those of
 // even number come first, for then a shift and a mask widen them.

@@ -270,24 +270,60 @@ TINYCOMP_TARGET float gather_words(const uint16_t* values, const uint16_t* index
                                    uint16_t& most) {
   __m128 sums[2] = {_mm_setzero_ps(), _mm_setzero_ps()};
   __m128i largest = _mm_set1_epi16(static_cast<int16_t>(most));
-  const auto eight = [&](const uint16_t* w, const uint16_t* at, int k) TINYCOMP_TARGET {
+  const auto eight = [&](const uint16_t* w, const uint16_t* at, __m128bh inputs, int k) TINYCOMP_TARGET {
     const auto* weights = reinterpret_cast<const __m128i*>(w);
     const auto* columns = reinterpret_cast<const __m128i*>(at);
     largest = _mm_max_epu16(largest, _mm_loadu_si128(columns));
-    sums[k] = _mm_dpbf16_ps(sums[k], gathered(x, at), reinterpret_cast<__m128bh>(_mm_loadu_si128(weights)));
+    sums[k] = _mm_dpbf16_ps(sums[k], inputs, reinterpret_cast<__m128bh>(_mm_loadu_si128(weights)));
   };
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) eight(values + i, index + i, 0), eight(values + i + 8, index + i + 8, 1);
+  for (; i + 16 <= count; i += 16) {
+    eight(values + i, index + i, gathered(x, index + i), 0);
+    eight(values + i + 8, index + i + 8, gathered(x, index + i + 8), 1);
+  }
   for (; i < count; i += 8) {
-    uint16_t w[8] = {}, at[8] = {};
+    uint16_t w[8] = {}, at[8] = {}, inputs[8] = {};  // zeros meet zeros: an input may be infinite
     const int64_t n = std::min<int64_t>(count - i, 8);
     std::copy_n(values + i, n, w), std::copy_n(index + i, n, at);
-    eight(w, at, 0);
+    for (int64_t k = 0; k < n; ++k) inputs[k] = x[at[k]];
+    eight(w, at, reinterpret_cast<__m128bh>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(inputs))), 0);
   }
   // The largest number is what the smallest complement stands for.
   most = static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(largest, _mm_set1_epi8(-1)))));
   const __m128 quad = _mm_add_ps(sums[0], sums[1]), pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+// The same by the processor's own gathers, the faster way where it has tiles. They read the next word as well.
+TINYCOMP_TARGET float gather_double_words(const uint16_t* values, const uint16_t* index, int64_t count,
+                                          const uint16_t* x, uint16_t& most) {
+  constexpr int64_t kWidth = 16, kSums = 4, kAhead = 1024;
+  __m512 sums[kSums];
+#pragma GCC unroll 4
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  __m256i largest = _mm256_set1_epi16(static_cast<int16_t>(most));
+  const auto add = [&](int64_t i, __mmask16 there, __m512& sum) TINYCOMP_TARGET {
+    const __m256i columns = _mm256_maskz_loadu_epi16(there, index + i), w = _mm256_maskz_loadu_epi16(there, values + i);
+    largest = _mm256_max_epu16(largest, columns);
+    const __m512i none = _mm512_setzero_si512(), at = _mm512_cvtepu16_epi32(columns);
+    const __m512i two = _mm512_mask_i32gather_epi32(none, there, at, x, sizeof(uint16_t));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16)),
+                          _mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), sum);
+  };
+  int64_t i = 0;
+  for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
+    // Values and columns of the rows that follow: two lines of memory are too few for the processor to ask for enough.
+    for (int64_t c = kAhead; c < kAhead + kSums * kWidth; c += 32) {
+      __builtin_prefetch(values + i + c, 0, 2);
+      __builtin_prefetch(index + i + c, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kSums; ++k) add(i + k * kWidth, 0xffff, sums[k]);
+  }
+  for (; i < count; i += kWidth) add(i, static_cast<__mmask16>((1u << std::min(kWidth, count - i)) - 1), sums[0]);
+  const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  most = static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi8(-1)))));
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
 bool any(Type) { return true; }
@@ -324,6 +360,7 @@ ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words word
 
 const ExpandTable avx512vbmi2_expand = table<By::kHalves>(nullptr, avx512_expand.gather_pairs, nullptr);
 const ExpandTable avx512bf16_expand = table<By::kPairs>(gather_words, gather_bf16, expand_words);
+const ExpandTable amx_expand = table<By::kPairs>(gather_double_words, gather_bf16, expand_words);
 
 }  // namespace tinycomp
 #endif

@@ -301,7 +301,7 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool turned = m > 1 && (sparse || (w.format == "index" && !scattered)), padded = m == 1 && bits;
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
-  const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 : turned || padded || (blocks && !tiled) ? floats : 0);
+  const Scratch columns(kMiddleSlot, words_once ? 65536 / 2 + 1 : turned || padded || (blocks && !tiled) ? floats : 0);
   const OneInput one{columns.data(), columns.data() + wide};
   auto* words = reinterpret_cast<uint32_t*>(columns.data());
   const Columns lines{columns.data(), turned && narrow ? words : nullptr, m};
