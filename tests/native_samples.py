@@ -95,7 +95,7 @@ def check_not_finite() -> None:
 
 
 def check_unused_columns() -> None:
-    """What a list does not keep is not multiplied by zero. (More inputs, and float64, meet it as a dense row, where it is.)"""
+    """What a list does not keep is not multiplied by zero (but more inputs, and float64, meet it as a dense row)."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         keep = torch.rand(9, 45, generator=generator) < 0.4
