@@ -215,6 +215,7 @@ def test_threads_do_not_change_results() -> None:
         "cur_linear": (x, r, torch.randn(300, 300, generator=g), t, None),
         "swsc_linear": (x, r, labels, r[:64], t[:, :64].contiguous(), None, None, 0),
         "quant_linear": (x, *ops.quantize(a, 4, 64, symmetric=False), None, 4, 64),
+        "sliced_linear": (torch.randn(600, 512, generator=g), a, torch.randn(400, generator=g), 512, 400),
         "select_pivots": (a, 50, "qr"),
         "column_norms": (a,),
     }

@@ -14,7 +14,8 @@ using Expand = int64_t (*)(Type type, const void* values, int64_t at, int64_t co
                            int64_t blocks, float* out);
 // sum_i values[i] * x[index[i]] for values of a floating type.
 using Gather = float (*)(Type type, const void* values, const uint16_t* index, int64_t count, const float* x);
-// The same in bfloat16, for any index: x is 2^16 words. `most` becomes the largest index, if that is larger.
+// The same in bfloat16, for any index: x is 2^16 words and one that is not used. `most` becomes the largest index, if
+// that is larger.
 using GatherWords = float (*)(const uint16_t* values, const uint16_t* index, int64_t count, const uint16_t* x,
                               uint16_t& most);
 // The same for float32 values and inputs x[index * ldx + j], j < inputs, at once.

@@ -116,7 +116,7 @@ struct Columns {
   }
 };
 
-// Kept weights alone are multiplied, those of a list with one input, 2^16 words of bfloat16 of which any column may be
+// Kept weights alone are multiplied, those of a list with one input, words of bfloat16 of which any column may be
 // read. Rows are checked by what they read.
 template <class Store>
 void listed(const Masked& w, const uint16_t* x, int64_t first, int64_t last, const Store& store) {
