@@ -1,11 +1,13 @@
 """Every op of the registry against dense torch, the torch composite, and peers from other libraries.
 
     python bench/ops.py [--quick] [--peers DIR] [--threads 1] [--cpu-time] [--filter EXPRESSION] [--base REF] [--resume]
-                        [--json]
+                        [--json] [--small-pages]
 
-Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds. A row is
-timed only after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow,
-over the time taken; a row above 105 % is a fault of measurement and says so. `structure` is bytes of the dense weight
+Candidates of a row run interleaved in this process, each over copies of its own weights that no cache holds, all of
+them on pages of 2 MB where the system has those (`--small-pages`: as the system gives memory). A row is timed only
+after its output has passed the tolerance rule. `%` is the time that the machine's measured ceilings allow, over the
+time taken; that of memory is a plain read of the same copies in the same rounds (one thread; else of a large buffer).
+A row above 105 % of the faster of both is a fault of measurement and says so. `structure` is bytes of the dense weight
 over bytes of ours, `kernel` what remains of the speed-up. Lines are appended to bench/results/ops.jsonl; a whole run
 (2,084 rows, an hour and a half with all peers) also writes their medians to ops.md and a plot of all rows to ops.png.
 `--peers` names the environment of requirements-peers.txt; without it those columns stay empty.
@@ -34,6 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 from case import Case, copies_of, last_level_cache, rounds  # noqa: E402
 from cases import cases  # noqa: E402
+from pages import large_share, use_large_pages  # noqa: E402
 from peers import Peers  # noqa: E402
 from summary import write as write_table  # noqa: E402
 
@@ -43,30 +46,50 @@ from tinycomp.eval.timing import Timing, time_interleaved  # noqa: E402
 
 RESULTS = HERE / "results" / "ops.jsonl"
 FAULT = 1.05
+SMALL = 16 << 10  # bytes of what is no weight: inputs, scales of rows, orders
 
 
 class Memory:
     """Rates of main memory: "stream" only reads; "update" writes what it reads, and processors with paths for both move
-    more bytes then."""
+    more bytes then. Buffers are `size` bytes, which no cache holds."""
 
-    def __init__(self, threads: int, clock: Callable[[], float]) -> None:
+    def __init__(self, threads: int, clock: Callable[[], float], size: int) -> None:
         from tinycomp import _C
 
-        self.clock, rows, vector = clock, torch.ones(16384, 4096), torch.ones(4096)
-        other = rows.clone()
-        self.size = rows.nbytes
-        self.runs: dict[str, dict[str, tuple[int, Callable[[], object]]]] = {
-            "stream": {"mv": (1, lambda: rows @ vector), "sum": (1, rows.sum)},
-            "update": {"mul": (2, lambda: rows.mul_(0.5)), "add": (3, lambda: rows.add_(other))},
-        }
-        if threads == 1 and hasattr(_C, "read_memory"):  # the library of another commit may lack it
-            self.runs["stream"]["side by side"] = 1, lambda: _C.read_memory(rows.data_ptr(), rows.numel())
+        self.clock, self.size = clock, size
+        self.patterns: dict[str, int] = {}
+        if threads == 1 and hasattr(_C, "read_words"):  # the library of another commit may lack it
+            self.patterns = {"in order": 1, "side by side": 8}
 
     def rate(self, name: str, repeats: int) -> float:
         """GB/s, best of several tries."""
-        runs = self.runs[name]
+        from tinycomp import _C
+
+        rows = torch.ones(self.size >> 14, 4096)
+        runs: dict[str, tuple[int, Callable[[], object]]]
+        if name == "stream":
+            vector = torch.ones(4096)
+            runs = {"mv": (1, lambda: rows @ vector), "sum": (1, rows.sum)}
+            for key, count in self.patterns.items():
+                runs[key] = 1, lambda n=count: _C.read_words(rows.data_ptr(), rows.numel(), n)
+        else:
+            other = rows.clone()
+            runs = {"mul": (2, lambda: rows.mul_(0.5)), "add": (3, lambda: rows.add_(other))}
         timed = time_interleaved({key: run for key, (_, run) in runs.items()}, repeats, clock=self.clock)
-        return max(self.size * runs[key][0] / min(t.seconds) for key, t in timed.items()) / 1e9
+        return max(rows.nbytes * runs[key][0] / min(t.seconds) for key, t in timed.items()) / 1e9
+
+    def reads(self, copies: list[tuple[Any, ...]]) -> dict[str, list[Callable[[], object]]]:
+        """By pattern, for each copy of a call's arguments: its weights read and added up, no more."""
+        from tinycomp import _C
+
+        spans = [
+            [(t.data_ptr(), t.nbytes // 4) for t in args if isinstance(t, torch.Tensor) and t.nbytes > SMALL]
+            for args in copies
+        ]
+        return {
+            f"read {key}": [lambda s=s, n=count: [_C.read_words(*span, n) for span in s] for s in spans]
+            for key, count in self.patterns.items()
+        }
 
 
 def peaks(threads: int, memory: Memory) -> dict[str, float]:
@@ -74,7 +97,7 @@ def peaks(threads: int, memory: Memory) -> dict[str, float]:
     float32 and float16 also as six and four products of bfloat16 tiles (csrc/common/parts_amx.cpp)."""
     from tinycomp import _C
 
-    found = {name: memory.rate(name, 7) for name in memory.runs}
+    found = {name: memory.rate(name, 7) for name in ("stream", "update")}
     for name, candidates in (
         ("fma", ("fma512", "fma256")),
         ("bf16", ("bf16_512", "amx_bf16")),
@@ -123,11 +146,11 @@ class Bench:
         self.options = options
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.peers = Peers(options.peers)
-        self.memory = Memory(options.threads, self.clock)
+        self.cold_bytes = max(100 << 20, 3 * last_level_cache())
+        self.memory = Memory(options.threads, self.clock, max(256 << 20, self.cold_bytes))
         self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
         self.seconds = 1.0  # of a row; long ones have few repeats, of which they need fewer
-        self.cold_bytes = max(100 << 20, 3 * last_level_cache())
 
     def copies(self, size: int, flops: float = 1) -> int:
         """How many of `size` bytes no cache holds, but at most 50 ms of arithmetic: reading is next to nothing beside
@@ -156,21 +179,28 @@ class Bench:
         for name, make in case.peers.items():  # they keep their own, larger, copies
             named[name] = [make(a) for a in ours[: copies(2 * case.weights)]]
         faults = dict(self.peers.add(named, case, args, copies))
+        if case.weights and case.memory == "stream":
+            named |= self.memory.reads(ours)
         calls = {k: rounds(v) for k, v in named.items()}
         first = sum(t.median for t in time_interleaved(calls, 1, 0, self.clock).values())
         repeats = min(max(int(self.seconds / first), 3), self.repeats)
         timed = time_interleaved(calls, repeats, 0, self.clock)
         times = {k: Timing(tuple(s / len(named[k]) for s in t.seconds)) for k, t in timed.items()}
-        # Memory that others use as well is faster in some minutes than in others.
-        self.peaks[case.memory] = max(self.peaks[case.memory], self.memory.rate(case.memory, 3))
-        return self._row(case, args, times, dense_bytes) | ({"peer_faults": faults} if faults else {})
+        reads = [times.pop(name) for name in list(times) if name.startswith("read ")]
+        if not reads:  # memory that others use as well is faster in some minutes than in others
+            self.peaks[case.memory] = max(self.peaks[case.memory], self.memory.rate(case.memory, 3))
+        return self._row(case, args, times, reads, dense_bytes) | ({"peer_faults": faults} if faults else {})
 
-    def _row(self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], dense_bytes: int) -> dict[str, Any]:
+    def _row(
+        self, case: Case, args: tuple[Any, ...], times: dict[str, Timing], reads: list[Timing], dense_bytes: int
+    ) -> dict[str, Any]:
         cost = ops.OPS[case.op].cost(*args)
         mine = times["ours"].median
         own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
         compute = own.get(case.dtype, "fma") if case.compute == "fma" else case.compute
-        limit = max(cost.bytes / self.peaks[case.memory] / 1e9, cost.flops / self.peaks[compute] / 1e9)
+        arithmetic, memory = cost.flops / self.peaks[compute] / 1e9, cost.bytes / self.peaks[case.memory] / 1e9
+        limit = max(arithmetic, min((t.median for t in reads), default=memory))
+        impossible = max(arithmetic, min([memory, *(min(t.seconds) for t in reads)])) / FAULT
         row: dict[str, Any] = {
             "key": case.key,
             "op": case.op,
@@ -184,6 +214,7 @@ class Bench:
             "gb_s": cost.bytes / mine / 1e9,
             "gflop_s": cost.flops / mine / 1e9,
             "limit_us": limit * 1e6,
+            "large_pages": large_share(),
             "percent": 100 * limit / mine,
             "intensity": cost.flops / max(cost.bytes, 1),
             "others_us": {k: t.median * 1e6 for k, t in times.items() if k != "ours"},
@@ -196,8 +227,8 @@ class Bench:
             row["ratio_dense"] = times["dense"].median / mine
             row["structure"] = dense_bytes / max(case.weights, 1)
             row["kernel"] = row["ratio_dense"] / row["structure"]
-        if case.weights and row["percent"] > 100 * FAULT:
-            row["fault"] = f"{row['percent']:.0f} % of the physical limit: cached weights or a wrong count"
+        if case.weights and mine < impossible:
+            row["fault"] = f"{mine / impossible:.0%} of the least possible time: cached weights or a wrong count"
         return row
 
 
@@ -265,6 +296,7 @@ def at_commit(ref: str, options: argparse.Namespace) -> dict[str, float]:
             command = [sys.executable, str(HERE / "ops.py"), "--json", "--older", "--threads", str(options.threads)]
             command += [*(["--quick"] if options.quick else []), *(["--cpu-time"] if options.cpu_time else [])]
             command += ["--filter", options.filter] if options.filter else []
+            command += ["--small-pages"] if options.small_pages else []
             environment = os.environ | {"PYTHONPATH": str(tree)}
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         finally:
@@ -320,9 +352,12 @@ def main() -> None:
     parser.add_argument("--base", metavar="REF", help="compare with the library at another commit")
     parser.add_argument("--resume", action="store_true", help="leave out rows that this commit has in the file")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, write nothing")
+    parser.add_argument("--small-pages", action="store_true", help="memory on such pages as the system gives by itself")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error(f"--cpu-time with --threads {options.threads}, allowed 1; the CPU clock adds threads up")
+    if not options.small_pages:
+        use_large_pages()
     RESULTS.parent.mkdir(exist_ok=True)
     rows = earlier(options) if options.resume else []
     for row in run(options, {row["key"] for row in rows}):

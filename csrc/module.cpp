@@ -44,8 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("run_peak", &tinycomp::run_peak,
         "Operations of n rounds of fma512, fma256, bf16_512, vnni512, amx_bf16 or amx_int8; 0 if not available.");
   m.def(
-      "read_memory",
-      [](uintptr_t address, int64_t n) { return tinycomp::read_memory(reinterpret_cast<const float*>(address), n); },
-      "The sum of n floats at an address, read as fast as memory gives them.");
+      "read_words",
+      [](uintptr_t address, int64_t n, int64_t rows) {
+        return tinycomp::read_words(reinterpret_cast<const uint32_t*>(address), n, rows);
+      },
+      "The sum of n words of 32 bits at an address, `rows` of 16 KB side by side: as fast as memory gives them.");
   m.def("signatures", [] { return tinycomp::signatures(); }, "C++ signature of each registered kernel.");
 }

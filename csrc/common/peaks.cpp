@@ -106,22 +106,30 @@ double run_peak(const std::string& instruction, int64_t n) {
   return 0;
 }
 
-double read_memory(const float* from, int64_t n) {
-  constexpr int64_t kRow = 4096, kRows = 8, kLine = 16;
-  float some[kLine] = {};
+uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows) {
+  constexpr int64_t kRow = 4096, kLine = 16, kAhead = 2048;  // words: rows of 16 KB, lines of 64 bytes, 8 KB ahead
+  uint32_t some[kLine] = {};
   vectorised([&] {
-    float sums[kLine] = {};
-    for (int64_t i = 0; i + kRow * kRows <= n; i += kRow * kRows)
+    uint32_t sums[kLine] = {};
+    auto add = [&](const uint32_t* line) {
+      for (int64_t k = 0; k < kLine; ++k) sums[k] += line[k];
+    };
+    int64_t i = 0;
+    for (; rows > 1 && i + kRow * rows <= n; i += kRow * rows)
       for (int64_t c = 0; c < kRow; c += kLine)
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kRows; ++r) {
-          const float* line = from + i + r * kRow + c;
-          prefetch(line + kRows * kRow);
-          for (int64_t k = 0; k < kLine; ++k) sums[k] += line[k];
+        for (int64_t r = 0; r < rows; ++r) {
+          const uint32_t* line = from + i + r * kRow + c;
+          prefetch(line + rows * kRow);
+          add(line);
         }
+    for (; i + kLine <= n; i += kLine) {
+      __builtin_prefetch(from + i + kAhead, 0, 2);
+      add(from + i);
+    }
+    for (; i < n; ++i) sums[0] += from[i];
     std::copy_n(sums, kLine, some);
   });
-  return std::accumulate(some, some + kLine, 0.0);
+  return std::accumulate(some, some + kLine, uint32_t{0});
 }
 
 }  // namespace tinycomp

@@ -9,8 +9,8 @@ namespace tinycomp {
 // 0 where this processor lacks the instruction.
 double run_peak(const std::string& instruction, int64_t n);
 
-// The sum of n floats (of whole blocks of 8 rows of 4096), read as memory gives them fastest: several streams side by
-// side, the next lines asked for where that helps.
-double read_memory(const float* from, int64_t n);
+// The sum of n words, read as memory gives them fastest: in order of address, or with as many `rows` of 16 KB side by
+// side, what comes next asked for either way. Which is faster depends on the machine.
+uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows);
 
 }  // namespace tinycomp
