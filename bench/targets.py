@@ -7,8 +7,8 @@ One thread, 4096 x 4096 but where a row says so. `ratio` is the peer's time over
 the same with ours at the measured ceilings of this machine (of memory: our weights read alone, in the same rounds),
 `structure` bytes of the dense weight over ours and `kernel` what remains of the speed-up over dense torch. Ours and
 peers are on pages of 2 MB where the system has them, unless `--small-pages` is given. A target above its limit cannot
-be met here. `--scaling` also reads plain memory with one and several threads: no row can scale better. Rows are appended
-to bench/results/targets.jsonl as they finish.
+be met here. `--scaling` also reads plain memory with one and several threads: no row can scale better. Rows are
+appended to bench/results/targets.jsonl as they finish.
 """
 
 from __future__ import annotations
