@@ -93,12 +93,12 @@ void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const
 bool has_pairs() { return choice().pairs != nullptr; }
 
 Order side_by_side(Type type, int64_t m, int64_t cols) {
-  constexpr int64_t kMost = 192, kShortRow = 128, kLongRow = 2048;
+  constexpr int64_t kMost = 192, kShortRow = 128;
   const bool pairs = type == Type::bf16;
   // Few inputs of float32 take less time than it does to make parts of the rows.
   if (!pairs && has_tiles() && m >= (type == Type::f16 ? 12 : 64)) return Order::parts;
-  // One input meets rows that stay in cache as fast without tiles, and short ones faster.
-  if (pairs && has_tiles()) return m > 1 || cols >= kLongRow ? Order::beside : Order::rows;
+  // One input reads rows in order instead (dot_kernels.h).
+  if (pairs && has_tiles()) return m > 1 ? Order::beside : Order::rows;
   if (choice().table->groups == nullptr || type == Type::f16 || m > kMost) return Order::rows;
   bool faster = m == 3 || m == 4;
   if (!on_amd)
