@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,22 +103,25 @@ def other() -> Iterator[Case]:
     yield case("sample_without_replacement", "65536 k4096", lambda: (weights, 4096, 1), 0)
     units = 1 << 24
 
-    def state() -> tuple[Any, ...]:
+    def state(entered: float = 0.0) -> tuple[Any, ...]:
+        """The beginning of a path, or later: duals of `entered` of the units, at random, are beyond the threshold."""
         one = random_values(3, units // 4096, 4096).reshape(-1)
-        entry = torch.full((units,), -1, dtype=torch.int32)
-        return one, one * 2, one.clone(), entry, one / 3, None, 3, 0.1, 1.0, 10.0, 1.0, 0.0, True, False
+        chosen = torch.rand(units, generator=torch.Generator().manual_seed(0)) < entered
+        dual, entry = one * 2 + 3 * chosen, chosen.int() * 3 - 1
+        return one, dual, F.softshrink(dual, 1.0), entry, one / 3, None, 3, 0.1, 1.0, 10.0, 1.0, 0.0, True, False
 
-    def recomputed() -> tuple[Any, ...]:
-        first, second, _, *rest = state()
+    def recomputed(entered: float = 0.0) -> tuple[Any, ...]:
+        first, second, _, *rest = state(entered)
         bits = torch.zeros(units // 8, dtype=torch.uint8)
         return first, second, None, *rest, None, 0.999, 1e-8, 0, bits
 
     peers = {"torch.compile": _compiled_step}
-    yield case("split_bregman_step_", "16M", state, 16 * units, memory="update", peers=peers, exact=False)
-    yield case(
-        "split_bregman_step_", "16M no gamma, bits", recomputed, 12 * units,
-        memory="update", peers=peers, exact=False,
-    )  # fmt: skip
+    for label, share in (("16M", 0.0), ("16M half entered", 0.5)):
+        for more, make, size in (("", state, 16), (" no gamma, bits", recomputed, 12)):
+            yield case(
+                "split_bregman_step_", label + more, functools.partial(make, share), size * units,
+                memory="update", peers=peers, exact=False,
+            )  # fmt: skip
 
 
 def _compiled_step(args: tuple[Any, ...]) -> Call:

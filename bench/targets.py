@@ -95,6 +95,13 @@ TARGETS = (
     Target(
         "Bregman step, twin computed", "split_bregman_step_//16M no gamma, bits/M0/float32", ("torch.compile",), 1.55
     ),
+    Target("the same, half entered", "split_bregman_step_//16M half entered/M0/float32", ("torch.compile",), 1.18),
+    Target(
+        "the same, half entered, twin computed",
+        "split_bregman_step_//16M half entered no gamma, bits/M0/float32",
+        ("torch.compile",),
+        1.55,
+    ),
     Target("Bregman step, twin stored: its traffic alone", "split_bregman_step_//16M/M0/float32", ("traffic",), 0.85),
     Target("column norms: a read alone", "column_norms//4096x4096/M0/float32", ("read",), 0.85),
 )

@@ -8,7 +8,7 @@
 namespace tinycomp {
 namespace {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 1024, kPiece = 128;
 
 struct Numbers {
   double lr, kappa, nu, threshold, beta, beta2, eps;
@@ -90,25 +90,45 @@ void move(T& mask, T& dual, T twin, T along, T lr, T weak, T pull) {
   dual += lr * gap;
 }
 
-// All of the step but the direction; inside: whether each unit is in the support.
+// All of the step but the direction; inside: whether each unit is in the support. Where a piece has nothing in it and
+// had nothing, its twin is not written and its entry not even read, and where nothing new has entered entry is not
+// written: early on a path that is a third of the traffic, later a ninth.
 template <class T, bool coupled, bool stored>
 void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
              uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
   const T lr = static_cast<T>(by.lr), weak = static_cast<T>(1 / by.nu), pull = static_cast<T>(by.kappa * by.lr);
   const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold), floor = floor_of<T>(by);
   const int32_t step = static_cast<int32_t>(by.step);
+  T made[kPiece];
+  for (int64_t start = 0; start < n; start += kPiece) {
+    const int64_t count = std::min(kPiece, n - start);
+    int32_t some = 0;
 #pragma GCC ivdep  // too many arrays to check for overlap; they are the caller's separate tensors
-  for (int64_t i = 0; i < n; ++i) {
-    T old;
-    if constexpr (stored)
-      old = twin[i];
-    else
-      old = shrunk(dual[i], kappa, threshold, floor);
-    move<T, coupled>(mask[i], dual[i], old, along[i], lr, weak, pull);
-    const T made = shrunk(dual[i], kappa, threshold, floor);
-    if constexpr (stored) twin[i] = made;
-    entry[i] = (entry[i] < 0) & (made != 0) ? step : entry[i];
-    inside[i] = made != 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = start + k;
+      T old;
+      if constexpr (stored)
+        old = twin[i];
+      else
+        old = shrunk(dual[i], kappa, threshold, floor);
+      move<T, coupled>(mask[i], dual[i], old, along[i], lr, weak, pull);
+      made[k] = shrunk(dual[i], kappa, threshold, floor);
+      some |= (made[k] != 0) | (stored && old != 0);
+    }
+    if (!some) {
+      std::fill_n(inside + start, count, uint8_t{0});
+      continue;
+    }
+    int32_t entered = 0;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = start + k;
+      if constexpr (stored) twin[i] = made[k];
+      entered |= (entry[i] < 0) & (made[k] != 0);
+      inside[i] = made[k] != 0;
+    }
+    for (int64_t i = start; entered && i < start + count; ++i)
+      entry[i] = (entry[i] < 0) & (made[i - start] != 0) ? step : entry[i];
   }
 }
 

@@ -156,8 +156,9 @@ def _fake(*args) -> None:
 
 
 def _cost(mask: Tensor, *args) -> Cost:
-    kept = 9 if args[1] is not None else 7
-    return Cost(12 * mask.numel(), kept * mask.nbytes)
+    # The least that has to move, where nothing has entered: mask and dual both ways, the gradient, the twin if stored.
+    least = 6 if args[1] is not None else 5
+    return Cost(12 * mask.numel(), least * mask.nbytes)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
