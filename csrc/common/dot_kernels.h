@@ -134,7 +134,8 @@ TINYCOMP_TARGET void rows_in_order(const char* w, int64_t stride, int64_t rows, 
       sum = V::fma(V::load(reinterpret_cast<const T*>(from)), V::load(input), sum);
     }
     if (whole < cols)
-      sum = V::fma(V::load_first(reinterpret_cast<const T*>(from), cols - whole), V::load_first(input, cols - whole), sum);
+      sum = V::fma(V::load_first(reinterpret_cast<const T*>(from), cols - whole), V::load_first(input, cols - whole),
+                   sum);
     out[i] = V::sum(sum);
   }
 }

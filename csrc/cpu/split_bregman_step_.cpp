@@ -8,7 +8,7 @@
 namespace tinycomp {
 namespace {
 
-constexpr int64_t kBlock = 1024, kPiece = 128;
+constexpr int64_t kBlock = 1024, kPiece = 128, kAhead = 384;
 
 struct Numbers {
   double lr, kappa, nu, threshold, beta, beta2, eps;
@@ -90,18 +90,25 @@ void move(T& mask, T& dual, T twin, T along, T lr, T weak, T pull) {
   dual += lr * gap;
 }
 
-// All of the step but the direction; inside: whether each unit is in the support. Where a piece has nothing in it and
-// had nothing, its twin is not written and its entry not even read, and where nothing new has entered entry is not
-// written: early on a path that is a third of the traffic, later a ninth.
+// All of the step but the direction; inside: whether each unit is in the support, not written if none is: the result.
+// Where a piece has nothing in it and had nothing, its twin is not written and its entry not even read, and where
+// nothing new has entered entry is not written: early on a path that is a third of the traffic, later a ninth.
 template <class T, bool coupled, bool stored>
-void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
+bool advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t* __restrict entry,
              uint8_t* __restrict inside, const T* __restrict along, int64_t n, const Numbers& by) {
   const T lr = static_cast<T>(by.lr), weak = static_cast<T>(1 / by.nu), pull = static_cast<T>(by.kappa * by.lr);
   const T kappa = static_cast<T>(by.kappa), threshold = static_cast<T>(by.threshold), floor = floor_of<T>(by);
   const int32_t step = static_cast<int32_t>(by.step);
+  bool any = false;
   T made[kPiece];
   for (int64_t start = 0; start < n; start += kPiece) {
     const int64_t count = std::min(kPiece, n - start);
+    // Four or five streams of few numbers for as many operations: memory is asked for what comes kAhead later.
+    const auto ask = [&](const T* from) {
+      for (int64_t k = 0; k < kPiece; k += 64 / sizeof(T)) __builtin_prefetch(from + start + kAhead + k, 0, 2);
+    };
+    ask(mask), ask(dual), ask(along);
+    if constexpr (stored) ask(twin);
     int32_t some = 0;
 #pragma GCC ivdep  // too many arrays to check for overlap; they are the caller's separate tensors
     for (int64_t k = 0; k < count; ++k) {
@@ -116,9 +123,11 @@ void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t
       some |= (made[k] != 0) | (stored && old != 0);
     }
     if (!some) {
-      std::fill_n(inside + start, count, uint8_t{0});
+      if (any) std::fill_n(inside + start, count, uint8_t{0});
       continue;
     }
+    if (!any) std::fill_n(inside, start, uint8_t{0});
+    any = true;
     int32_t entered = 0;
 #pragma GCC ivdep
     for (int64_t k = 0; k < count; ++k) {
@@ -130,6 +139,7 @@ void advance(T* __restrict mask, T* __restrict dual, T* __restrict twin, int32_t
     for (int64_t i = start; entered && i < start + count; ++i)
       entry[i] = (entry[i] < 0) & (made[i - start] != 0) ? step : entry[i];
   }
+  return any;
 }
 
 // The same with groups, in passes over a block that stays in the nearest cache.
@@ -163,15 +173,17 @@ void step_block(const State<T>& at, int64_t first, int64_t n, const Numbers& by,
   T *mask = at.mask + first, *dual = at.dual + first, *twin = at.gamma ? at.gamma + first : scratch + n;
   int32_t* entry = at.entry + first;
   const T* along = direction(at, first, n, by, scratch);
+  bool any = true;
   if (by.group) {
     if (!at.gamma) shrink_groups(dual, twin, n, by);
     advance_groups<T, coupled>(mask, dual, twin, entry, inside, along, n, by);
   } else if (at.gamma) {
-    advance<T, coupled, true>(mask, dual, twin, entry, inside, along, n, by);
+    any = advance<T, coupled, true>(mask, dual, twin, entry, inside, along, n, by);
   } else {
-    advance<T, coupled, false>(mask, dual, twin, entry, inside, along, n, by);
+    any = advance<T, coupled, false>(mask, dual, twin, entry, inside, along, n, by);
   }
-  if (at.support) pack(inside, n, at.support + first / 8);
+  if (at.support && any) pack(inside, n, at.support + first / 8);
+  if (at.support && !any) std::fill_n(at.support + first / 8, (n + 7) / 8, uint8_t{0});
 }
 
 // A tensor that is worked on in a contiguous copy where it is not contiguous, and written back; none is a null pointer.
