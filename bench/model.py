@@ -1,12 +1,14 @@
 """SmolLM2 as a whole: prefill and decode of dense and compressed forms, perplexity beside speed.
 
-    python bench/model.py [--quick] [--compile] [--peers DIR] [--ratio 0.5 ...] [--model MODEL] [--threads 2] [--json]
+    python bench/model.py [--quick] [--compile] [--large-pages] [--peers DIR] [--ratio 0.5 ...] [--model MODEL]
+                          [--threads 2] [--json]
 
 Dense: torch in float32, bfloat16 and dynamic int8, and our own int8. Compressed: SVD at each ratio in bfloat16 with the
 head on our dense kernel, and with factors and head in int8, inputs rounded to 8 bits; without --quick also with factors
 in int4. "Fused": after `tc.fuse_`; the dense model decodes on our kernel, too, then. "No linear layers" is the model
 whose linear layers return zeros at once: no compression can be faster. --compile also times decoding with torch.compile
-and a static cache, a minute or two per model. --peers names the environment of requirements-peers.txt: OpenVINO and
+and a static cache, a minute or two per model. --large-pages: `tc.huge_pages_` for all models, dense ones too (not for
+torch's int8, whose weights are no parameters). --peers names the environment of requirements-peers.txt: OpenVINO and
 llama.cpp on the same GGUF file, as it is and in F16 and Q8_0. All models run interleaved in this process.
 Lines are appended to bench/results/model.jsonl.
 """
@@ -146,6 +148,9 @@ def models(options: argparse.Namespace) -> tuple[dict[str, nn.Module], Any]:
         name for name in found if name == "no linear layers" or name.endswith(("bfloat16", "int8", "int4", "ours"))
     ]:
         found[f"{name}, fused"] = fused(found[name])
+    if options.large_pages:
+        for model in found.values():
+            tc.huge_pages_(model)
     return found, tokenizer
 
 
@@ -153,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one ratio, little calibration and evaluation text")
     parser.add_argument("--compile", action="store_true", help="decode compiled, too")
+    parser.add_argument("--large-pages", action="store_true", help="weights on pages of 2 MB")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="environment of requirements-peers.txt")
     parser.add_argument("--ratio", type=float, nargs="+")
     parser.add_argument("--model", help="default: SmolLM2-135M")
@@ -203,6 +209,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             "speed": speed.to_dict(),
             "version": getattr(found[name], "version", None),
             "machine": about,
+            "large_pages": options.large_pages,
         }
         rows.append(row)
         text = f"{name:24} ppl {row['perplexity']:8.2f} | {row['bytes_memory'] / 1e6:7.1f} MB"
