@@ -7,8 +7,9 @@ One thread, 4096 x 4096 but where a row says so. `ratio` is the peer's time over
 the same with ours at the measured ceilings of this machine (of memory: our weights read alone, in the same rounds),
 `structure` bytes of the dense weight over ours and `kernel` what remains of the speed-up over dense torch. Ours and
 peers are on pages of 2 MB where the system has them, unless `--small-pages` is given. A target above its limit cannot
-be met here. `--scaling` also reads plain memory with one and several threads: no row can scale better. Rows are
-appended to bench/results/targets.jsonl as they finish.
+be met here; in brackets the limit if a call from Python is added, which costs tens of microseconds where the weights
+have driven its code out of the caches. `--scaling` also reads plain memory with one and several threads: no row can
+scale better. Rows are appended to bench/results/targets.jsonl as they finish.
 """
 
 from __future__ import annotations
@@ -155,14 +156,20 @@ def measured(bench: Bench, target: Target, case: Case) -> dict[str, Any]:
     if not times:
         return row
     peer = min(times, key=lambda name: times[name])
-    return row | {"peer": peer, "ratio": times[peer] / row["time_us"], "limit": times[peer] / row["limit_us"]}
+    found = {"peer": peer, "ratio": times[peer] / row["time_us"], "limit": times[peer] / row["limit_us"]}
+    return row | found | {"limit_called": times[peer] / (row["limit_us"] + row["call_us"])}
 
 
 def verdict(row: dict[str, Any]) -> str:
     if "ratio" not in row:
         return row.get("fault", "peer is not installed")
     wanted = row["target"]["ratio"]
-    text = "met" if row["ratio"] >= wanted else "above the limit" if wanted > row["limit"] else "missed"
+    if row["ratio"] >= wanted:
+        text = "met"
+    elif wanted > row["limit"]:
+        text = "above the limit"
+    else:
+        text = "above the limit with a call" if wanted > row["limit_called"] else "missed"
     return text + (f" | FAULT {row['fault']}" if "fault" in row else "")
 
 
@@ -175,7 +182,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells[1] = f"{row['time_us']:.0f} ({row['p20_us']:.0f}..{row['p80_us']:.0f})"
             cells[2] = f"{row['percent']:.0f}"
         if "ratio" in row:
-            cells[3], cells[4], cells[6] = row["peer"], f"{row['ratio']:.2f}", f"{row['limit']:.2f}"
+            cells[3], cells[4] = row["peer"], f"{row['ratio']:.2f}"
+            cells[6] = f"{row['limit']:.2f} ({row['limit_called']:.2f})"
         if "structure" in row:
             cells[7] = f"{row['structure']:.2f} x {row['kernel']:.2f}"
         lines.append("| " + " | ".join(cells) + " |")
