@@ -96,9 +96,14 @@ TARGETS = (
     Target(
         "Bregman step, twin computed", "split_bregman_step_//16M no gamma, bits/M0/float32", ("torch.compile",), 1.55
     ),
-    Target("the same, half entered", "split_bregman_step_//16M half entered/M0/float32", ("torch.compile",), 1.18),
     Target(
-        "the same, half entered, twin computed",
+        "Bregman step, half entered, twin stored",
+        "split_bregman_step_//16M half entered/M0/float32",
+        ("torch.compile",),
+        1.18,
+    ),
+    Target(
+        "Bregman step, half entered, twin computed",
         "split_bregman_step_//16M half entered no gamma, bits/M0/float32",
         ("torch.compile",),
         1.55,
@@ -115,15 +120,15 @@ def _read(args: tuple[Any, ...]) -> Callable[[], object]:
 
 
 def _traffic(args: tuple[Any, ...]) -> Callable[[], object]:
-    """What the step reads and writes, and an addition for each number."""
-    state, grad = [a.clone() for a in args[:4]], args[4]
+    """What the step reads and writes where nothing has entered, and an addition for each number."""
+    mask, dual, gamma, _, grad = (a.clone() for a in args[:5])
 
-    def touch(grad: torch.Tensor, *state: torch.Tensor) -> None:
-        for each in state:
-            each.add_(1 if each.dtype == torch.int32 else grad)
+    def touch(mask: torch.Tensor, dual: torch.Tensor, gamma: torch.Tensor, grad: torch.Tensor) -> None:
+        mask.add_(grad)
+        dual.add_(gamma)
 
     compiled = torch.compile(touch)
-    return lambda: compiled(grad, *state)
+    return lambda: compiled(mask, dual, gamma, grad)
 
 
 # No peers, but what moves the same bytes and computes nothing to speak of.

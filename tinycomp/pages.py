@@ -18,10 +18,11 @@ def huge_pages_(model: nn.Module) -> int:
 
     Reading weights is what a token takes. Where pages of 4 KB are translated twice, as in virtual machines, that can
     take several times as long as on large pages (docs/kernels.md); elsewhere it gains little. Call it last: what makes
-    new tensors, like `copy.deepcopy` or `model.to`, leaves them on ordinary pages. All weights
-    share one mapping, which is freed with the last of them; until then they take their memory a second time only while
-    they are moved, one after another. Weights that were mapped from a file are copies from then on. Tied weights stay
-    tied, and optimizers, hooks and `save_pretrained` see the same parameters.
+    new tensors, like `copy.deepcopy` or `model.to`, leaves them on ordinary pages. Weights are moved one after another,
+    so that not all of them are there twice, to one mapping, which is freed with the last of them. Those that were
+    mapped from a file are copies from then on. Tied weights stay tied, views of each other among them stay views, and
+    optimizers, hooks and `save_pretrained` see the same parameters; a tensor that is no parameter or buffer and shares
+    memory with one no longer does.
 
     Args:
         model: any module. Parameters and buffers on other devices and of tensor subclasses stay where they are.

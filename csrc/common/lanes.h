@@ -16,7 +16,9 @@ A lane_sum(int64_t n, const Term& term) {
   A lanes[kSumLanes] = {};
   int64_t i = 0;
   for (; i + kSumLanes <= n; i += kSumLanes)
-#pragma GCC unroll 1  // GCC would take 16 of these at once and transpose them: four times as slow
+#if defined(__x86_64__)
+#pragma GCC unroll 1  // GCC would take 16 of these at once for AVX-512 and transpose them: four times as slow
+#endif
     for (int l = 0; l < kSumLanes; ++l) lanes[l] += term(i + l);
   for (; i < n; ++i) lanes[i % kSumLanes] += term(i);
   for (int half = kSumLanes / 2; half > 0; half /= 2)
