@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "hf": {"edits", "layers", "models", "surgery"},
     "io": {"edits", "surgery", "hf", "plain"},
     "serve": {"hf", "io", "layers", "ops"},
+    "pages": set(),
     "progress": set(),
     "parallel": set(),
     "layer_times": {"edits", "eval", "layers", "methods", "models"},
