@@ -19,12 +19,12 @@ class Memory:
     """Rates of main memory: "stream" only reads; "update" writes what it reads, and processors with paths for both move
     more bytes then. Buffers are `size` bytes, which no cache holds."""
 
-    def __init__(self, threads: int, clock: Callable[[], float], size: int) -> None:
+    def __init__(self, clock: Callable[[], float], size: int) -> None:
         from tinycomp import _C
 
         self.clock, self.size = clock, size
         self.patterns: dict[str, int] = {}
-        if threads == 1 and hasattr(_C, "read_words"):  # the library of another commit may lack it
+        if hasattr(_C, "read_words"):  # the library of another commit may lack it
             self.patterns = {"in order": 1, "side by side": 8}
 
     def rate(self, name: str, repeats: int) -> float:

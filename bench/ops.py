@@ -80,7 +80,7 @@ class Bench:
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.peers = Peers(options.peers)
         self.cold_bytes = max(100 << 20, 3 * last_level_cache())
-        self.memory = Memory(options.threads, self.clock, max(256 << 20, self.cold_bytes))
+        self.memory = Memory(self.clock, max(256 << 20, self.cold_bytes))
         self.peaks = peaks(options.threads, self.memory)
         self.repeats = 3 if options.quick else 9
         self.seconds = 1.0  # of a row; long ones have few repeats, of which they need fewer

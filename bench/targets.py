@@ -1,15 +1,13 @@
-"""The speed targets of the CPU kernels, each measured beside its peer, as one table; and the scaling to more threads.
+"""The speed targets of the CPU kernels, each measured beside its peer, as one table.
 
     python bench/targets.py [--peers DIR] [--quick] [--cpu-time] [--small-pages] [--filter TEXT]
-    python bench/targets.py --scaling [--threads 2] [--quick] [--small-pages]    memory-bound rows, wall clock
 
 One thread, 4096 x 4096 but where a row says so. `ratio` is the peer's time over ours in one interleaved run, `limit`
 the same with ours at the measured ceilings of this machine (of memory: our weights read alone, in the same rounds),
 `structure` bytes of the dense weight over ours and `kernel` what remains of the speed-up over dense torch. Ours and
 peers are on pages of 2 MB where the system has them, unless `--small-pages` is given. A target above its limit cannot
 be met here; in brackets the limit if a call from Python is added, which costs tens of microseconds where the weights
-have driven its code out of the caches. `--scaling` also reads plain memory with one and several threads: no row can
-scale better. Rows are appended to bench/results/targets.jsonl as they finish.
+have driven its code out of the caches. Rows are appended to bench/results/targets.jsonl as they finish.
 """
 
 from __future__ import annotations
@@ -17,8 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +24,12 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-from case import Case, copies_of, rounds  # noqa: E402
-from cases import dense as dense_cases  # noqa: E402
+from case import Case  # noqa: E402
 from cases import low_rank, masked, other, shared  # noqa: E402
 from ops import Bench, commit  # noqa: E402
-from pages import large_share, use_large_pages  # noqa: E402
+from pages import use_large_pages  # noqa: E402
 
-from tinycomp import ops  # noqa: E402
 from tinycomp.eval.machine import load_average, machine  # noqa: E402
-from tinycomp.eval.timing import time_interleaved  # noqa: E402
 
 RESULTS = HERE / "results" / "targets.jsonl"
 SIZE = 4096
@@ -227,72 +221,17 @@ def compare(options: argparse.Namespace) -> None:
     print("\nNot in the table: " + "; ".join(NOT_HERE))
 
 
-def memory_bound() -> Iterator[Case]:
-    """One input each: what a second thread can help with is reading weights."""
-    yield from low_rank(SIZE, SIZE, 1, torch.bfloat16, 8)
-    yield from shared(SIZE, SIZE, 1, torch.bfloat16)
-    yield from dense_cases(SIZE, SIZE, 1, torch.bfloat16)
-    yield from low_rank(1536, 576, 1, torch.float32, 2)
-    yield from dense_cases(1536, 576, 1, torch.float32)
-
-
-def with_threads(count: int, call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        torch.set_num_threads(count)
-        call()
-
-    return run
-
-
-def scaling(options: argparse.Namespace) -> None:
-    """Time with one thread over time with several, beside the same for a plain read of memory."""
-    big = torch.ones((64 if options.quick else 256) << 18)
-    grid = big.view(-1, 4096)
-    vector = torch.ones(4096)
-    reads: dict[str, Callable[[], object]] = {"sum": big.sum, "mv": lambda: grid @ vector}
-    cold = (100 if options.quick else 260) << 20
-    repeats, many = (3 if options.quick else 11), options.threads
-
-    def gain(call: Callable[[], object]) -> tuple[float, float, float]:
-        timed = time_interleaved({str(n): with_threads(n, call) for n in (1, many)}, repeats, 2, time.perf_counter)
-        return timed["1"].median, timed[str(many)].median, timed["1"].median / timed[str(many)].median
-
-    plain = {name: gain(call) for name, call in reads.items()}
-    best = max(plain.values(), key=lambda found: big.nbytes / found[1])
-    about = {"machine": machine(limits=False), "commit": commit(), "threads": many, "large_pages": large_share()}
-    rates = ", ".join(f"{n} {big.nbytes / s / 1e9:.1f} GB/s" for n, s in ((1, best[0]), (many, best[1])))
-    print(f"{about['machine']['cpu']}, load {load_average():.2f}; plain read with {rates}: {best[2]:.2f}x")
-    print("| | bytes | 1 thread, us | GB/s | several, us | GB/s | gain | of the plain read's | |\n" + "|" + "---|" * 9)
-    for case in memory_bound():
-        if options.filter and options.filter not in case.key:
-            continue
-        args, op = case.make(), getattr(ops, case.op)
-        copies = copies_of(args, max(2, -(-cold // case.weights)))
-        one, several, ratio = gain(rounds([lambda a=a, op=op: op(*a) for a in copies]))
-        us = [1e6 * seconds / len(copies) for seconds in (one, several)]
-        speeds = [case.weights / t / 1e3 for t in us]
-        text = f"| {case.op} {case.label} {case.shape} {case.dtype} | {case.weights} | {us[0]:.1f} | {speeds[0]:.1f} "
-        text += f"| {us[1]:.1f} | {speeds[1]:.1f} | {ratio:.2f} | {ratio / best[2]:.2f} "
-        print(text + f"| {'met' if ratio >= 1.8 else 'missed'} 1.80, load {load_average():.2f} |", flush=True)
-        row = {"key": case.key, "scaling": ratio, "time_us": us, "plain_read": best[2], "load_average": load_average()}
-        keep(row, about)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repeats, less cold memory: whether it works")
     parser.add_argument("--peers", type=Path, help="environment of requirements-peers.txt")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process, for a shared machine")
     parser.add_argument("--filter", help="only rows whose name holds this text")
-    parser.add_argument("--scaling", action="store_true", help="one thread against several, instead of the table")
-    parser.add_argument("--threads", type=int, default=2, help="for --scaling")
     parser.add_argument("--small-pages", action="store_true", help="memory on such pages as the system gives by itself")
     options = parser.parse_args()
     if not options.small_pages:
         use_large_pages()
     torch.set_grad_enabled(False)
-    if options.scaling:
-        return scaling(options)
     options.threads = 1
     compare(options)
 

@@ -119,16 +119,24 @@ class Inputs {
 // Inputs taken through the rows of a weight together, and rows whose results are stored together.
 constexpr int64_t kInputsAtOnce = 256, kBatch = 64, kPartRows = 256;
 
-// Weight rows as a stage: a chunk streams 8 to 128 KiB, so that the last one is not much waited for, begins where a
-// cache line of results does, and with many inputs fills whole panels.
+// Weight rows as a stage: a chunk streams 8 to 32 KiB, so that the last one is not much waited for. With several inputs
+// it begins where a cache line of results does, and with many fills whole panels.
 inline Stage row_stage(const Weight& w, int64_t m) {
-  const int64_t unit = m < kPanelInputs ? 16 : 32;
+  const int64_t unit = m == 1 ? 8 : m < kPanelInputs ? 16 : 32;
   const int64_t share = w.rows * w.stride / (8 * torch::stable::get_num_threads());
-  int64_t rows = std::clamp<int64_t>(share, 8192, 131072) / std::max<int64_t>(w.stride, 1) / unit * unit;
+  int64_t rows = std::clamp<int64_t>(share, 8192, 32768) / std::max<int64_t>(w.stride, 1) / unit * unit;
   // Parts of inputs may come from memory for every chunk.
   const int64_t fair = w.rows / torch::stable::get_num_threads() / unit * unit;
   if (side_by_side(w.type, m, w.cols) == Order::parts) rows = std::max(rows, std::min(fair, kPartRows));
-  return {w.rows, std::max<int64_t>(rows, unit)};
+  return {w.rows, std::max<int64_t>(rows, unit), w.data, w.stride};
+}
+
+// Rows of two weights as one stage, the second's from item `begin` on.
+inline Stage row_stage(const Weight& w, int64_t begin, const Weight& second, int64_t m) {
+  Stage stage = row_stage(second.rows > w.rows ? second : w, m);
+  stage.size = begin + second.rows;
+  if (second.rows > w.rows) stage.from = nullptr;
+  return stage;
 }
 
 inline double weight_estimate(const Weight& w, int64_t m) {

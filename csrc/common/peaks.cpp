@@ -6,6 +6,7 @@
 
 #include "amx.h"
 #include "lanes.h"
+#include "parallel.h"
 #include "prefetch.h"
 
 #if defined(__x86_64__)
@@ -106,8 +107,12 @@ double run_peak(const std::string& instruction, int64_t n) {
   return 0;
 }
 
-uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows) {
-  constexpr int64_t kRow = 4096, kLine = 16, kAhead = 2048;  // words: rows of 16 KB, lines of 64 bytes, 8 KB ahead
+namespace {
+
+constexpr int64_t kLine = 16;  // words
+
+uint32_t read_span(const uint32_t* from, int64_t n, int64_t rows) {
+  constexpr int64_t kRow = 4096, kAhead = 2048;  // words: rows of 16 KB, 8 KB ahead
   uint32_t some[kLine] = {};
   vectorised([&] {
     uint32_t sums[kLine] = {};
@@ -130,6 +135,21 @@ uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows) {
     std::copy_n(sums, kLine, some);
   });
   return std::accumulate(some, some + kLine, uint32_t{0});
+}
+
+}  // namespace
+
+uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows) {
+  const int64_t threads =
+      microseconds(4.0 * static_cast<double>(n), 0) < kWorthwhile ? 1 : torch::stable::get_num_threads();
+  if (threads == 1) return read_span(from, n, rows);
+  std::atomic<uint32_t> sum{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = n * first / threads / kLine * kLine,
+                  end = last == threads ? n : n * last / threads / kLine * kLine;
+    sum += read_span(from + begin, end - begin, rows);
+  });
+  return sum;
 }
 
 }  // namespace tinycomp

@@ -10,7 +10,8 @@ namespace tinycomp {
 double run_peak(const std::string& instruction, int64_t n);
 
 // The sum of n words, read as memory gives them fastest: in order of address, or with as many `rows` of 16 KB side by
-// side, what comes next asked for either way. Which is faster depends on the machine.
+// side, what comes next asked for either way. Which is faster depends on the machine. Many words are shared out among
+// torch's threads.
 uint32_t read_words(const uint32_t* from, int64_t n, int64_t rows);
 
 }  // namespace tinycomp

@@ -34,7 +34,11 @@ class RoundedWeight {
     if (zeros) zeros_ = checked(*zeros, scales.scalar_type(), name);
   }
 
-  Stage stage() const { return row_stage(stored_, kPanelInputs); }
+  Stage stage(int64_t m) const { return row_stage(stored_, m); }
+  // Its rows, and from item `begin` on another's.
+  Stage stage(int64_t begin, const RoundedWeight& second, int64_t m) const {
+    return row_stage(stored_, begin, second.stored_, m);
+  }
   // Levels cost about a quarter of what float32 multiply-adds do where inputs are rounded.
   double estimate(int64_t m) const { return weight_estimate(stored_, rounds_inputs ? (m + 3) / 4 : m); }
   void prefetch(int64_t first, int64_t last) const {

@@ -9,7 +9,7 @@ template <class T>
 Tensor stream(const Inputs& wide, const RoundedWeight& w, const std::vector<float>& bias, Tensor result) {
   const Output<T> y{static_cast<T*>(result.mutable_data_ptr()), w.rows, bias};
   const RoundedInputs inputs(w, wide.data(), wide.rows, kLevelSlot, in_pairs<T>(0));
-  const Stage stages[] = {wide.stage(), inputs.stage(), w.stage()};
+  const Stage stages[] = {wide.stage(), inputs.stage(), w.stage(wide.rows)};
   run_stages(stages, w.estimate(wide.rows), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0)
       wide.prepare(first, last);

@@ -15,8 +15,8 @@ void stream(const Inputs& wide, const RoundedWeight& r, const RoundedWeight& t, 
   const Middle z(kMiddleSlot, m, rank, false), lines(kLinkSlot, pivoted ? m : 0, y.cols);
   const RoundedInputs x(r, wide.data(), m, kLevelSlot, in_pairs<T>(0));
   const RoundedInputs inner(t, z.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
-  const Stage stages[] = {wide.stage(),  x.stage(), r.stage(),
-                          inner.stage(), t.stage(), place_stage(pivoted ? m : 0, y.cols)};
+  const Stage stages[] = {wide.stage(),  x.stage(),  r.stage(m),
+                          inner.stage(), t.stage(m), place_stage(pivoted ? m : 0, y.cols)};
   run_stages(stages, r.estimate(m) + t.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       wide.prepare(first, last);

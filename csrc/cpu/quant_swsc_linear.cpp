@@ -47,9 +47,8 @@ void stream_outputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& 
   const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, false);
   const RoundedInputs x(layer.centroids, wide.data(), m, kLevelSlot, in_pairs<T>(0), layer.b.has_zeros());
   const RoundedInputs inner(layer.a, low.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
-  const Stage readers{k + rank, (rank > k ? layer.b : layer.centroids).stage().chunk};
   const Stage middle{rank > 0 ? m : 0, inner.stage().chunk};
-  const Stage stages[] = {wide.stage(), x.stage(), readers, middle, layer.a.stage()};
+  const Stage stages[] = {wide.stage(), x.stage(), layer.centroids.stage(k, layer.b, m), middle, layer.a.stage(m)};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     const auto corrected = [&](int64_t j, int64_t i, float* values, int64_t n) {
       add_gathered(shared.row(j), layer.labels, layer.scales, i, n, values);
@@ -82,8 +81,8 @@ void stream_inputs(const Layer<T>& layer, const Inputs& wide, const Output<T>& y
   const RoundedInputs inner(layer.a, low.row(0), m, kMiddleLevelSlot, in_pairs<T>(0));
   const RoundedInputs summed(layer.centroids, sums.row(0), m, kSumLevelSlot, in_pairs<T>(0));
   const Stage middle{rank > 0 ? m : 0, inner.stage().chunk};
-  const Stage last_stage = (rank > layer.clusters ? layer.a : layer.centroids).stage();
-  const Stage stages[] = {wide.stage(), {m, 1}, layer.b.stage(), middle, last_stage};
+  const Stage last_stage = (rank > layer.clusters ? layer.a : layer.centroids).stage(m);
+  const Stage stages[] = {wide.stage(), {m, 1}, layer.b.stage(m), middle, last_stage};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       wide.prepare(first, last);

@@ -25,8 +25,8 @@ void stream_outputs(const Layer<T>& layer, const Inputs& x, const Output<T>& y) 
   const int64_t m = x.rows, k = layer.clusters, rank = layer.b.rows;
   const Middle shared(kMiddleSlot, m, k), low(kLowSlot, m, rank, T{});
   const int64_t begin = Middle::whole_units(k);  // of b, in a stage with the centroids
-  const Stage readers{begin + rank, row_stage(rank > k ? layer.b : layer.centroids, m).chunk};
-  const Stage stages[] = {x.stage(), readers, {layer.out_features, rank > 0 ? row_stage(layer.a, m).chunk : kBatch}};
+  const Stage last_stage = rank > 0 ? row_stage(layer.a, m) : Stage{layer.out_features, kBatch};
+  const Stage stages[] = {x.stage(), row_stage(layer.centroids, begin, layer.b, m), last_stage};
   run_stages(stages, layer.estimate(m), [&](int stage, int64_t first, int64_t last) {
     if (stage == 0) {
       x.prepare(first, last);
