@@ -17,6 +17,8 @@ namespace {
 // How 32 columns meet their inputs: as pairs of bfloat16, as halves of such pairs in float32, or widened from float16.
 enum class By { kPairs, kHalves, kWidened };
 
+constexpr int64_t kAhead = 8192, kMasksAhead = 4096;  // words of values, bytes of masks
+
 // From a register: AMD's processors take many times longer from memory.
 TINYCOMP_TARGET inline __m512i expanded(uint32_t bits, __m512i values) {
   asm("" : "+v"(values));
@@ -56,6 +58,7 @@ TINYCOMP_TARGET void dot_words(const uint16_t* values, int64_t (&start)[4], cons
       __builtin_memcpy(&some, bits + b, 4);
       const __m512i w = expanded(some, _mm512_loadu_si512(from));
       from += static_cast<uint64_t>(__builtin_popcount(some));
+      asm("" : "+r"(from));  // GCC would keep the four of them in one register of vectors
       multiply<by>(w, x, sum);
     };
     prefetch(ahead);
@@ -66,6 +69,72 @@ TINYCOMP_TARGET void dot_words(const uint16_t* values, int64_t (&start)[4], cons
   start[0] = from0 - values, start[1] = from1 - values, start[2] = from2 - values, start[3] = from3 - values;
   sums[0] = _mm512_reduce_add_ps(sum0), sums[1] = _mm512_reduce_add_ps(sum1);
   sums[2] = _mm512_reduce_add_ps(sum2), sums[3] = _mm512_reduce_add_ps(sum3);
+}
+
+// The same in pairs, one row after another in the order of memory: see rows_in_order in dot_kernels.h. `blocks` is a
+// multiple of four.
+TINYCOMP_TARGET void words_in_order(const uint16_t* values, int64_t (&start)[4], const uint16_t* const (&mask)[4],
+                                    int64_t blocks, const float* x, float* sums) {
+  const bool two_lines = start[3] - start[0] > 3 * 8 * blocks;  // of values for 64 columns
+  for (int r = 0; r < 4; ++r) {
+    const uint16_t* from = values + start[r];
+    const float* inputs = x;
+    __m512 first = _mm512_setzero_ps(), second = first;
+#pragma GCC unroll 1
+    for (int64_t b = 0; b < blocks; b += 4, inputs += 32) {
+      uint64_t bits;
+      __builtin_memcpy(&bits, mask[r] + b, 8);
+      __builtin_prefetch(from + kAhead, 0, 2);
+      if (two_lines) __builtin_prefetch(from + kAhead + 32, 0, 2);
+      if (b % 32 == 0) __builtin_prefetch(mask[r] + b + kMasksAhead / 2, 0, 2);
+      const uint16_t* half = from + static_cast<uint64_t>(__builtin_popcount(static_cast<uint32_t>(bits)));
+      const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(half);
+      multiply<By::kPairs>(expanded(static_cast<uint32_t>(bits), low), inputs, first);
+      multiply<By::kPairs>(expanded(static_cast<uint32_t>(bits >> 32), high), inputs + 16, second);
+      from += static_cast<uint64_t>(__builtin_popcountll(bits));
+    }
+    start[r] = from - values;
+    sums[r] = _mm512_reduce_add_ps(_mm512_add_ps(first, second));
+  }
+}
+
+// How 32 words take two bits each of 64, and the first of the four columns that each of them is one of.
+struct Choice {
+  alignas(64) uint8_t shifts[64] = {};
+  alignas(64) uint16_t places[32];
+  Choice() {
+    for (int k = 0; k < 32; ++k)
+      shifts[2 * k] = static_cast<uint8_t>(2 * k), places[k] = static_cast<uint16_t>(k / 2 * 4);
+  }
+};
+
+// Rows of 2:4 in pairs: inputs are chosen for the weights, not weights put in their places. `blocks` is a multiple of
+// four: 64 columns have 32 weights.
+TINYCOMP_TARGET bool choose_dot(Type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
+                                int64_t blocks, const float* x, float* sums) {
+  static const Choice choice;
+  const __m512i shift = _mm512_load_si512(choice.shifts), four = _mm512_load_si512(choice.places);
+  const __m512i two_bits = _mm512_set1_epi16(3);
+  __m512i least = two_bits;  // by which a second column is behind the first one, in words of odd number
+  for (int r = 0; r < 4; ++r) {
+    const uint16_t* from = static_cast<const uint16_t*>(values) + at[r];
+    const float* inputs = x;
+    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 1
+    for (int64_t b = 0; b < blocks; b += 4, from += 32, inputs += 32) {
+      __builtin_prefetch(from + kAhead, 0, 2);
+      if (b % 32 == 0) __builtin_prefetch(codes[r] + 2 * b + kMasksAhead, 0, 2);
+      const __m512i code = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes[r] + 2 * b)));
+      const __m512i bits = _mm512_multishift_epi64_epi8(shift, code);
+      const __m512i column = _mm512_ternarylogic_epi64(bits, two_bits, four, 0xea);  // bits & two_bits | four
+      const __m512i low = _mm512_loadu_si512(inputs), high = _mm512_loadu_si512(inputs + 16);
+      const auto w = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+      sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(low, column, high)), w);
+      least = _mm512_min_epi16(least, _mm512_sub_epi16(column, _mm512_slli_epi32(column, 16)));
+    }
+    sums[r] = _mm512_reduce_add_ps(sum);
+  }
+  return _mm512_mask_cmp_epi16_mask(0xaaaaaaaa, least, _mm512_setzero_si512(), _MM_CMPINT_LE) == 0;
 }
 
 // 64 levels from number `at` on, as signed bytes; up to as many are read, whether used or not.
@@ -114,6 +183,7 @@ TINYCOMP_TARGET void dot_bytes(const void* from, int64_t (&start)[4], const uint
       __builtin_memcpy(&some, bits + b, 8);
       const __m512i w = expanded64(some, levels64<type>(values, at));
       at += __builtin_popcountll(some);
+      asm("" : "+r"(at));
       const __m512 low = _mm512_fmadd_ps(floats<1>(w), second, _mm512_mul_ps(floats<0>(w), first));
       const __m512 high = _mm512_fmadd_ps(floats<3>(w), fourth, _mm512_mul_ps(floats<2>(w), third));
       sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
@@ -159,10 +229,11 @@ int64_t expand_levels(Type type, const void* values, int64_t at, int64_t count, 
   return avx512_expand.expand(type, values, at, count, mask, blocks, out);
 }
 
-template <By bf16>
+template <By bf16, bool in_order>
 void expand_dot(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4], int64_t blocks,
                 const float* x, float* sums) {
   const auto* from = static_cast<const uint16_t*>(values);
+  if (type == Type::bf16 && in_order) return words_in_order(from, at, mask, blocks, x, sums);
   if (type == Type::bf16) return dot_words<bf16>(from, at, mask, blocks, x, sums);
   if (type == Type::f16) return dot_words<By::kWidened>(from, at, mask, blocks, x, sums);
   if (type == Type::i8) return dot_bytes<Type::i8>(values, at, mask, blocks, x, sums);
@@ -297,7 +368,7 @@ TINYCOMP_TARGET float gather_words(const uint16_t* values, const uint16_t* index
 // The same by the processor's own gathers, the faster way where it has tiles. They read the next word as well.
 TINYCOMP_TARGET float gather_double_words(const uint16_t* values, const uint16_t* index, int64_t count,
                                           const uint16_t* x, uint16_t& most) {
-  constexpr int64_t kWidth = 16, kSums = 4, kAhead = 1024;
+  constexpr int64_t kWidth = 16, kSums = 4, kNext = 1024;
   __m512 sums[kSums];
 #pragma GCC unroll 4
   for (auto& sum : sums) sum = _mm512_setzero_ps();
@@ -313,7 +384,7 @@ TINYCOMP_TARGET float gather_double_words(const uint16_t* values, const uint16_t
   int64_t i = 0;
   for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
     // Values and columns of the rows that follow: two lines of memory are too few for the processor to ask for enough.
-    for (int64_t c = kAhead; c < kAhead + kSums * kWidth; c += 32) {
+    for (int64_t c = kNext; c < kNext + kSums * kWidth; c += 32) {
       __builtin_prefetch(values + i + c, 0, 2);
       __builtin_prefetch(index + i + c, 0, 2);
     }
@@ -328,6 +399,7 @@ TINYCOMP_TARGET float gather_double_words(const uint16_t* values, const uint16_t
 
 bool any(Type) { return true; }
 bool none(Type) { return false; }
+bool only_bf16(Type type) { return type == Type::bf16; }
 
 TINYCOMP_TARGET void kept_columns(const uint16_t* mask, int64_t blocks, uint16_t* to) {
   alignas(64) uint16_t first[32];
@@ -350,9 +422,16 @@ template <By bf16>
 ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words words) {
   ExpandTable made = avx512_expand;
   made.gather_words = gather_words, made.gather_pairs = gather_pairs, made.words = words;
-  made.dots = any, made.expand_dot = expand_dot<bf16>, made.arrange = arrange<bf16>, made.together = 64;
+  made.dots = any, made.expand_dot = expand_dot<bf16, false>, made.arrange = arrange<bf16>, made.together = 64;
   made.expand = expand_levels;
   made.pairs = none, made.pairs_dot = nullptr, made.code_bits = code_bits, made.columns = kept_columns;
+  return made;
+}
+
+// What is faster with tiles, and was not tried without.
+ExpandTable with_tiles(ExpandTable made) {
+  made.gather_words = gather_double_words, made.expand_dot = expand_dot<By::kPairs, true>;
+  made.pairs = only_bf16, made.pairs_dot = choose_dot;
   return made;
 }
 
@@ -360,7 +439,7 @@ ExpandTable table(GatherWords gather_words, GatherPairs gather_pairs, Words word
 
 const ExpandTable avx512vbmi2_expand = table<By::kHalves>(nullptr, avx512_expand.gather_pairs, nullptr);
 const ExpandTable avx512bf16_expand = table<By::kPairs>(gather_words, gather_bf16, expand_words);
-const ExpandTable amx_expand = table<By::kPairs>(gather_double_words, gather_bf16, expand_words);
+const ExpandTable amx_expand = with_tiles(avx512bf16_expand);
 
 }  // namespace tinycomp
 #endif

@@ -10,20 +10,40 @@ namespace tinycomp {
 
 // Arguments after checking; what an index or an offset holds is checked where it is used, and `bad` reports it.
 struct Masked {
-  std::string format;
+  const std::string& format;
   Type type;
-  Tensor values, mask, offsets, scales;
+  Tensor values, mask, offsets;
   int64_t rows, cols, count;  // count: stored values
+  bool two_of_four;
+  // Of the tensors, which take as long to say as a row takes to read.
+  const char* value_data;
+  const uint8_t* mask_data;
+  const int32_t* offset_data;
   std::vector<float> scale;
   mutable std::atomic<bool> bad{false};
 
+  Masked(const std::string& format, Type type, const Tensor& packed, const Tensor& kept,
+         const std::optional<Tensor>& begins, int64_t rows, int64_t cols)
+      : format(format),
+        type(type),
+        values(adjacent(packed)),
+        mask(adjacent(kept)),
+        offsets(begins ? adjacent(*begins) : values),
+        rows(rows),
+        cols(cols),
+        count(values.numel() * (type == Type::u4 ? 2 : 1)),
+        two_of_four(format == "2:4"),
+        value_data(static_cast<const char*>(values.const_data_ptr())),
+        mask_data(static_cast<const uint8_t*>(mask.const_data_ptr())),
+        offset_data(static_cast<const int32_t*>(offsets.const_data_ptr())) {}
+
   bool floating() const { return type != Type::i8 && type != Type::u4; }
-  const char* value_data() const { return static_cast<const char*>(values.const_data_ptr()); }
-  const uint8_t* mask_data() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
-  int64_t offset(int64_t i) const { return static_cast<const int32_t*>(offsets.const_data_ptr())[i]; }
+  int64_t value_size() const { return type == Type::f32 ? 4 : floating() ? 2 : 1; }  // bytes; of double, nobody asks
+  const uint16_t* index() const { return reinterpret_cast<const uint16_t*>(mask_data); }
+  const uint16_t* words() const { return reinterpret_cast<const uint16_t*>(value_data); }
   // Where the values of row (or row of blocks) i begin and end; empty if the offsets cannot be right.
   std::pair<int64_t, int64_t> range(int64_t i, int64_t stored) const {
-    const int64_t first = offset(i), last = offset(i + 1);
+    const int64_t first = offset_data[i], last = offset_data[i + 1];
     if (first >= 0 && first <= last && last <= stored) return {first, last};
     bad = true;
     return {0, 0};
@@ -31,9 +51,9 @@ struct Masked {
   // The mask of a row as 16-bit words; 2:4 codes become the bits that they name.
   void words(int64_t i, uint16_t* to) const {
     const int64_t bytes = (cols + 7) / 8, blocks = (cols + 15) / 16;
-    const uint8_t* from = mask_data() + i * bytes;
+    const uint8_t* from = mask_data + i * bytes;
     to[blocks - 1] = 0;
-    if (format == "bitmask") {
+    if (!two_of_four) {
       __builtin_memcpy(to, from, bytes);
       // Bits beyond the last column have no values.
       if (cols % 8 > 0) reinterpret_cast<uint8_t*>(to)[bytes - 1] &= static_cast<uint8_t>((1 << cols % 8) - 1);
@@ -47,7 +67,7 @@ struct Masked {
   // Where the values of row i of a bit mask or of 2:4 begin and end.
   std::pair<int64_t, int64_t> value_range(int64_t i) const {
     const int64_t each = 2 * ((cols + 3) / 4);
-    return format == "2:4" ? std::pair{i * each, (i + 1) * each} : range(i, count);
+    return two_of_four ? std::pair{i * each, (i + 1) * each} : range(i, count);
   }
   // Row i in bfloat16, up to the end of a register of 32.
   void expand_words(int64_t i, uint16_t* scratch, uint16_t* to) const {
@@ -55,18 +75,15 @@ struct Masked {
     scratch[blocks - 1] = 0;
     words(i, scratch);
     const auto [first, last] = value_range(i);
-    const auto* from = static_cast<const uint16_t*>(values.const_data_ptr());
-    if (expansion().words(from, first, count, scratch, blocks, to) != last) bad = true;
+    if (expansion().words(words(), first, count, scratch, blocks, to) != last) bad = true;
   }
   // Row i of a list, the same.
   void scatter_words(int64_t i, uint16_t* to) const {
     std::fill_n(to, (cols + 31) / 32 * 32, uint16_t{0});
-    const auto* index = static_cast<const uint16_t*>(mask.const_data_ptr());
-    const auto* from = static_cast<const uint16_t*>(values.const_data_ptr());
     const auto [first, last] = range(i, count);
     for (int64_t c = first; c < last; ++c)
-      if (index[c] < cols)
-        to[index[c]] = from[c];
+      if (index()[c] < cols)
+        to[index()[c]] = words()[c];
       else
         bad = true;
   }
@@ -75,8 +92,7 @@ struct Masked {
     if (cols == 0) return;
     words(i, scratch);
     const auto [first, last] = value_range(i);
-    if (expansion().expand(type, values.const_data_ptr(), first, count, scratch, (cols + 15) / 16, to) != last)
-      bad = true;
+    if (expansion().expand(type, value_data, first, count, scratch, (cols + 15) / 16, to) != last) bad = true;
   }
 };
 
@@ -119,11 +135,11 @@ struct Kept {
 
 // Values [from, to) in float32; `scratch` has room for them and 15 more.
 inline const float* widened(const Masked& w, int64_t from, int64_t to, const Scratch& scratch) {
-  const auto* values = static_cast<const char*>(w.values.const_data_ptr());
+  const char* const values = w.value_data;
   if (w.floating()) {
     // To the end of a register, where there are as many values.
     const int64_t some = std::min((to - from + 15) / 16 * 16, w.count - from);
-    widen(w.type, values + from * static_cast<int64_t>(w.values.element_size()), scratch.data(), some);
+    widen(w.type, values + from * w.value_size(), scratch.data(), some);
     return scratch.data();
   }
   static const std::vector<uint16_t> all(65536 / 16, 0xffff);

@@ -37,8 +37,8 @@ inline int64_t padded(int64_t cols) {
 // One input: four rows at a time go straight into sums, where enough values follow theirs.
 inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t n, float* out) {
   const int64_t width = padded(w.cols), blocks = width / 16, bytes = (w.cols + 7) / 8;
-  const bool two_of_four = w.format == "2:4", in_place = !two_of_four && w.cols == width;
-  const bool pairs = two_of_four && w.cols % 16 == 0 && expansion().pairs(w.type);
+  const bool in_place = !w.two_of_four && w.cols == width;
+  const bool pairs = w.two_of_four && w.cols == width && expansion().pairs(w.type);
   const Scratch words(kMaskSlot, 2 * (blocks + 1)), row(kRebuildSlot, width);
   auto* const all = reinterpret_cast<uint16_t*>(words.data());
   for (int64_t r = 0; r < n;) {
@@ -46,10 +46,11 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
     const uint16_t* masks[4];
     const uint8_t* codes[4];
     bool together = r + 4 <= n && (pairs || expansion().dots(w.type));
-    for (int64_t c = 0; together && c < 4 * bytes; c += 64) prefetch(w.mask_data() + (i + r + 4) * bytes + c);
+    for (int64_t c = 0; together && !has_tiles() && c < 4 * bytes; c += 64)
+      prefetch(w.mask_data + (i + r + 4) * bytes + c);
     for (int64_t k = 0; k < 4 && together; ++k) {
       const int64_t line = i + r + k;
-      codes[k] = w.mask_data() + line * bytes;
+      codes[k] = w.mask_data + line * bytes;
       std::tie(at[k], ends[k]) = w.value_range(line);
       if (pairs) continue;
       masks[k] = in_place ? reinterpret_cast<const uint16_t*>(codes[k]) : all + k * blocks;
@@ -58,9 +59,9 @@ inline void expanded_once(const Masked& w, const OneInput& x, int64_t i, int64_t
       together = at[k] + width + 64 <= w.count;
     }
     if (pairs && together) {
-      together = expansion().pairs_dot(w.type, w.values.const_data_ptr(), at, codes, blocks, x.arranged, out + r);
+      together = expansion().pairs_dot(w.type, w.value_data, at, codes, blocks, x.arranged, out + r);
     } else if (together) {
-      expansion().expand_dot(w.type, w.values.const_data_ptr(), at, masks, blocks, x.arranged, out + r);
+      expansion().expand_dot(w.type, w.value_data, at, masks, blocks, x.arranged, out + r);
       together = std::equal(at, at + 4, ends);
     }
     if (together) {
@@ -120,8 +121,7 @@ struct Columns {
 // read. Rows are checked by what they read.
 template <class Store>
 void listed(const Masked& w, const uint16_t* x, int64_t first, int64_t last, const Store& store) {
-  const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
-  const auto* values = static_cast<const uint16_t*>(w.values.const_data_ptr());
+  const uint16_t *index = w.index(), *values = w.words();
   batches(
       1, first, last,
       [&](int64_t i, int64_t n, int64_t, int64_t, float* out) {
@@ -140,7 +140,7 @@ template <class Store>
 void indexed(const Masked& w, const float* x, const Columns& columns, int64_t first, int64_t last, const Store& store) {
   static_assert(kInputsAtOnce % Columns::kGroup == 0);
   const bool listed = w.format == "index";
-  const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+  const uint16_t* const index = w.index();
   const int64_t words = (w.cols + 15) / 16;
   const Scratch wide(kRebuildSlot, w.cols + 16);
   std::vector<uint16_t> bits(listed ? 0 : kBatch * words + 1), found(listed ? 0 : 16 * words + 32);
@@ -156,7 +156,7 @@ void indexed(const Masked& w, const float* x, const Columns& columns, int64_t fi
             at = found.data();
           }
           if (columns.m == 1 && w.floating()) {
-            const char* values = w.value_data() + from * static_cast<int64_t>(w.values.element_size());
+            const char* values = w.value_data + from * w.value_size();
             out[r] = expansion().gather(w.type, values, at, to - from, x);
             continue;
           }
@@ -209,7 +209,7 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
   static_assert(kBatch % kBlock == 0);
   constexpr int64_t kValues = kBlock * kBlock, kTogether = 6;
   const int64_t bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock), columns = (w.cols + kBlock - 1) / kBlock;
-  const int64_t size = w.values.element_size();
+  const int64_t size = w.value_size();
   const bool tiles = x.operand().beside();
   const int64_t together = inputs_together(w.cols), uncut = w.cols / kBlock;
   const Scratch part(kShiftSlot, kInputsAtOnce * kBlock), values(kRebuildSlot, kTogether * kValues);
@@ -222,7 +222,7 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
           for (int64_t j = 0; j < inputs; ++j) std::fill_n(out + j * kBatch, kBatch, 0.0f);
           for (int64_t b = i / kBlock; b * kBlock < i + n; ++b) {
             auto [at, end] = w.range(b, w.count / kValues);
-            const auto is_kept = [&](int64_t c) { return w.mask_data()[b * bytes + c / 8] >> (c % 8) & 1; };
+            const auto is_kept = [&](int64_t c) { return w.mask_data[b * bytes + c / 8] >> (c % 8) & 1; };
             int64_t kept = 0;
             for (int64_t c = 0; c < uncut; ++c)
               if (is_kept(c)) places[kept++] = static_cast<int32_t>(tiles ? c : c * inputs * kBlock);
@@ -231,10 +231,10 @@ void blockwise(const Masked& w, const Inputs& x, const float* packed, int64_t fi
             float* to = out + b * kBlock - i;
             if (tiles) {
               const float* some = x.operand().from(start).data;
-              dot_tile_blocks(w.value_data() + at * kValues * size, places.data(), kept, some, w.cols / 2, inputs, to,
+              dot_tile_blocks(w.value_data + at * kValues * size, places.data(), kept, some, w.cols / 2, inputs, to,
                               kBatch);
             } else if (w.floating()) {
-              dot_blocks(w.type, w.value_data() + at * kValues * size, places.data(), kept, from, kBlock, inputs, to,
+              dot_blocks(w.type, w.value_data + at * kValues * size, places.data(), kept, from, kBlock, inputs, to,
                          kBatch);
             } else {
               for (int64_t k = 0, count; k < kept; k += count) {
@@ -347,15 +347,15 @@ Tensor dense(const Masked& w, const std::vector<double>& scale) {
   double* to = static_cast<double*>(result.mutable_data_ptr());
   std::fill_n(to, w.rows * w.cols, 0.0);
   auto value = [&](int64_t i) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(w.value_data());
+    const auto* bytes = reinterpret_cast<const uint8_t*>(w.value_data);
     if (w.type == Type::i8) return static_cast<double>(static_cast<int8_t>(bytes[i]));
     if (w.type == Type::u4) return static_cast<double>((i % 2 ? bytes[i / 2] >> 4 : bytes[i / 2] & 15) - 8);
-    return static_cast<const double*>(w.values.const_data_ptr())[i];
+    return reinterpret_cast<const double*>(w.value_data)[i];
   };
   std::vector<uint16_t> words(w.cols / 16 + 1);
   for (int64_t i = 0; i < w.rows; ++i) {
     if (w.format == "index") {
-      const auto* index = static_cast<const uint16_t*>(w.mask.const_data_ptr());
+      const uint16_t* const index = w.index();
       const auto [from, end] = w.range(i, w.count);
       for (int64_t c = from; c < end; ++c)
         index[c] < w.cols ? void(to[i * w.cols + index[c]] = value(c)) : void(w.bad = true);
@@ -363,7 +363,7 @@ Tensor dense(const Masked& w, const std::vector<double>& scale) {
       const int64_t b = i / kBlock, bytes = (w.cols + 8 * kBlock - 1) / (8 * kBlock);
       auto [at, end] = w.range(b, w.count / (kBlock * kBlock));
       for (int64_t c = 0; c < w.cols && at < end; c += kBlock) {
-        if (!(w.mask_data()[b * bytes + c / kBlock / 8] >> (c / kBlock % 8) & 1)) continue;
+        if (!(w.mask_data[b * bytes + c / kBlock / 8] >> (c / kBlock % 8) & 1)) continue;
         for (int64_t k = c; k < std::min(w.cols, c + kBlock); ++k)
           to[i * w.cols + k] = value((at * kBlock + i % kBlock) * kBlock + k - c);
         ++at;
@@ -387,7 +387,7 @@ Tensor dense(const Masked& w, const std::vector<double>& scale) {
 }
 
 void check(const Masked& w, const std::optional<Tensor>& offsets, int64_t value_bits, ScalarType type) {
-  const bool pairs = w.format == "2:4", blocks = w.format == "block32", index = w.format == "index";
+  const bool pairs = w.two_of_four, blocks = w.format == "block32", index = w.format == "index";
   const int64_t rows = blocks ? (w.rows + kBlock - 1) / kBlock : w.rows;
   const int64_t width = blocks ? (w.cols + 8 * kBlock - 1) / (8 * kBlock) : (w.cols + 7) / 8;
   const ScalarType stored = value_bits == 0 ? type : value_bits == 8 ? ScalarType::Char : ScalarType::Byte;
@@ -413,10 +413,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const Tensor& mask, 
   return with_float_type(x.scalar_type(), "masked_linear", [&](auto zero) {
     using T = decltype(zero);
     const Type type = value_bits == 8 ? Type::i8 : value_bits == 4 ? Type::u4 : dot_type<T>;
-    const Tensor flat = adjacent(values);
-    Masked w{format, type, flat, adjacent(mask), flat, flat, out_features, x.size(x.dim() - 1), 0, {}};
-    w.count = flat.numel() * (value_bits == 4 ? 2 : 1);
-    if (offsets) w.offsets = adjacent(*offsets);
+    Masked w(format, type, values, mask, offsets, out_features, x.size(x.dim() - 1));
     check(w, offsets, value_bits, scalar_type<T>);
     if (format == "index") w.count = w.mask.size(0);
     std::vector<double> scale;
