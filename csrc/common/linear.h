@@ -311,7 +311,8 @@ struct Output {
 template <class Store>
 void dot_rows(const Weight& w, const Operand& x, int64_t m, int64_t first, int64_t last, const Store& store) {
   const int64_t most = inputs_at_once(x);
-  const int64_t batch = x.order == Order::parts ? kPartRows : kBatch;
+  const bool more = x.order == Order::parts || (x.order == Order::beside && has_tiles() && m <= 32);
+  const int64_t batch = more ? kPartRows : kBatch;
   const Scratch out(kResultSlot, std::min(m, most) * batch);
   prefetch_beginning(w.data + first * w.stride, (last - first) * w.stride, w.data + last * w.stride);
   for (int64_t start = 0; start < m; start += most) {

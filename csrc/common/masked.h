@@ -8,6 +8,17 @@
 
 namespace tinycomp {
 
+// The largest of n numbers, 0 of none.
+inline int64_t largest(const uint16_t* numbers, int64_t n) {
+  uint16_t found = 0;
+  vectorised([&] {
+    uint16_t most = 0;
+    for (int64_t c = 0; c < n; ++c) most = std::max(most, numbers[c]);
+    found = most;
+  });
+  return found;
+}
+
 // Arguments after checking; what an index or an offset holds is checked where it is used, and `bad` reports it.
 struct Masked {
   const std::string& format;
@@ -81,11 +92,14 @@ struct Masked {
   void scatter_words(int64_t i, uint16_t* to) const {
     std::fill_n(to, (cols + 31) / 32 * 32, uint16_t{0});
     const auto [first, last] = range(i, count);
-    for (int64_t c = first; c < last; ++c)
-      if (index()[c] < cols)
-        to[index()[c]] = words()[c];
-      else
-        bad = true;
+    const uint16_t *at = index() + first, *from = words() + first;
+    const int64_t n = last - first;
+    if (n > 0 && largest(at, n) >= cols) {
+      bad = true;
+      return;
+    }
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < n; ++c) to[at[c]] = from[c];
   }
   // Row i in float32; `to` has room for a multiple of 16.
   void expand_row(int64_t i, uint16_t* scratch, float* to) const {
@@ -107,15 +121,8 @@ struct Kept {
       row[r] = w.range(i + r, w.count);
       fits &= row[r].second - row[r].first <= w.cols;
     }
-    const uint16_t* first = index + row[0].first;
     const int64_t all = row[n - 1].second - row[0].first;
-    int64_t most = 0;
-    vectorised([&] {
-      uint16_t found = 0;
-      for (int64_t c = 0; c < all; ++c) found = std::max(found, first[c]);
-      most = found;
-    });
-    if (fits && !w.bad && (all == 0 || most < w.cols)) return;
+    if (fits && !w.bad && (all == 0 || largest(index + row[0].first, all) < w.cols)) return;
     w.bad = true;
     std::fill_n(row, n, std::pair<int64_t, int64_t>{0, 0});
   }

@@ -72,10 +72,12 @@ TINYCOMP_TARGET inline void begin_sums() {
   if constexpr (R == 2 && P == 2) _tile_zero(3);
 }
 
-// Rows that memory is asked for meanwhile, a cache line of each with every step.
+// Rows that memory is asked for meanwhile, a cache line of each with every step; or as many lines, in the order of
+// memory, which may be read if they are `there`.
 struct Ahead {
   const char* w;
   int64_t rows;
+  bool in_order = false, there = false;
 };
 
 // The sums of a part, to its results or added to those.
