@@ -92,13 +92,12 @@ void dot_pairs(const void* w, int64_t stride, int64_t rows, int64_t words, const
 
 bool has_pairs() { return choice().pairs != nullptr; }
 
-Order side_by_side(Type type, int64_t m, int64_t cols) {
+Order side_by_side(Type type, int64_t m, int64_t cols, bool cached) {
   constexpr int64_t kMost = 192, kShortRow = 128;
   const bool pairs = type == Type::bf16;
   // Few inputs of float32 take less time than it does to make parts of the rows.
   if (!pairs && has_tiles() && m >= (type == Type::f16 ? 12 : 64)) return Order::parts;
-  // One input reads rows in order instead (dot_kernels.h).
-  if (pairs && has_tiles()) return m > 1 ? Order::beside : Order::rows;
+  if (pairs && has_tiles()) return m <= 1 || (!cached && meet_in_order(m, 2 * cols)) ? Order::rows : Order::beside;
   if (choice().table->groups == nullptr || type == Type::f16 || m > kMost) return Order::rows;
   bool faster = m == 3 || m == 4;
   if (!on_amd)

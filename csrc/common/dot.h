@@ -31,8 +31,8 @@ bool has_pairs();
 enum class Order { rows, pairs, beside, parts };
 
 // The last two where one of them is faster, of which the type of rows decides what their words are; else `rows`.
-// Pairs have an even number of columns.
-Order side_by_side(Type type, int64_t m, int64_t cols);
+// Pairs have an even number of columns. `cached`: rows come from a cache, not from memory.
+Order side_by_side(Type type, int64_t m, int64_t cols, bool cached = false);
 
 // Words of each input then, with the zeros that follow.
 int64_t words_beside(Order order, Type type, int64_t cols);
@@ -42,6 +42,14 @@ void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t r
 
 // Whether there are tiles of AMX, which pairs and parts that are side by side meet in.
 bool has_tiles();
+
+// Whether so few inputs meet rows of so many bytes, of floating type, in the order of memory: measured, and done, only
+// where there are tiles.
+constexpr int64_t kFewInOrder = 4;
+inline bool meet_in_order(int64_t m, int64_t bytes) {
+  constexpr int64_t kShortRow = 3072;
+  return m > 0 && m <= (bytes <= kShortRow ? kFewInOrder : 2) && has_tiles();
+}
 
 // Columns [first, last) of m inputs of type `source`, `distance` bytes apart and `cols` long, put side by side for rows
 // of `type`: the same type, or float32 for rows of float16. `first` is a multiple of 16, and of 32 for parts.

@@ -114,30 +114,42 @@ TINYCOMP_TARGET void all_inputs(const char* w, int64_t stride, int64_t cols, con
   }
 }
 
-// One input: rows one after another, in the order of memory, what comes kFarAhead later asked for beside each load. The
-// loop takes a register at a time on purpose: with less of it to a line the processor runs ahead of what it has asked
-// for, and misses that only the nearest cache keeps track of hold it up (Granite Rapids, 4 MB of bfloat16 from memory:
-// 255 us, unrolled twice 306, four rows side by side 320, tiles 297, a read alone 246).
-template <class V, class T>
+// Few inputs: rows one after another, in the order of memory, what comes kFarAhead later asked for beside each load.
+// The loop takes a register at a time on purpose: with less of it to a line the processor runs ahead of what it has
+// asked for, and misses that only the nearest cache keeps track of hold it up (Granite Rapids, 4 MB of bfloat16 from
+// memory, one input: 255 us, unrolled twice 306, four rows side by side 320, tiles 297, a read alone 246).
+template <class V, class T, int M>
 TINYCOMP_TARGET void rows_in_order(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
-                                   float* out) {
+                                   int64_t ldx, float* out, int64_t ldo) {
   constexpr int64_t kStep = V::width * sizeof(T);
   const int64_t whole = cols / V::width * V::width;
   const int64_t ahead = stride > 0 && stride <= kFarAhead ? (kFarAhead + stride - 1) / stride * stride : kFarAhead;
   for (int64_t i = 0; i < rows; ++i, w += stride) {
-    typename V::Vec sum = V::zero();
-    const float* input = x;
+    typename V::Vec sum[M];
+#pragma GCC unroll 4
+    for (auto& some : sum) some = V::zero();
+    Lines<float, M> inputs(x, ldx);
     const char *from = w, *const end = w + whole * static_cast<int64_t>(sizeof(T));
 #pragma GCC unroll 1
-    for (; from != end; from += kStep, input += V::width) {
+    for (; from != end; from += kStep, inputs.move(V::width)) {
       __builtin_prefetch(from + ahead, 0, 2);
-      sum = V::fma(V::load(reinterpret_cast<const T*>(from)), V::load(input), sum);
+      const auto v = V::load(reinterpret_cast<const T*>(from));
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) sum[j] = V::fma(v, V::load(inputs.line(j)), sum[j]);
     }
-    if (whole < cols)
-      sum = V::fma(V::load_first(reinterpret_cast<const T*>(from), cols - whole), V::load_first(input, cols - whole),
-                   sum);
-    out[i] = V::sum(sum);
+    if (whole < cols) {
+      const auto v = V::load_first(reinterpret_cast<const T*>(from), cols - whole);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) sum[j] = V::fma(v, V::load_first(inputs.line(j), cols - whole), sum[j]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) out[j * ldo + i] = V::sum(sum[j]);
   }
+}
+
+template <class V, class T, int... M>
+constexpr auto few_in_order(std::integer_sequence<int, M...>) {
+  return std::array{rows_in_order<V, T, M + 1>...};
 }
 
 // Many inputs: rows are widened and transposed into a panel, so that a register holds one input feature of many rows
@@ -314,7 +326,9 @@ TINYCOMP_TARGET void dot_typed(const char* w, int64_t stride, int64_t rows, int6
   // Rows of one register would spend more on sums across it.
   const int64_t panels_from = cols <= V::width ? kPanelInputs : V::panels_from;
   if (m >= panels_from && cols > 0) return dot_panels<V, T>(w, stride, rows, cols, x, ldx, m, out, ldo);
-  if (m == 1 && has_tiles()) return rows_in_order<V, T>(w, stride, rows, cols, x, out);  // not tried on others
+  static constexpr auto in_order = few_in_order<V, T>(std::make_integer_sequence<int, kFewInOrder>());
+  if (meet_in_order(m, cols * static_cast<int64_t>(sizeof(T))))
+    return in_order[m - 1](w, stride, rows, cols, x, ldx, out, ldo);
   int64_t i = 0;
   // More rows that stream from memory side by side (Zen 4: 17 -> 18.5 GB/s).
   constexpr int64_t kMoreRows = 2 * kBlockRows;

@@ -37,13 +37,18 @@ bool in_pairs(int64_t cols) {
 
 // How m lines of `cols` numbers lie that rows of type T meet side by side; `rows` if they do not.
 template <class T>
-Order side_by_side(int64_t m, int64_t cols) {
+Order side_by_side(int64_t m, int64_t cols, bool cached) {
   if (std::is_same_v<T, BFloat16> && !in_pairs<T>(cols)) return Order::rows;
-  return side_by_side(dot_type<T>, m, cols);
+  return side_by_side(dot_type<T>, m, cols, cached);
+}
+template <class T>
+Order side_by_side(int64_t m, int64_t cols) {
+  return side_by_side<T>(m, cols, false);
 }
 
-// What the rows of an input may be, where that is faster, besides float32 and adjacent.
-enum Form : unsigned { kWide = 0, kPairs = 1, kApart = 2, kBeside = 4, kAny = 7 };
+// What the rows of an input may be, where that is faster, besides float32 and adjacent; kCached says that the rows they
+// meet come from a cache.
+enum Form : unsigned { kWide = 0, kPairs = 1, kApart = 2, kBeside = 4, kAny = 7, kCached = 8 };
 
 // The rows of an input, as products read them. `prepare`, the first stage of a call, makes what is not there: narrow
 // ones are widened, those that lie `stride` > cols apart or side by side are copied.
@@ -59,7 +64,8 @@ class Inputs {
         cols(x.size(x.dim() - 1)),
         rows(row_count(x)),
         pairs_(form & kPairs && in_pairs<T>(cols)),
-        beside_(form & kBeside && (pairs_ || !std::is_same_v<T, BFloat16>) ? side_by_side<T>(all, cols) : Order::rows),
+        beside_(form & kBeside && (pairs_ || !std::is_same_v<T, BFloat16>) ? side_by_side<T>(all, cols, form & kCached)
+                                                                           : Order::rows),
         stride(is_beside()     ? words_beside(beside_, dot_type<T>, cols)
                : form & kApart ? row_distance(floats(), rows)
                                : floats()),

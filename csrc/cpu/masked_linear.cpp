@@ -292,12 +292,12 @@ void stream(const Masked& w, const Tensor& inputs, const Output<T>& y) {
   const bool scattered = m > 1 && has_tiles() && w.format == "index" && w.type == Type::bf16 && in_pairs<T>(w.cols);
   const bool rows = m > 1 && ((bits && !sparse) || scattered);                               // that are expanded
   const bool blocks = w.format == "block32", packed_alone = blocks && w.cols % kBlock == 0;  // no block reads x itself
-  const bool tiled =
-      has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0 && side_by_side<T>(m, w.cols) != Order::rows;
+  const bool tiled = has_tiles() && w.type == Type::bf16 && packed_alone && w.cols > 0 &&
+                     side_by_side<T>(m, w.cols, true) != Order::rows;
   const bool pairs = tiled || (rows && w.type == Type::bf16 && expansion().words != nullptr);
   // Rows of what is not bfloat16 are expanded in float32, and inputs lie beside rows of their own type alone.
   const bool beside = tiled || (rows && !std::is_same_v<T, Half> && (m >= kPanelInputs || has_tiles()));
-  const Inputs x(inputs, T{}, kApart | (beside ? kBeside : 0u) | (pairs ? kPairs : 0u));
+  const Inputs x(inputs, T{}, kApart | kCached | (beside ? kBeside : 0u) | (pairs ? kPairs : 0u));
   const bool turned = m > 1 && (sparse || (w.format == "index" && !scattered)), padded = m == 1 && bits;
   const bool words_once = m == 1 && w.format == "index" && w.type == Type::bf16 && expansion().gather_words != nullptr;
   const int64_t floats = turned ? Columns::floats(narrow, m, w.cols) : padded ? 2 * wide : m * w.cols;
