@@ -115,9 +115,9 @@ int64_t words_beside(Order order, Type type, int64_t cols) {
 }
 
 void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
-                int64_t m, float* out, int64_t ldo) {
+                int64_t m, float* out, int64_t ldo, float* squares) {
   const auto* from = static_cast<const char*>(w);
-  if (order == Order::parts) return parts(type).dot(from, stride, rows, cols, x, m, out, ldo);
+  if (order == Order::parts) return parts(type).dot(from, stride, rows, cols, x, m, out, ldo, squares);
   if (type == Type::bf16) return choice().pairs->groups(from, stride, rows, cols / 2, x, m, out, ldo);
   choice().table->groups(from, stride, rows, cols, x, m, out, ldo);
 }

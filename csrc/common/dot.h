@@ -37,8 +37,9 @@ Order side_by_side(Type type, int64_t m, int64_t cols, bool cached = false);
 // Words of each input then, with the zeros that follow.
 int64_t words_beside(Order order, Type type, int64_t cols);
 
+// `squares`, of parts alone and if not null: the sum of the squares of each row.
 void dot_beside(Order order, Type type, const void* w, int64_t stride, int64_t rows, int64_t cols, const float* x,
-                int64_t m, float* out, int64_t ldo);
+                int64_t m, float* out, int64_t ldo, float* squares = nullptr);
 
 // Whether there are tiles of AMX, which pairs and parts that are side by side meet in.
 bool has_tiles();

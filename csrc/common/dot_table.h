@@ -44,7 +44,8 @@ struct PairsTable {
 };
 // Rows of one type that meet inputs as sums of bfloat16 numbers: dot_interleaved and interleave of dot.h.
 struct PartsTable {
-  DotTable::Groups dot;
+  void (*dot)(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t m, float* out,
+              int64_t ldo, float* squares);
   void (*interleave)(Type source, const char* from, int64_t distance, int64_t m, int64_t cols, int64_t first,
                      int64_t last, float* to);
   int64_t parts;

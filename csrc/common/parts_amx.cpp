@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #define TINYCOMP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16,avx2,fma,f16c")))
 
@@ -172,12 +173,14 @@ TINYCOMP_TARGET void mend(const char* w, int64_t stride, int64_t rows, int64_t c
 }
 
 // Up to 32 rows, of which `left` columns remain, and where their parts are or, in the first pass, come to be: `apart`
-// floats between the tiles of the first 16 and of the others.
+// floats between the tiles of the first 16 and of the others. The first pass adds to `squares`, 16 for each row, if
+// there are any.
 struct Panel {
   const char* w;
   int64_t stride, left, steps;
   float* made;
   int64_t apart;
+  float* squares;
 };
 
 template <Type type>
@@ -199,7 +202,13 @@ TINYCOMP_TARGET inline void make_step(const Panel& p, int64_t rows, int64_t s, c
   for (int64_t r = 0; r < rows; ++r, w += p.stride) {
     if (r < ahead.rows) ask<type>(ahead, p.stride, r, s);
     __m512i parts[P];
-    split<P>(left >= kColumns ? load<type>(w) : load<type>(w, left), parts);
+    const Numbers numbers = left >= kColumns ? load<type>(w) : load<type>(w, left);
+    split<P>(numbers, parts);
+    if (p.squares != nullptr) {
+      float* const sum = p.squares + r * kTile;
+      const __m512 low = _mm512_fmadd_ps(numbers.low, numbers.low, _mm512_loadu_ps(sum));
+      _mm512_storeu_ps(sum, _mm512_fmadd_ps(numbers.high, numbers.high, low));
+    }
     float* to = p.made + r / kTile * p.apart + (s * P * kTile + r % kTile) * kTile;
     for (int q = 0; q < P; ++q) _mm512_store_si512(to + q * kTileFloats, parts[q]);
   }
@@ -257,10 +266,11 @@ TINYCOMP_TARGET void run_panel(const Part& part, const Panel& p, const Beside& b
 
 template <Type type>
 TINYCOMP_TARGET void dot_parts(const char* w, int64_t stride, int64_t rows, int64_t cols, const float* x, int64_t m,
-                               float* out, int64_t ldo) {
+                               float* out, int64_t ldo, float* squares) {
   constexpr int P = Parts<type>::count;
   constexpr int64_t kTwo = 2 * kTile, kSize = type == Type::f32 ? 4 : 2, kBlockColumns = kSteps * kColumns;
   const int64_t words = part_words(P, cols), passes = (m + kTwo - 1) / kTwo;
+  std::vector<float> sums(squares != nullptr ? rows * kTile : 0);
   {
     const Scratch panel(kTileSlot, kTwo * kSteps * P * kTile);
     Part part{0, 0};
@@ -268,7 +278,8 @@ TINYCOMP_TARGET void dot_parts(const char* w, int64_t stride, int64_t rows, int6
       for (int64_t i = 0; i < rows; i += kTwo) {
         const int64_t steps = std::min(kSteps, (cols - c + kColumns - 1) / kColumns), n = std::min(kTwo, rows - i);
         const char* at = w + i * stride + c * kSize;
-        const Panel these{at, stride, cols - c, steps, panel.data(), steps * P * kTileFloats};
+        float* const some = squares != nullptr ? sums.data() + i * kTile : nullptr;
+        const Panel these{at, stride, cols - c, steps, panel.data(), steps * P * kTileFloats, some};
         const char* next = i + kTwo < rows            ? at + kTwo * stride
                            : c + kBlockColumns < cols ? w + (c + kBlockColumns) * kSize
                                                       : w + rows * stride;
@@ -286,6 +297,8 @@ TINYCOMP_TARGET void dot_parts(const char* w, int64_t stride, int64_t rows, int6
       }
     _tile_release();
   }
+  for (int64_t i = 0; i < rows && squares != nullptr; ++i)
+    squares[i] = _mm512_reduce_add_ps(_mm512_loadu_ps(sums.data() + i * kTile));
   mend<type>(w, stride, rows, cols, x, m, out, ldo);
 }
 

@@ -42,10 +42,11 @@ A sum_over(const T* point, const A* mine, int64_t d, const Term& term) {
 // Points that are compared at a time: their products with 256 centroids fill a quarter of a megabyte.
 constexpr int64_t kPoints = 256;
 
-// products(first, n, line): line[c * kPoints + i] for points first to first + n and all centroids c.
+// products(first, n, line, squares): line[c * kPoints + i] for points first to first + n and all centroids c; and the
+// squares of these points' lengths, where that `gives_squares`.
 template <class T, class A, class Products>
 void assign(const T* points, const A* centroids, int64_t n, int64_t d, int64_t k, int32_t* labels, float* distances,
-            const Products& products) {
+            bool gives_squares, const Products& products) {
   std::vector<A> norms(k);
   for (int64_t c = 0; c < k; ++c)
     norms[c] = sum_over<A, A>(centroids + c * d, nullptr, d, [](A mu, A) { return mu * mu; });
@@ -53,9 +54,9 @@ void assign(const T* points, const A* centroids, int64_t n, int64_t d, int64_t k
     std::vector<A> line(k * kPoints), least(kPoints), squares(kPoints);
     for (int64_t first = begin * kPoints; first < std::min(n, end * kPoints); first += kPoints) {
       const int64_t count = std::min(kPoints, n - first);
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < count && !gives_squares; ++i)
         squares[i] = sum_over<T, A>(points + (first + i) * d, nullptr, d, [](A x, A) { return x * x; });
-      products(first, count, line.data());
+      products(first, count, line.data(), squares.data());
       vectorised([&] { nearest(norms, line.data(), kPoints, count, labels + first, least.data()); });
       for (int64_t i = 0; i < count; ++i) {
         const int32_t label = labels[first + i];
@@ -106,14 +107,22 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
           std::copy_n(to + c * d, d, lines.data() + c * apart);
       const Operand mine{lines.data(), apart, beside ? many : pairs ? Order::pairs : Order::rows};
       const int64_t most = inputs_at_once(mine);
-      assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, float* line) {
+      const bool parts = many == Order::parts;
+      assign(from, to, n, d, k, places, squares, parts, [&](int64_t first, int64_t count, float* line, float* lengths) {
         constexpr int64_t size = sizeof(T);
-        for (int64_t c = 0; c < k; c += most)
-          tinycomp::dot(dot_type<T>, from + first * d, d * size, count, d, mine.from(c), std::min(most, k - c),
-                        line + c * kPoints, kPoints);
+        for (int64_t c = 0; c < k; c += most) {
+          const Operand some = mine.from(c);
+          const int64_t taken = std::min(most, k - c);
+          float* const to = line + c * kPoints;
+          if (parts)
+            dot_beside(many, dot_type<T>, from + first * d, d * size, count, d, some.data, taken, to, kPoints,
+                       c == 0 ? lengths : nullptr);
+          else
+            tinycomp::dot(dot_type<T>, from + first * d, d * size, count, d, some, taken, to, kPoints);
+        }
       });
     } else {
-      assign(from, to, n, d, k, places, squares, [&](int64_t first, int64_t count, double* line) {
+      assign(from, to, n, d, k, places, squares, false, [&](int64_t first, int64_t count, double* line, double*) {
         const Tensor some = adjacent(gemm(mu, torch::stable::narrow(x, 0, first, count)));
         const double* found = static_cast<const double*>(some.const_data_ptr());
         for (int64_t c = 0; c < k; ++c) std::copy_n(found + c * count, count, line + c * kPoints);
