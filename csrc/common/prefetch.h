@@ -2,7 +2,7 @@
 //
 // On AMD processors they go to the second-level cache: the nearest one waits for few misses at a time, and prefetches
 // into it take their places (Zen 4, bfloat16 from memory: rows of 8 KB 18 -> 21 GB/s, of 1 KB 10 -> 18). The distances
-// for the nearest cache were measured on Intel's Sapphire Rapids. The second-level cache is what one input asks for on
+// for the nearest cache were measured on Intel's Sapphire Rapids. The second-level cache is what few inputs ask for on
 // processors with AMX (rows_in_order in dot_kernels.h), and everywhere what a panel of many inputs asks for ahead: the
 // nearest one is full of the panel itself.
 #pragma once
