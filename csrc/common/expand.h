@@ -33,8 +33,8 @@ using Arrange = void (*)(Type type, const float* x, int64_t blocks, float* to);
 // exist.
 using ExpandDot = void (*)(Type type, const void* values, int64_t (&at)[4], const uint16_t* const (&mask)[4],
                            int64_t blocks, const float* x, float* sums);
-// The same for rows of 2:4, with their codes (two bytes for a block); nothing is read beyond the values. False, and no
-// sums, if a code does not name two columns in their order.
+// The same for rows of 2:4, with their codes (two bytes for a block); nothing is read beyond the values. False, and
+// sums of no use, if a code does not name two columns in their order.
 using PairsDot = bool (*)(Type type, const void* values, const int64_t (&at)[4], const uint8_t* const (&codes)[4],
                           int64_t blocks, const float* x, float* sums);
 // `expand` for bfloat16 as it is, for a multiple of `together` columns.

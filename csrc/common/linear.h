@@ -162,7 +162,7 @@ class Middle {
   Middle(int slot, int64_t m, int64_t cols, T)
       : Middle(slot, m, cols, true, dot_type<T>, in_pairs<T>(0), side_by_side<T>) {}
   float* row(int64_t j) const { return memory_.data() + j * stride; }
-  // Columns [first, last) of the span [at, at + cols) are there; `first` is a multiple of 16.
+  // Columns [first, last) of the span [at, at + cols) are there; `first` is a multiple of 16, with one input of 8.
   void done(int64_t at, int64_t cols, int64_t first, int64_t last) const {
     for (int64_t j = 0; j < rows_ && pairs_; ++j)
       narrow(Type::bf16, row(j) + at + first, reinterpret_cast<char*>(words(j)) + (at + first) * 2, last - first);

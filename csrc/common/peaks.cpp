@@ -1,4 +1,4 @@
-// Peaks of one core for the benchmark's ceilings: loops over registers alone, and over memory alone.
+// Peaks for the benchmark's ceilings: loops of one core over registers alone, and of torch's threads over memory alone.
 #include "peaks.h"
 
 #include <algorithm>

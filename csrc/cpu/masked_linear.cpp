@@ -1,6 +1,6 @@
-// masked_linear. Bit masks and 2:4: rows are expanded in float32, in cache, and multiplied like dense ones: the bytes
-// that stream are the packed ones. Index + value, and masks that keep few: only kept weights are multiplied. Blocks:
-// only kept blocks.
+// masked_linear. Bit masks and 2:4: rows are expanded, in cache or in registers, and multiplied like dense ones, or
+// inputs chosen for rows of 2:4: the bytes that stream are the packed ones. Index + value, and masks that keep few:
+// only kept weights are multiplied. Blocks: only kept blocks.
 #include "../common/beside.h"
 #include "../common/masked.h"
 #include "../common/prefetch.h"
